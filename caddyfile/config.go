@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package caddyfile holds the configuration of the tailscale_impersonate handler
+// and its Caddyfile syntax.
+//
+// It is apart from the module, which embeds [Config], so that what can be
+// configured can be read, and tested from Caddyfile to JSON, without the rest.
+package caddyfile
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"strings"
+
+	"tailscale.com/tailcfg"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+)
+
+// What Config.ClientImpersonation can be.
+const (
+	Reject = "reject"
+	Strip  = "strip"
+)
+
+// Config is the configuration of the tailscale_impersonate handler. The zero
+// value is a complete and safe one.
+type Config struct {
+	// The name of the tailnet capability under which the policy file's grants
+	// name Kubernetes groups. Clusters that share a tailnet need one each,
+	// since a grant is for all that look under its name.
+	//
+	// Default: `tailscale.com/cap/kubernetes`, and where a peer has no grant of
+	// that name, its older form `https://tailscale.com/cap/kubernetes`. A name
+	// given here replaces both.
+	Capability string `json:"capability,omitempty"`
+
+	// What to do with a request that asks to impersonate somebody by itself, as
+	// `kubectl --as` does:
+	//
+	// - `reject` (the default) answers 403 and says why.
+	// - `strip` ignores what the client asked for and sends the request on as
+	//   the caller. The user of `kubectl --as` is then told about the wrong
+	//   person's permissions.
+	ClientImpersonation string `json:"client_impersonation,omitempty"`
+
+	// The web origins (`https://dashboard.example.com`) whose pages may send
+	// requests. Identity on a tailnet is ambient: a page that any user of a
+	// device opens in a browser could act as that user, so a request that a
+	// browser marks as another site's is refused unless its origin is named
+	// here. kubectl and client-go send no origin.
+	//
+	// Default: none.
+	AllowOrigins []string `json:"allow_origins,omitempty"`
+
+	// Further names under which requests over plain HTTP may address the
+	// server, besides the node's own name and addresses. Any other name in the
+	// `Host` header is refused, since a web page can point a name of its own at
+	// the node's address (DNS rebinding) and would then count as the same site.
+	// Requests over TLS are not subject to this: the certificate proves the name.
+	//
+	// Default: none.
+	AllowHosts []string `json:"allow_hosts,omitempty"`
+}
+
+// Validate returns an error that names the option and the reason if c cannot be
+// used.
+func (c *Config) Validate() error {
+	if strings.ContainsAny(c.Capability, " \t\r\n") {
+		return fmt.Errorf("capability %q: a capability name holds no blanks", c.Capability)
+	}
+	switch c.ClientImpersonation {
+	case "", Reject, Strip:
+	default:
+		return fmt.Errorf("client_impersonation %q: must be %s or %s", c.ClientImpersonation, Reject, Strip)
+	}
+	for _, origin := range c.AllowOrigins {
+		if err := checkOrigin(origin); err != nil {
+			return fmt.Errorf("allow_origins %q: %w", origin, err)
+		}
+	}
+	for _, host := range c.AllowHosts {
+		if err := checkHost(host); err != nil {
+			return fmt.Errorf("allow_hosts %q: %w", host, err)
+		}
+	}
+	return nil
+}
+
+// Capabilities returns the names under which to look for grants, in order.
+func (c *Config) Capabilities() []tailcfg.PeerCapability {
+	if c.Capability == "" {
+		return impersonate.Capabilities
+	}
+	return []tailcfg.PeerCapability{tailcfg.PeerCapability(c.Capability)}
+}
+
+// checkOrigin returns an error unless origin is written as browsers send it, as
+// anything else would never match.
+func checkOrigin(origin string) error {
+	u, err := url.Parse(origin)
+	if err != nil {
+		return err
+	}
+	if (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || origin != u.Scheme+"://"+u.Host {
+		return errors.New("must be a scheme and a host, with a port if it is not the scheme's own, such as https://dashboard.example.com")
+	}
+	if u.Host != strings.ToLower(u.Host) {
+		return errors.New("must be in lower case, as browsers send it")
+	}
+	if strings.ContainsAny(u.Host, "*") {
+		return errors.New("must name one origin, without wildcards")
+	}
+	if (u.Scheme == "https" && u.Port() == "443") || (u.Scheme == "http" && u.Port() == "80") {
+		return errors.New("must leave out the scheme's own port, as browsers do")
+	}
+	return nil
+}
+
+// checkHost returns an error unless host is a name or address as [tailnet.Hostname]
+// returns it.
+func checkHost(host string) error {
+	if host == "" || tailnet.Hostname(host) != host {
+		return errors.New("must be a host name in lower case, or an address, without a port and without a final dot")
+	}
+	if strings.ContainsAny(host, "*/ ") {
+		return errors.New("must name one host, without wildcards")
+	}
+	return nil
+}

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package caddyfile
+
+import (
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+)
+
+// UnmarshalCaddyfile sets c from Caddyfile tokens. Syntax:
+//
+//	tailscale_impersonate [<matcher>] {
+//	    capability           <name>
+//	    client_impersonation reject|strip
+//	    allow_origins        <origin...>
+//	    allow_hosts          <host...>
+//	}
+//
+// All options may be left out, and the block with them. allow_origins and
+// allow_hosts add up when they are repeated; the others may be given once.
+func (c *Config) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // the directive's name
+	if d.NextArg() {
+		return d.Errf("unexpected argument %q: options go into a block", d.Val())
+	}
+	for d.NextBlock(0) {
+		var err error
+		switch option := d.Val(); option {
+		case "capability":
+			err = single(d, &c.Capability)
+		case "client_impersonation":
+			err = single(d, &c.ClientImpersonation)
+		case "allow_origins":
+			err = list(d, &c.AllowOrigins)
+		case "allow_hosts":
+			err = list(d, &c.AllowHosts)
+		default:
+			err = d.Errf("unknown option %q", option)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if err := c.Validate(); err != nil {
+		return d.WrapErr(err)
+	}
+	return nil
+}
+
+// single sets value to the one argument of the option that d is at.
+func single(d *caddyfile.Dispenser, value *string) error {
+	option := d.Val()
+	if *value != "" {
+		return d.Errf("%s is given twice", option)
+	}
+	if !d.NextArg() || d.Val() == "" {
+		return d.Errf("%s has no value", option)
+	}
+	*value = d.Val()
+	return end(d, option)
+}
+
+// list appends the arguments of the option that d is at to values.
+func list(d *caddyfile.Dispenser, values *[]string) error {
+	option := d.Val()
+	args := d.RemainingArgs()
+	if len(args) == 0 {
+		return d.Errf("%s has no value", option)
+	}
+	*values = append(*values, args...)
+	return end(d, option)
+}
+
+// end returns an error if anything follows the arguments of option.
+func end(d *caddyfile.Dispenser, option string) error {
+	if d.NextArg() {
+		return d.Errf("unexpected argument %q after %s", d.Val(), option)
+	}
+	if d.NextBlock(d.Nesting()) {
+		return d.Errf("%s takes no block", option)
+	}
+	return nil
+}

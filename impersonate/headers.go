@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package impersonate
+
+import (
+	"net/http"
+	"slices"
+	"strings"
+
+	"golang.org/x/net/http/httpguts"
+	"k8s.io/client-go/transport"
+)
+
+// bearerProtocolPrefix starts the entry of Sec-WebSocket-Protocol in which a
+// browser, which cannot set Authorization on a WebSocket, sends a bearer token.
+const bearerProtocolPrefix = "base64url.bearer.authorization.k8s.io."
+
+// StripProtected removes from h every header that carries identity or
+// credentials to the API server: Impersonate-*, X-Remote-* (front-proxy
+// authentication), Authorization, and the bearer token of
+// Sec-WebSocket-Protocol. It returns the name of an impersonation header that it
+// removed, empty if there was none.
+func StripProtected(h http.Header) (impersonation string) {
+	for name := range h {
+		switch {
+		case foldedPrefix(name, "impersonate-"):
+			impersonation = name
+			delete(h, name)
+		case foldedPrefix(name, "x-remote-"), foldedEqual(name, "authorization"):
+			delete(h, name)
+		case foldedEqual(name, "sec-websocket-protocol"):
+			stripBearerProtocol(h, name)
+		}
+	}
+	return impersonation
+}
+
+// StripClient removes from h, the headers of a request as it was received, what
+// the client may not say: all that [StripProtected] does, and X-Real-Ip, which
+// would end in the API server's audit log as the caller's address. It reduces
+// Connection to what an upgrade needs: a proxy removes every header that
+// Connection names, and a client may name ours.
+//
+// It returns the name of an impersonation header that the client sent, empty if
+// there was none.
+func StripClient(h http.Header) (impersonation string) {
+	impersonation = StripProtected(h)
+	upgrade := false
+	for name, values := range h {
+		switch {
+		case foldedEqual(name, "x-real-ip"):
+			delete(h, name)
+		case foldedEqual(name, "connection"):
+			upgrade = upgrade || httpguts.HeaderValuesContainsToken(values, "upgrade")
+			delete(h, name)
+		}
+	}
+	if upgrade {
+		h["Connection"] = []string{"Upgrade"}
+	}
+	return impersonation
+}
+
+// SetHeaders writes id into h. Impersonation headers that h holds already must
+// have been removed.
+func (id Identity) SetHeaders(h http.Header) {
+	h[transport.ImpersonateUserHeader] = []string{id.User}
+	if len(id.Groups) > 0 {
+		// A copy, because header operations further on edit values in place.
+		h[transport.ImpersonateGroupHeader] = slices.Clone(id.Groups)
+	}
+}
+
+// stripBearerProtocol removes bearer tokens from the list of subprotocols in
+// h[name] and keeps the others in their order.
+func stripBearerProtocol(h http.Header, name string) {
+	var kept []string
+	found := false
+	for _, value := range h[name] {
+		for protocol := range strings.SplitSeq(value, ",") {
+			protocol = strings.TrimSpace(protocol)
+			if foldedPrefix(protocol, bearerProtocolPrefix) {
+				found = true
+				continue
+			}
+			kept = append(kept, protocol)
+		}
+	}
+	switch {
+	case !found:
+	case len(kept) == 0:
+		delete(h, name)
+	default:
+		h[name] = []string{strings.Join(kept, ", ")}
+	}
+}
+
+// foldedEqual reports whether the header name s is want, which is in lower case,
+// when letter case is ignored and '_' and '.' stand for '-'.
+func foldedEqual(s, want string) bool {
+	return len(s) == len(want) && foldedPrefix(s, want)
+}
+
+// foldedPrefix is [foldedEqual] for the start of s.
+func foldedPrefix(s, prefix string) bool {
+	if len(s) < len(prefix) {
+		return false
+	}
+	for i := range len(prefix) {
+		if fold(s[i]) != fold(prefix[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+func fold(b byte) byte {
+	switch {
+	case 'A' <= b && b <= 'Z':
+		return b + ('a' - 'A')
+	case b == '_', b == '.':
+		return '-'
+	}
+	return b
+}

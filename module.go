@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package tailscaleimpersonate is a Caddy module that lets a tailnet's identities
+// reach a Kubernetes API server: it finds out which tailnet peer sent a request,
+// which Kubernetes user and groups that peer is, and makes sure that the request
+// which reverse_proxy sends on carries exactly that identity, or is not sent.
+//
+// The way of a request can be read from top to bottom in [Handler.ServeHTTP].
+// Each question on it is answered by a package of its own:
+//
+//	which node accepted the connection?  tailnet
+//	who is the peer, which groups?       impersonate
+//	which headers?                       impersonate
+//	which credentials?                   transport
+//	what does a refused client read?     refusal
+//	what can be configured?              caddyfile, transport
+package tailscaleimpersonate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+
+	// transport kubernetes comes with the handler: neither is complete alone.
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/transport"
+)
+
+func init() {
+	caddy.RegisterModule(new(Handler))
+	httpcaddyfile.RegisterHandlerDirective("tailscale_impersonate", parseCaddyfile)
+	// Before invoke, handle, handle_path and route, which Caddy sorts ahead of
+	// reverse_proxy: placed any later, the handler would be skipped by every
+	// request that a reverse_proxy inside one of them answers.
+	httpcaddyfile.RegisterDirectiveOrder("tailscale_impersonate", httpcaddyfile.After, "request_header")
+}
+
+// Handler is an HTTP middleware that gives every request the Kubernetes identity
+// of the tailnet peer that sent it, as impersonation headers, and answers every
+// request for which there is none with a Kubernetes Status object. It works on
+// the listeners of any plugin that ends in tsnet's, such as caddy-tailscale's.
+//
+// Who the peer is, is asked of the tailnet node whose listener accepted the
+// connection. Grants of the tailnet's policy file for the capability
+// `tailscale.com/cap/kubernetes` give it its groups; a device with tags and
+// without such a grant has its tags as groups.
+//
+// Put it in front of `reverse_proxy` with `transport kubernetes`, which takes
+// the identity from the handler and not from headers that something in between
+// may have changed.
+//
+// The handler sets these placeholders, empty where a request was refused:
+//
+// Placeholder | Description
+// ------------|------------
+// `{http.auth.user.id}` | The Kubernetes user; Caddy's access log names it as `user_id`
+// `{http.tailscale_impersonate.user}` | The Kubernetes user
+// `{http.tailscale_impersonate.groups}` | The Kubernetes groups, separated by commas
+// `{http.tailscale_impersonate.node}` | The tailnet name of the caller's device
+// `{http.tailscale_impersonate.source}` | Where the groups came from: `grants`, `tags` or `none`
+type Handler struct {
+	caddyfile.Config
+
+	logger *zap.Logger
+
+	// nodes are the tailnet nodes that the server listens on. They may be read
+	// once ready is closed.
+	nodes   tailnet.Nodes
+	ready   chan struct{}
+	readied sync.Once
+}
+
+// CaddyModule returns the Caddy module information.
+func (*Handler) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "http.handlers.tailscale_impersonate",
+		New: func() caddy.Module { return new(Handler) },
+	}
+}
+
+// Provision sets up the handler. It starts nothing and asks nobody, as Caddy
+// provisions a config also to validate it.
+func (h *Handler) Provision(ctx caddy.Context) error {
+	h.logger = ctx.Logger()
+	h.ready = make(chan struct{})
+
+	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	if !ok {
+		return errors.New("tailscale_impersonate works only inside of an HTTP server")
+	}
+	server.RegisterConnContext(tailnet.ConnContext)
+
+	app, err := ctx.App("events")
+	if err != nil {
+		return fmt.Errorf("getting the events app: %w", err)
+	}
+	return app.(*caddyevents.App).On("started", started{h, server})
+}
+
+// started is what happens once all of the config has been started. Only then is
+// the list of the server's listeners complete, and not before can it be read:
+// the first of them may serve a request while Caddy still adds the next.
+type started struct {
+	handler *Handler
+	server  *caddyhttp.Server
+}
+
+// Handle implements caddyevents.Handler.
+func (s started) Handle(context.Context, caddy.Event) error {
+	s.handler.setReady(tailnet.FromListeners(s.server.Listeners()))
+	return nil
+}
+
+// setReady lets requests through to be judged by nodes. Only the first call
+// counts.
+func (h *Handler) setReady(nodes tailnet.Nodes) {
+	h.readied.Do(func() {
+		h.nodes = nodes
+		close(h.ready)
+	})
+}
+
+// Cleanup releases requests that wait for a config that never started. A handler
+// that did start goes on answering: connections that its server has accepted
+// outlive the config.
+func (h *Handler) Cleanup() error {
+	h.setReady(nil)
+	return nil
+}
+
+// ServeHTTP sends r on with the identity of the peer that sent it, or refuses it.
+func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	// First of all, so that whatever is decided below and whatever runs next,
+	// nothing that the client says about itself is left to be believed.
+	asked := impersonate.StripClient(r.Header)
+
+	conn, id, err := h.identify(r, asked)
+	if err != nil {
+		h.logger.Warn("request refused",
+			zap.String("reason", err.ErrStatus.Message),
+			zap.Int32("status", err.ErrStatus.Code),
+			zap.String("remote_addr", r.RemoteAddr),
+			zap.String("method", r.Method),
+			zap.String("host", r.Host),
+			zap.String("uri", r.RequestURI))
+		return refusal.Write(w, err)
+	}
+	if len(id.Recorders) > 0 {
+		h.logger.Warn("the caller's grants name session recorders, and recording is not supported yet: the session is not recorded",
+			zap.String("user", id.User),
+			zap.Stringer("remote_addr", conn.Remote))
+	}
+
+	id.SetHeaders(r.Header)
+	setPlaceholders(r, id)
+	// The identity travels in the context as well: transport kubernetes takes
+	// it from there and writes the headers anew, so that no handler and no
+	// header_up between here and there has a say in it.
+	r = r.WithContext(impersonate.NewContext(r.Context(), id))
+	// Trailers arrive behind the body, when headers have long been looked at.
+	// The API server has no use for any.
+	r.Trailer = nil
+	return next.ServeHTTP(w, r)
+}
+
+// identify returns the connection that r came on and the identity of the peer at
+// its other end, or the reason to refuse r. asked is the impersonation header
+// that the client sent, empty if none.
+func (h *Handler) identify(r *http.Request, asked string) (tailnet.Conn, impersonate.Identity, *apierrors.StatusError) {
+	refuse := func(err *apierrors.StatusError) (tailnet.Conn, impersonate.Identity, *apierrors.StatusError) {
+		return tailnet.Conn{}, impersonate.Identity{}, err
+	}
+
+	// What kind of request?
+	if err := checkProtocol(r); err != nil {
+		return refuse(err)
+	}
+	if err := h.checkOrigin(r); err != nil {
+		return refuse(err)
+	}
+
+	// Which node accepted the connection?
+	select {
+	case <-h.ready:
+	case <-r.Context().Done():
+		return refuse(refusal.TryAgain("the server is starting"))
+	}
+	conn, err := tailnet.ConnFrom(r.Context())
+	if err != nil {
+		return refuse(refusal.Forbidden("%v", err))
+	}
+	node, err := h.nodes.Accepting(conn.Local)
+	if err != nil {
+		return refuse(refusal.Forbidden("%v", err))
+	}
+	if err := h.checkHost(r, node); err != nil {
+		return refuse(err)
+	}
+
+	// Who is the peer?
+	who, err := node.WhoIs(r.Context(), conn)
+	switch {
+	case errors.Is(err, tailnet.ErrPeerNotFound):
+		return refuse(refusal.Forbidden("tailnet node %q knows no peer with the address %v", node.Name, conn.Remote.Addr()))
+	case errors.Is(err, tailnet.ErrSelf):
+		return refuse(refusal.Forbidden("the request comes from tailnet node %q itself, which is no caller", node.Name))
+	case err != nil:
+		return refuse(refusal.TryAgain("tailnet node %q does not say who %v is: %v", node.Name, conn.Remote.Addr(), err))
+	}
+	peer, err := impersonate.PeerFrom(who)
+	if err != nil {
+		return refuse(refusal.Forbidden("no identity for %v: %v", conn.Remote.Addr(), err))
+	}
+
+	// Which user and groups?
+	id, err := peer.Identity(h.Capabilities())
+	if err != nil {
+		return refuse(refusal.Forbidden("no identity for %s: %v", peer, err))
+	}
+	if asked != "" && h.ClientImpersonation != caddyfile.Strip {
+		return refuse(refusal.Forbidden("%s may not act as somebody else: the request asks for it with the header %s, as kubectl --as does", peer, asked))
+	}
+	return conn, id, nil
+}
+
+// checkProtocol refuses what would hide from the checks that follow.
+func checkProtocol(r *http.Request) *apierrors.StatusError {
+	// HTTP/3's connections are not among those that the server hands to
+	// ConnContext, and its CONNECT can turn into a WebSocket behind the
+	// handler's back. 421 sends a client back to HTTP/2 or HTTP/1.1.
+	if r.ProtoMajor > 2 {
+		return refusal.Misdirected("HTTP/3 is not supported; say `protocols h1 h2` in the servers option")
+	}
+	// The same goes for HTTP/2's extended CONNECT. The API server has no use
+	// for CONNECT in any form.
+	if r.Method == http.MethodConnect {
+		return refusal.MethodNotAllowed("method CONNECT is not supported")
+	}
+	return nil
+}
+
+// checkOrigin refuses requests that a browser sends on behalf of another site.
+//
+// A tailnet identity works like a cookie that can neither be withheld nor
+// expires: without this check, any web page that the user of a granted device
+// opens could create objects with a form post, or read Secrets through a
+// WebSocket. The API server does not look at Origin.
+func (h *Handler) checkOrigin(r *http.Request) *apierrors.StatusError {
+	origins, ok := r.Header["Origin"]
+	for _, origin := range origins {
+		if !slices.Contains(h.AllowOrigins, origin) {
+			return refusal.Forbidden("a web page of origin %q sent the request; if it may act as whoever opens it, name the origin in allow_origins", origin)
+		}
+	}
+	if ok {
+		return nil
+	}
+	// A browser leaves Origin out of some requests, such as an image's.
+	for _, site := range r.Header["Sec-Fetch-Site"] {
+		if site != "none" && site != "same-origin" {
+			return refusal.Forbidden("a web page of another site sent the request (Sec-Fetch-Site: %s)", site)
+		}
+	}
+	return nil
+}
+
+// checkHost refuses requests over plain HTTP for a name that is not node's.
+//
+// A web page whose name is made to resolve to the node's address (DNS rebinding)
+// counts as the same origin in a browser, so that checkOrigin does not see it.
+// With TLS the certificate does not match.
+func (h *Handler) checkHost(r *http.Request, node *tailnet.Node) *apierrors.StatusError {
+	if r.TLS != nil || slices.Contains(h.AllowHosts, tailnet.Hostname(r.Host)) {
+		return nil
+	}
+	owns, err := node.Owns(r.Context(), r.Host)
+	if err != nil {
+		return refusal.TryAgain("cannot tell whether host %q is this server: %v", r.Host, err)
+	}
+	if !owns {
+		return refusal.Forbidden("host %q is neither the name nor an address of tailnet node %q; if it is meant for this server, name it in allow_hosts or use https", r.Host, node.Name)
+	}
+	return nil
+}
+
+// setPlaceholders tells the config and the access log who the caller is. The
+// values are set and never expanded: a group named {env.SECRET} stays that.
+func setPlaceholders(r *http.Request, id impersonate.Identity) {
+	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if !ok {
+		return
+	}
+	repl.Set("http.auth.user.id", id.User)
+	repl.Set("http.tailscale_impersonate.user", id.User)
+	repl.Set("http.tailscale_impersonate.groups", strings.Join(id.Groups, ","))
+	repl.Set("http.tailscale_impersonate.node", id.Node)
+	repl.Set("http.tailscale_impersonate.source", string(id.Source))
+}
+
+func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+	h := new(Handler)
+	if err := h.UnmarshalCaddyfile(helper.Dispenser); err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+// Interface guards
+var (
+	_ caddy.Module                = (*Handler)(nil)
+	_ caddy.Provisioner           = (*Handler)(nil)
+	_ caddy.Validator             = (*Handler)(nil)
+	_ caddy.CleanerUpper          = (*Handler)(nil)
+	_ caddyhttp.MiddlewareHandler = (*Handler)(nil)
+	_ caddyevents.Handler         = started{}
+)

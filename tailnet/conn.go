@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tailnet
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"reflect"
+
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+)
+
+// Conn is a connection that arrived over a tailnet.
+type Conn struct {
+	// Remote is the address and port of the peer.
+	Remote netip.AddrPort
+	// Local is the address that the peer dialled: one of the accepting node's.
+	Local netip.Addr
+}
+
+type connKey struct{}
+
+// connOrError is what [ConnContext] leaves in a connection's context.
+type connOrError struct {
+	conn Conn
+	err  error
+}
+
+// ConnContext records in ctx what kind of connection c is. It has the shape of
+// [net/http.Server.ConnContext], which sees a connection before anything is read
+// from it, so nothing that a client sends can change the result.
+func ConnContext(ctx context.Context, c net.Conn) context.Context {
+	conn, err := accepted(c)
+	return context.WithValue(ctx, connKey{}, connOrError{conn, err})
+}
+
+// WithConn returns a copy of ctx in which conn is the accepted connection.
+func WithConn(ctx context.Context, conn Conn) context.Context {
+	return context.WithValue(ctx, connKey{}, connOrError{conn: conn})
+}
+
+// ConnFrom returns the tailnet connection that a request with this context came
+// on. It is an error if the connection came in any other way.
+func ConnFrom(ctx context.Context) (Conn, error) {
+	v, ok := ctx.Value(connKey{}).(connOrError)
+	if !ok {
+		return Conn{}, errors.New("the connection was accepted by a server that does not record where connections come from")
+	}
+	return v.conn, v.err
+}
+
+// accepted returns the tailnet connection at the bottom of c.
+//
+// The layers that it takes off are crypto/tls's and Caddy's own, which pass the
+// addresses on as they are. Any other layer might not: the PROXY protocol's
+// reports the remote address that its client wrote. Such a connection is
+// refused, as is one that ends in a socket of the host.
+func accepted(c net.Conn) (Conn, error) {
+	outermost := c
+	for {
+		switch layer := c.(type) {
+		case *gonet.TCPConn:
+			return tailnetConn(layer)
+		case *tls.Conn:
+			c = layer.NetConn()
+		default:
+			inner, ok := embedded(c, "Conn").(net.Conn)
+			if !ok || !isCaddys(c) {
+				return Conn{}, fmt.Errorf("the connection from %v was not accepted by a tailnet node (it is a %T)", outermost.RemoteAddr(), c)
+			}
+			c = inner
+		}
+	}
+}
+
+func tailnetConn(c net.Conn) (Conn, error) {
+	remote, err := netip.ParseAddrPort(c.RemoteAddr().String())
+	if err != nil {
+		return Conn{}, fmt.Errorf("remote address of a tailnet connection: %w", err)
+	}
+	local, err := netip.ParseAddrPort(c.LocalAddr().String())
+	if err != nil {
+		return Conn{}, fmt.Errorf("local address of a tailnet connection: %w", err)
+	}
+	// An IPv4-mapped IPv6 address is the IPv4 address: nodes and WhoIs know
+	// only that form.
+	return Conn{
+		Remote: netip.AddrPortFrom(remote.Addr().Unmap(), remote.Port()),
+		Local:  local.Addr().Unmap(),
+	}, nil
+}
+
+// isCaddys reports whether v's type is one that Caddy's HTTP server wraps
+// connections in.
+func isCaddys(v any) bool {
+	t := reflect.TypeOf(v)
+	if t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	return t.PkgPath() == "github.com/caddyserver/caddy/v2/modules/caddyhttp"
+}
+
+// embedded returns the value of v's embedded field of that name, or nil. It is
+// how a wrapper without an Unwrap method is looked into, and the only place
+// that looks into other packages' types.
+func embedded(v any, name string) any {
+	s := reflect.Indirect(reflect.ValueOf(v))
+	if s.Kind() != reflect.Struct {
+		return nil
+	}
+	f, ok := s.Type().FieldByName(name)
+	if !ok || !f.Anonymous {
+		return nil
+	}
+	field := s.FieldByIndex(f.Index)
+	if !field.CanInterface() {
+		return nil
+	}
+	return field.Interface()
+}

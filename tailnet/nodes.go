@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tailnet
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+
+	"tailscale.com/tsnet"
+)
+
+// Nodes are the tailnet nodes that one server listens on.
+type Nodes []*Node
+
+// FromListeners returns the tsnet nodes at the bottom of a server's listeners,
+// each once. Listeners that end in anything else contribute none.
+func FromListeners(listeners []net.Listener) Nodes {
+	var nodes Nodes
+	seen := make(map[*tsnet.Server]bool)
+	for _, ln := range listeners {
+		s := server(ln)
+		if s == nil || seen[s] {
+			continue
+		}
+		seen[s] = true
+		nodes = append(nodes, FromServer(s))
+	}
+	return nodes
+}
+
+// server returns the tsnet node that ln listens on, or nil.
+//
+// Listeners come wrapped: by Caddy, by crypto/tls, by the plugin that opened
+// them, by listener wrappers from the config. Every layer is looked through,
+// since what a listener leads to only proposes nodes; that a connection was
+// handed over unaltered is for [ConnContext] to establish.
+func server(ln any) *tsnet.Server {
+	for ln != nil {
+		if s, ok := ln.(interface{ Server() *tsnet.Server }); ok {
+			return s.Server()
+		}
+		if u, ok := ln.(interface{ Unwrap() net.Listener }); ok {
+			ln = u.Unwrap()
+			continue
+		}
+		ln = embedded(ln, "Listener")
+	}
+	return nil
+}
+
+// Accepting returns the node that owns the address local.
+//
+// It is an error if no node does, or more than one: every Headscale tailnet
+// starts at 100.64.0.1, so two nodes of one server can own the same address, and
+// a connection does not tell which of the two accepted it.
+func (nodes Nodes) Accepting(local netip.Addr) (*Node, error) {
+	var owner *Node
+	for _, n := range nodes {
+		switch {
+		case !n.Is(local):
+		case owner != nil:
+			return nil, fmt.Errorf("nodes %q and %q of this server both own the address %v, so it cannot be told which of them accepted the connection; give each a server of its own", owner.Name, n.Name, local)
+		default:
+			owner = n
+		}
+	}
+	if owner == nil {
+		return nil, fmt.Errorf("no tailnet node of this server owns the address %v", local)
+	}
+	return owner, nil
+}

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+	"go.uber.org/zap"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+)
+
+// errNotInPod is returned by inCluster outside of a pod that has a service
+// account.
+var errNotInPod = errors.New("not in a pod with a service account")
+
+// clusterConfig is a cluster configuration as client-go reads it, except that a
+// file with a bearer token is left to us: client-go uses a token from memory
+// when the file is gone, and does not tell.
+type clusterConfig struct {
+	rest *rest.Config
+	// tokenFile is the path of the bearer token's file, empty if there is none.
+	tokenFile string
+}
+
+// inCluster returns the configuration of the cluster whose pod this is.
+func inCluster() (clusterConfig, error) {
+	config, err := rest.InClusterConfig()
+	if errors.Is(err, rest.ErrNotInCluster) || errors.Is(err, os.ErrNotExist) {
+		return clusterConfig{}, fmt.Errorf("%w (%w); outside of a pod, say kubeconfig <path>", errNotInPod, err)
+	}
+	if err != nil {
+		return clusterConfig{}, fmt.Errorf("in_cluster: %w", err)
+	}
+	if config.CAFile == "" {
+		return clusterConfig{}, errors.New("in_cluster: the service account has no readable ca.crt, without which nothing proves that the API server is the cluster's")
+	}
+	tokenFile := config.BearerTokenFile
+	config.BearerToken, config.BearerTokenFile = "", ""
+	return clusterConfig{config, tokenFile}, nil
+}
+
+// fromKubeconfig returns the configuration of a context of the kubeconfig file at
+// path, or of its current context if none is named. It is an error if the
+// configuration does not say who the proxy is, or says so twice.
+func fromKubeconfig(path, contextName string) (clusterConfig, error) {
+	fail := func(err error) (clusterConfig, error) {
+		return clusterConfig{}, fmt.Errorf("kubeconfig %s: %w", path, err)
+	}
+	rules := &clientcmd.ClientConfigLoadingRules{ExplicitPath: path}
+	raw, err := rules.Load()
+	if err != nil {
+		return fail(err)
+	}
+	if contextName == "" {
+		contextName = raw.CurrentContext
+	}
+	if contextName == "" {
+		return fail(errors.New("it has no current context, and none is named"))
+	}
+	kubeContext, ok := raw.Contexts[contextName]
+	if !ok {
+		return fail(fmt.Errorf("it has no context %q", contextName))
+	}
+	user, ok := raw.AuthInfos[kubeContext.AuthInfo]
+	if !ok {
+		return fail(fmt.Errorf("it has no user %q, whom context %q names", kubeContext.AuthInfo, contextName))
+	}
+	if user.Impersonate != "" || user.ImpersonateUID != "" || len(user.ImpersonateGroups) > 0 || len(user.ImpersonateUserExtra) > 0 {
+		return fail(fmt.Errorf("user %q impersonates (as:), and a request can impersonate only one identity: the caller's", kubeContext.AuthInfo))
+	}
+	tokenFile := user.TokenFile
+	user.TokenFile = ""
+	if tokenFile != "" {
+		user.Token = ""
+	}
+	config, err := clientcmd.NewNonInteractiveClientConfig(*raw, contextName, &clientcmd.ConfigOverrides{}, nil).ClientConfig()
+	if err != nil {
+		return fail(err)
+	}
+	if err := checkCredentials(config, tokenFile); err != nil {
+		return fail(fmt.Errorf("user %q: %w", kubeContext.AuthInfo, err))
+	}
+	return clusterConfig{config, tokenFile}, nil
+}
+
+// checkCredentials returns an error unless config holds credentials of exactly
+// one kind. The API server would settle for one of several, a client certificate
+// before a token, and not say which.
+func checkCredentials(config *rest.Config, tokenFile string) error {
+	var kinds []string
+	for _, c := range []struct {
+		kind    string
+		present bool
+	}{
+		{"a client certificate", config.CertFile != "" || len(config.CertData) > 0},
+		{"a token", config.BearerToken != "" || tokenFile != ""},
+		{"a user name and password", config.Username != ""},
+		{"an exec plugin", config.ExecProvider != nil},
+		{"an auth provider", config.AuthProvider != nil},
+	} {
+		if c.present {
+			kinds = append(kinds, c.kind)
+		}
+	}
+	switch len(kinds) {
+	case 0:
+		return errors.New("it has no credentials, which the proxy needs to impersonate anybody")
+	case 1:
+		return nil
+	}
+	return fmt.Errorf("it has %s, of which the API server would pick one", strings.Join(kinds, " and "))
+}
+
+// cluster is an API server, or several behind one name, that requests can be sent
+// to.
+type cluster struct {
+	// base is the URL of the cluster configuration.
+	base *url.URL
+	// token is the bearer token's file, nil if there is none. Other
+	// credentials are attached by the pools.
+	token *tokenFile
+	// bearer is a bearer token that never changes, empty if there is none.
+	bearer string
+	// multiplexed speaks HTTP/2 where the server does. upgradable never does,
+	// as neither SPDY nor a WebSocket can ride on it.
+	multiplexed, upgradable http.RoundTripper
+}
+
+// connect returns the cluster that c configures. It opens no connection.
+func (c clusterConfig) connect(logger *zap.Logger) (*cluster, error) {
+	base, _, err := rest.DefaultServerUrlFor(c.rest)
+	if err != nil {
+		return nil, fmt.Errorf("cluster address %q: %w", c.rest.Host, err)
+	}
+	if base.Scheme != "https" {
+		return nil, fmt.Errorf("cluster address %q: must be https, as credentials go there", c.rest.Host)
+	}
+	base.Path = strings.TrimSuffix(base.Path, "/")
+	if c.rest.Insecure {
+		logger.Warn("the cluster configuration says insecure-skip-tls-verify: whoever answers at the cluster's address is given the proxy's credentials", zap.Stringer("cluster", base))
+	}
+
+	out := &cluster{base: base, bearer: strings.TrimSpace(c.rest.BearerToken)}
+	if c.tokenFile != "" {
+		out.token = &tokenFile{path: c.tokenFile, logger: logger}
+	}
+	config := rest.CopyConfig(c.rest)
+	config.BearerToken = ""
+	config.Dial = dial
+	config.DisableCompression = true // answers are passed on as they come
+	if config.ServerName == "" {
+		// The upstream that is dialled may be any address of the cluster; the
+		// name it has to prove is the cluster's.
+		config.ServerName = base.Hostname()
+	}
+	if out.multiplexed, err = rest.TransportFor(config); err != nil {
+		return nil, fmt.Errorf("cluster %s: %w", base, err)
+	}
+	config.NextProtos = []string{"http/1.1"}
+	if out.upgradable, err = rest.TransportFor(config); err != nil {
+		return nil, fmt.Errorf("cluster %s: %w", base, err)
+	}
+	return out, nil
+}
+
+// dial connects to an upstream that reverse_proxy has chosen. Its errors tell
+// reverse_proxy that nothing has been sent yet.
+func dial(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext(ctx, network, address)
+	if err != nil {
+		return nil, reverseproxy.NewDialError(err)
+	}
+	return conn, nil
+}
+
+// pool returns the connections to send a request over.
+func (c *cluster) pool(upgrade bool) http.RoundTripper {
+	if upgrade {
+		return c.upgradable
+	}
+	return c.multiplexed
+}
+
+// authorization returns the value of the Authorization header, empty if the
+// proxy's credentials are not sent in that header by us. stale is why the value
+// could not be renewed, if it could not; err is why there is none.
+func (c *cluster) authorization() (value string, stale, err error) {
+	token := c.bearer
+	if c.token != nil {
+		token, stale, err = c.token.get()
+		if err != nil {
+			return "", nil, err
+		}
+	}
+	if token == "" {
+		return "", nil, nil
+	}
+	return "Bearer " + token, stale, nil
+}
+
+// close closes the connections that no request uses.
+func (c *cluster) close() {
+	utilnet.CloseIdleConnectionsFor(c.multiplexed)
+	utilnet.CloseIdleConnectionsFor(c.upgradable)
+}
