@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+
+# Everything a clone needs besides Go, make and a C compiler (for the race
+# detector) is built here, once, into lab/.bin.
+
+MODULE := github.com/tailscale-impersonate/caddy-tailscale-impersonate
+BIN    := lab/.bin
+TOOLS  := lab/tools
+
+# The version of module $(2) in go.mod $(1): each pin stands in one place.
+version_in = $(shell awk '$$1 == "$(2)" { print $$2 }' $(1))
+
+CADDY_VERSION      := $(call version_in,go.mod,github.com/caddyserver/caddy/v2)
+KUBERNETES_VERSION := $(call version_in,$(TOOLS)/kubernetes/go.mod,k8s.io/kubernetes)
+
+# How long the lab's tests may take before they count as hung.
+LAB_TEST_TIMEOUT ?= 20m
+
+KUBERNETES_PARTS := etcd kube-apiserver kubectl
+MODULES_WANTED   := http.handlers.tailscale_impersonate http.reverse_proxy.transport.kubernetes
+
+# KUBEBUILDER_ASSETS may name a folder with the parts of Kubernetes. One that
+# lacks any of them is not used at all, as versions had better match.
+ifneq ($(KUBEBUILDER_ASSETS),)
+ASSETS_MISSING := $(foreach part,$(KUBERNETES_PARTS),$(if $(wildcard $(KUBEBUILDER_ASSETS)/$(part)),,$(part)))
+ifeq ($(strip $(ASSETS_MISSING)),)
+KUBERNETES_PARTS :=
+ASSETS_NOTE := using etcd, kube-apiserver and kubectl from KUBEBUILDER_ASSETS=$(KUBEBUILDER_ASSETS)
+else
+unexport KUBEBUILDER_ASSETS
+ASSETS_NOTE := not using KUBEBUILDER_ASSETS=$(KUBEBUILDER_ASSETS), it has no: $(ASSETS_MISSING)
+endif
+endif
+
+# $(call build,name,tools module,package,time it takes,linker flags)
+define build
+	@mkdir -p $(BIN)
+	@echo "==> building $(1) from $(TOOLS)/$(2), once; takes about $(4) when Go has nothing cached"
+	@start=$$(date +%s) && \
+	cd $(TOOLS)/$(2) && go build -ldflags "$(5)" -o ../../.bin/$(1) $(3) && touch ../../.bin/$(1) && \
+	echo "==> built $(1) in $$(( $$(date +%s) - start )) s"
+endef
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help components assets-note demo test lint xcaddy clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+components: assets-note $(addprefix $(BIN)/,$(KUBERNETES_PARTS) headscale) ## build what the lab runs (once)
+
+assets-note:
+	@$(if $(ASSETS_NOTE),echo "==> $(ASSETS_NOTE)",:)
+
+demo: components ## bring the lab up and show who may do what; ONCE=1 stops after the table
+	cd lab && go run ./cmd/demo $(if $(filter-out 0,$(ONCE)),-once)
+
+# The lab's outcomes depend on processes that Go's test cache knows nothing about.
+test: components ## run every test with the race detector
+	@failed=; \
+	echo "==> go test -race ./..."; \
+	go test -race ./... || failed="$$failed root"; \
+	echo "==> (in lab) go test -race -count=1 -timeout $(LAB_TEST_TIMEOUT) ./..."; \
+	(cd lab && go test -race -count=1 -timeout $(LAB_TEST_TIMEOUT) ./...) || failed="$$failed lab"; \
+	if [ -n "$$failed" ]; then echo "==> tests failed in:$$failed"; exit 1; fi; \
+	echo "==> all tests passed"
+
+lint: $(BIN)/golangci-lint ## run the linters over both modules
+	@failed=; \
+	for dir in . lab; do \
+		echo "==> (in $$dir) golangci-lint run"; \
+		(cd $$dir && "$(CURDIR)/$(BIN)/golangci-lint" run --config "$(CURDIR)/.golangci.yml" ./...) || failed="$$failed $$dir"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "==> lint failed in:$$failed"; exit 1; fi
+
+xcaddy: $(BIN)/xcaddy ## build Caddy with the plugin through xcaddy, and look for its modules
+	@echo "==> xcaddy build $(CADDY_VERSION) --with $(MODULE)"
+	$(BIN)/xcaddy build $(CADDY_VERSION) --with $(MODULE)@v0.0.0=$(CURDIR) --output $(BIN)/caddy
+	@$(BIN)/caddy list-modules > $(BIN)/caddy.modules
+	@for module in $(MODULES_WANTED); do \
+		grep -qx "$$module" $(BIN)/caddy.modules || { echo "==> $(BIN)/caddy has no module $$module"; exit 1; }; \
+		echo "==> $(BIN)/caddy has $$module"; \
+	done
+
+clean: ## remove everything that was built, and what lab runs left
+	rm -rf $(BIN) lab/.run
+
+$(BIN)/etcd: $(TOOLS)/etcd/go.mod $(TOOLS)/etcd/go.sum
+	$(call build,etcd,etcd,go.etcd.io/etcd/server/v3,20 seconds)
+
+# Without the version the server calls itself v0.0.0-master.
+$(BIN)/kube-apiserver: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
+	$(call build,kube-apiserver,kubernetes,k8s.io/kubernetes/cmd/kube-apiserver,4 minutes,-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION))
+
+$(BIN)/kubectl: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
+	$(call build,kubectl,kubernetes,k8s.io/kubernetes/cmd/kubectl,1 minute,-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION))
+
+$(BIN)/headscale: $(TOOLS)/headscale/go.mod $(TOOLS)/headscale/go.sum
+	$(call build,headscale,headscale,github.com/juanfont/headscale/cmd/headscale,90 seconds)
+
+$(BIN)/xcaddy: $(TOOLS)/xcaddy/go.mod $(TOOLS)/xcaddy/go.sum
+	$(call build,xcaddy,xcaddy,github.com/caddyserver/xcaddy/cmd/xcaddy,10 seconds)
+
+$(BIN)/golangci-lint: $(TOOLS)/golangci-lint/go.mod $(TOOLS)/golangci-lint/go.sum
+	$(call build,golangci-lint,golangci-lint,github.com/golangci/golangci-lint/v2/cmd/golangci-lint,4 minutes)

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"tailscale.com/tsnet"
+
+	// The modules that the lab's Caddyfiles use.
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
+)
+
+// Caddy is the Caddy of this process, which is the only one it can have.
+type Caddy struct {
+	lab *Lab
+}
+
+// Globals returns the global options of a Caddyfile for the lab, further ones
+// included. Nothing in them leaves the lab, and the log goes to a file: the one
+// named default stays on standard error and is silenced, since Caddy would
+// announce there that it was redirected.
+func (l *Lab) Globals(authKey string, further ...string) string {
+	globals := fmt.Sprintf(`{
+	admin off
+	persist_config off
+	skip_install_trust
+	auto_https disable_redirects
+	storage file_system %[1]s
+	log default {
+		level PANIC
+	}
+	log lab {
+		output file %[2]s
+		format json
+		level INFO
+	}
+	tailscale {
+		control_url %[3]s
+		auth_key %[4]s
+		state_dir %[5]s
+	}
+	servers {
+		protocols h1 h2
+		max_header_size 1MiB
+	}
+`, filepath.Join(l.Dir, "caddy"), l.Log("caddy"), l.Headscale.URL(), authKey, filepath.Join(l.Dir, "nodes"))
+	for _, option := range further {
+		globals += indent(option) + "\n"
+	}
+	return globals + "}\n"
+}
+
+// startCaddy runs Caddy with a Caddyfile and waits until the node of the proxy is
+// on the tailnet.
+func startCaddy(ctx context.Context, l *Lab, caddyfile string) (*Caddy, error) {
+	c := &Caddy{lab: l}
+	if err := c.Load(caddyfile); err != nil {
+		return nil, fmt.Errorf("%w (log: %s)", err, l.Log("caddy"))
+	}
+	if _, err := c.Node(ctx, ProxyName); err != nil {
+		return nil, errors.Join(fmt.Errorf("%w (log: %s)", err, l.Log("caddy")), c.Stop())
+	}
+	return c, nil
+}
+
+// Load makes Caddy run a Caddyfile, in place of the one that it ran before.
+func (c *Caddy) Load(caddyfile string) error {
+	if err := os.WriteFile(filepath.Join(c.lab.Dir, "Caddyfile"), []byte(caddyfile), 0o600); err != nil {
+		return err
+	}
+	adapted, err := Adapt(caddyfile)
+	if err != nil {
+		return err
+	}
+	return caddy.Load(adapted, true)
+}
+
+// Adapt returns the JSON of a Caddyfile. Warnings are errors.
+func Adapt(caddyfile string) ([]byte, error) {
+	adapted, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), map[string]any{"filename": "Caddyfile"})
+	if err != nil {
+		return nil, fmt.Errorf("adapting the Caddyfile: %w", err)
+	}
+	for _, w := range warnings {
+		// Not a matter of content.
+		if w.Message != "Caddyfile input is not formatted; run 'caddy fmt --overwrite' to fix inconsistencies" {
+			return nil, fmt.Errorf("adapting the Caddyfile: %s", w)
+		}
+	}
+	return adapted, nil
+}
+
+// Node waits until the tailnet node that Caddy listens on under that name is
+// connected, and returns it.
+func (c *Caddy) Node(ctx context.Context, name string) (*tsnet.Server, error) {
+	node, ok := standin.Node(name)
+	if !ok {
+		return nil, fmt.Errorf("caddy listens on no tailnet node %q", name)
+	}
+	if _, err := node.Up(ctx); err != nil {
+		return nil, fmt.Errorf("tailnet node %q: %w", name, err)
+	}
+	return node, nil
+}
+
+// CA returns the certificate of the authority that issues the certificates of
+// sites that say `tls internal`.
+func (c *Caddy) CA() ([]byte, error) {
+	return os.ReadFile(filepath.Join(c.lab.Dir, "caddy", "pki", "authorities", "local", "root.crt"))
+}
+
+// Stop stops Caddy and the tailnet nodes that it listens on.
+func (c *Caddy) Stop() error { return caddy.Stop() }

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/tools/clientcmd/api"
+	"tailscale.com/tsnet"
+)
+
+// Caller is a device on the tailnet that calls the API server.
+type Caller struct {
+	CallerSpec
+	// Server is its tailnet node.
+	Server *tsnet.Server
+	// Kubeconfig is the path of a kubeconfig file for kubectl as this caller.
+	// It holds no credentials: being on the tailnet is the credential. What it
+	// holds instead is the way into this one node of it, a SOCKS proxy on
+	// loopback that only the file's reader can use.
+	Kubeconfig string
+
+	lab   *Lab
+	log   *os.File
+	proxy *url.URL
+}
+
+// Join connects a further caller to the tailnet. It is stopped with the lab.
+func (l *Lab) Join(ctx context.Context, spec CallerSpec) (*Caller, error) {
+	c := &Caller{CallerSpec: spec, lab: l}
+	if err := c.join(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("joining the tailnet: %w (log: %s)", err, l.Log(spec.Name)), c.Stop())
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.Callers[spec.Name] = c
+	return c, nil
+}
+
+func (c *Caller) join(ctx context.Context) error {
+	key, err := c.key(ctx)
+	if err != nil {
+		return err
+	}
+	if c.log, err = os.Create(c.lab.Log(c.Name)); err != nil {
+		return err
+	}
+	logf := func(format string, args ...any) { fmt.Fprintf(c.log, format+"\n", args...) }
+	c.Server = &tsnet.Server{
+		Hostname:   c.Name,
+		Dir:        filepath.Join(c.lab.Dir, "callers", c.Name),
+		ControlURL: c.lab.Headscale.URL(),
+		AuthKey:    key,
+		Ephemeral:  true,
+		Logf:       logf,
+		UserLogf:   logf,
+	}
+	if _, err := c.Server.Up(ctx); err != nil {
+		return err
+	}
+	addr, password, _, err := c.Server.Loopback()
+	if err != nil {
+		return err
+	}
+	c.proxy = &url.URL{Scheme: "socks5", User: url.UserPassword("tsnet", password), Host: addr}
+	c.Kubeconfig = filepath.Join(c.lab.Dir, c.Name+".kubeconfig")
+	return c.WriteKubeconfig(c.Kubeconfig, "https://"+ProxyName+"."+Domain)
+}
+
+// key returns a key for joining as what the caller is.
+func (c *Caller) key(ctx context.Context) (string, error) {
+	if len(c.Tags) > 0 {
+		return c.lab.Headscale.TagKey(ctx, c.Tags...)
+	}
+	if err := c.lab.Headscale.CreateUser(ctx, c.Login); err != nil {
+		return "", err
+	}
+	return c.lab.Headscale.UserKey(ctx, c.Login)
+}
+
+// Dial connects to an address of the tailnet as this caller.
+func (c *Caller) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	return c.Server.Dial(ctx, network, address)
+}
+
+// REST returns a client configuration for the API server as this caller.
+func (c *Caller) REST() (*rest.Config, error) {
+	config, err := clientcmd.BuildConfigFromFlags("", c.Kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	config.Proxy = nil
+	config.Dial = c.Dial
+	return config, nil
+}
+
+// WriteKubeconfig writes a kubeconfig for kubectl as this caller to path, for the
+// proxy at that URL.
+func (c *Caller) WriteKubeconfig(path, server string) error {
+	cluster := &api.Cluster{Server: server, ProxyURL: c.proxy.String()}
+	if u, err := url.Parse(server); err == nil && u.Scheme == "https" {
+		if cluster.CertificateAuthorityData, err = c.lab.Caddy.CA(); err != nil {
+			return err
+		}
+	}
+	return clientcmd.WriteToFile(api.Config{
+		Clusters:       map[string]*api.Cluster{"lab": cluster},
+		AuthInfos:      map[string]*api.AuthInfo{c.Name: {}},
+		Contexts:       map[string]*api.Context{"lab": {Cluster: "lab", AuthInfo: c.Name}},
+		CurrentContext: "lab",
+	}, path)
+}
+
+// Stop takes the caller off the tailnet.
+func (c *Caller) Stop() error {
+	var errs []error
+	if c.Server != nil {
+		errs = append(errs, c.Server.Close())
+	}
+	if c.log != nil {
+		errs = append(errs, c.log.Close())
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"sigs.k8s.io/controller-runtime/pkg/envtest"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/pki"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/process"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/kubelet"
+)
+
+const (
+	// startTimeout is how long etcd and kube-apiserver may each take to answer.
+	// They take about three seconds on an idle machine.
+	startTimeout = time.Minute
+
+	// stopTimeout is how long each may take to stop before it is killed.
+	stopTimeout = 20 * time.Second
+)
+
+// What is in the folder of a cluster, beside the components' logs and the
+// kubelet's folder.
+const (
+	dataDir  = "etcd"
+	certsDir = "certs"
+	auditLog = "audit.log"
+)
+
+// auditPolicy logs every request once, when it is answered. Requests that stay
+// open, such as watches and exec, are logged when they begin as well.
+const auditPolicy = `apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+  - level: Metadata
+`
+
+// Config says how to run a cluster.
+type Config struct {
+	// AssetsDir is the folder with etcd and kube-apiserver. Default: that of
+	// the lab. As in envtest, $KUBEBUILDER_ASSETS overrides both.
+	AssetsDir string
+
+	// Dir is the folder for everything the cluster writes, its logs included.
+	// It is created if necessary. It stays when the cluster is stopped, except
+	// for etcd's data.
+	Dir string
+}
+
+// Cluster is a running cluster.
+type Cluster struct {
+	dir        string
+	etcd       *component
+	apiServer  *component
+	plane      envtest.ControlPlane
+	kubelet    *kubelet.Server
+	ca         *pki.CA // of the kubelet, and of the API server towards it
+	admin      *rest.Config
+	client     kubernetes.Interface
+	watch      *podWatch
+	controller *process.Process
+}
+
+// Start starts a cluster and waits until it can be used. If that fails, the
+// error names the component that failed, the reason, and its log.
+func Start(ctx context.Context, cfg Config) (*Cluster, error) {
+	dir, err := filepath.Abs(cfg.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("start cluster: %w", err)
+	}
+	c := &Cluster{dir: dir}
+	if err := c.start(ctx, cfg.AssetsDir); err != nil {
+		return nil, errors.Join(fmt.Errorf("start cluster: %w", err), c.Stop())
+	}
+	return c, nil
+}
+
+// start does the work of Start, which stops what it has begun when it fails.
+func (c *Cluster) start(ctx context.Context, assets string) error {
+	// Whatever a cluster that was killed has left here is of no use to this one,
+	// and envtest would keep its certificates.
+	for _, name := range []string{dataDir, certsDir, auditLog} {
+		if err := os.RemoveAll(c.path(name)); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{dataDir, certsDir} {
+		if err := os.MkdirAll(c.path(name), 0o700); err != nil {
+			return err
+		}
+	}
+	if err := c.startKubelet(); err != nil {
+		return err
+	}
+	if err := c.startEtcd(ctx, assets); err != nil {
+		return err
+	}
+	if err := c.startAPIServer(ctx, assets); err != nil {
+		return err
+	}
+	if err := c.startController(ctx); err != nil {
+		return err
+	}
+	return c.startNode(ctx)
+}
+
+// startKubelet starts the endpoint of the node.
+func (c *Cluster) startKubelet() (err error) {
+	if c.ca, err = pki.NewCA("lab kubelet"); err != nil {
+		return err
+	}
+	cert, err := c.ca.Server()
+	if err != nil {
+		return err
+	}
+	c.kubelet, err = kubelet.Start(kubelet.Config{
+		Dir:         c.path("kubelet"),
+		Certificate: cert,
+		ClientCA:    c.ca.Pool(),
+	})
+	return err
+}
+
+// startEtcd starts etcd.
+func (c *Cluster) startEtcd(ctx context.Context, assets string) (err error) {
+	if c.etcd, err = newComponent("etcd", assets, c.dir); err != nil {
+		return err
+	}
+	c.plane.Etcd = &envtest.Etcd{
+		Path:         c.etcd.wrapper,
+		DataDir:      c.path(dataDir),
+		Out:          c.etcd.log,
+		Err:          c.etcd.log,
+		StartTimeout: startTimeout,
+		StopTimeout:  stopTimeout,
+	}
+	return c.etcd.start(ctx, c.plane.Etcd.Start)
+}
+
+// startAPIServer starts kube-apiserver and makes the administrator's client.
+func (c *Cluster) startAPIServer(ctx context.Context, assets string) (err error) {
+	if c.apiServer, err = newComponent("kube-apiserver", assets, c.dir); err != nil {
+		return err
+	}
+	clientCert, clientKey, err := c.ca.Client("kube-apiserver")
+	if err != nil {
+		return err
+	}
+	certs := c.path(certsDir)
+	for name, content := range map[string][]byte{
+		"audit-policy.yaml":  []byte(auditPolicy),
+		"kubelet-ca.crt":     c.ca.PEM(),
+		"kubelet-client.crt": clientCert,
+		"kubelet-client.key": clientKey,
+	} {
+		if err := os.WriteFile(filepath.Join(certs, name), content, 0o600); err != nil {
+			return err
+		}
+	}
+	server := &envtest.APIServer{
+		Path:         c.apiServer.wrapper,
+		CertDir:      certs,
+		EtcdURL:      c.plane.Etcd.URL,
+		Out:          c.apiServer.log,
+		Err:          c.apiServer.log,
+		StartTimeout: startTimeout,
+		StopTimeout:  stopTimeout,
+	}
+	c.plane.APIServer = server
+	server.Configure().
+		Set("audit-policy-file", filepath.Join(certs, "audit-policy.yaml")).
+		Set("audit-log-path", c.AuditLog()).
+		// The two know each other by their certificates, as in any cluster
+		// worth the name.
+		Set("kubelet-certificate-authority", filepath.Join(certs, "kubelet-ca.crt")).
+		Set("kubelet-client-certificate", filepath.Join(certs, "kubelet-client.crt")).
+		Set("kubelet-client-key", filepath.Join(certs, "kubelet-client.key")).
+		Set("kubelet-preferred-address-types", "InternalIP")
+	if err := c.apiServer.start(ctx, server.Start); err != nil {
+		return err
+	}
+	admin, err := c.plane.AddUser(
+		envtest.User{Name: "lab-admin", Groups: []string{"system:masters"}},
+		&rest.Config{QPS: -1}, // no rate limit of the client's own
+	)
+	if err != nil {
+		return fmt.Errorf("kube-apiserver: %w", err)
+	}
+	c.admin = admin.Config()
+	c.admin.Host = strings.TrimSuffix(c.admin.Host, "/")
+	c.client, err = kubernetes.NewForConfig(c.admin)
+	return err
+}
+
+// Stop stops the cluster, waits until every process is gone, and removes etcd's
+// data and the certificates.
+func (c *Cluster) Stop() error {
+	var errs []error
+	if c.watch != nil {
+		c.watch.stop()
+	}
+	if c.kubelet != nil { // and with it the streams through the API server
+		errs = append(errs, c.kubelet.Stop())
+	}
+	if c.controller != nil {
+		errs = append(errs, c.controller.Stop(stopTimeout))
+	}
+	if c.plane.APIServer != nil {
+		errs = append(errs, c.plane.APIServer.Stop())
+	}
+	if c.plane.Etcd != nil {
+		errs = append(errs, c.plane.Etcd.Stop())
+	}
+	for _, component := range []*component{c.apiServer, c.etcd} {
+		if component != nil {
+			errs = append(errs, component.release())
+		}
+	}
+	for _, name := range []string{dataDir, certsDir} {
+		errs = append(errs, os.RemoveAll(c.path(name)))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("stop cluster: %w", err)
+	}
+	return nil
+}
+
+// Host returns the URL of the API server, without a path.
+func (c *Cluster) Host() string { return c.admin.Host }
+
+// CA returns the certificate of the authority that has signed the API server's,
+// as PEM.
+func (c *Cluster) CA() []byte { return c.admin.CAData }
+
+// Admin returns a new configuration for clients that may do everything.
+func (c *Cluster) Admin() *rest.Config { return rest.CopyConfig(c.admin) }
+
+// AuditLog returns the file with one audit event per line, as JSON: who asked
+// for what, as whom, and what became of it.
+func (c *Cluster) AuditLog() string { return c.path(auditLog) }
+
+// path returns the path of a file in the cluster's folder.
+func (c *Cluster) path(name string) string { return filepath.Join(c.dir, name) }

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
+)
+
+// component is a process that envtest starts. Left to itself, envtest cannot be
+// interrupted while it waits for one, and one outlives a lab that is killed. So
+// it is given a shell script in place of the binary, which notes the process ID
+// and asks the kernel to kill the process along with its parent.
+type component struct {
+	name    string
+	wrapper string // the script
+	pidFile string
+	log     *os.File
+	ended   chan struct{} // closed by release
+}
+
+// newComponent returns the component whose binary has the given name. Its files
+// are in dir.
+func newComponent(name, assets, dir string) (*component, error) {
+	var binary string
+	var err error
+	if assets != "" && os.Getenv(components.EnvKubernetes) == "" {
+		binary, err = components.In(assets, name)
+	} else {
+		binary, err = components.Path(name)
+	}
+	if err != nil {
+		return nil, err
+	}
+	c := &component{
+		name:    name,
+		wrapper: filepath.Join(dir, certsDir, name+".sh"),
+		pidFile: filepath.Join(dir, certsDir, name+".pid"),
+		ended:   make(chan struct{}),
+	}
+	run := "exec"
+	if setpriv, err := exec.LookPath("setpriv"); err == nil && runtime.GOOS == "linux" {
+		run = "exec " + quote(setpriv) + " --pdeathsig KILL --"
+	}
+	// envtest also starts the binary to ask for its flags: that is not the one
+	// to remember.
+	script := fmt.Sprintf("#!/bin/sh\n[ \"$1\" = --help ] || echo $$ > %s\n%s %s \"$@\"\n",
+		quote(c.pidFile), run, quote(binary))
+	if err := os.WriteFile(c.wrapper, []byte(script), 0o700); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	c.log, err = os.OpenFile(filepath.Join(dir, name+".log"), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return c, nil
+}
+
+// start calls run, which starts the component and waits until it answers. If ctx
+// ends meanwhile, it kills the component.
+func (c *component) start(ctx context.Context, run func() error) error {
+	if ctx.Err() != nil {
+		return fmt.Errorf("%s: %w", c.name, context.Cause(ctx))
+	}
+	result := make(chan error, 1)
+	go func() {
+		// To the kernel the parent is the thread that forked, not the process.
+		// This goroutine keeps its thread for as long as the component lives.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		result <- run()
+		<-c.ended
+	}()
+	select {
+	case err := <-result:
+		if err != nil {
+			return fmt.Errorf("%s: %w: %s (log: %s)", c.name, err, c.lastLogLine(), c.log.Name())
+		}
+		return nil
+	case <-ctx.Done():
+	}
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		c.kill() // it may not have been started yet
+		select {
+		case <-result:
+			return fmt.Errorf("%s: %w (log: %s)", c.name, context.Cause(ctx), c.log.Name())
+		case <-tick.C:
+		}
+	}
+}
+
+// kill kills the process, if there is one.
+func (c *component) kill() {
+	if pid := c.pid(); pid > 1 {
+		_ = syscall.Kill(-pid, syscall.SIGKILL) // fails if it has ended
+	}
+}
+
+// pid returns the ID of the process, which is also that of its group, or 0 if it
+// has not been started.
+func (c *component) pid() int {
+	b, err := os.ReadFile(c.pidFile)
+	if err != nil {
+		return 0
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return 0 // the script is about to write it
+	}
+	return pid
+}
+
+// release frees what was needed while the process ran. It may only be called
+// once envtest has stopped the process.
+func (c *component) release() error {
+	close(c.ended)
+	if err := c.log.Close(); err != nil && !errors.Is(err, fs.ErrClosed) {
+		return fmt.Errorf("%s: %w", c.name, err)
+	}
+	return nil
+}
+
+// lastLogLine returns the last line the component has logged: as a rule that is
+// why it has ended.
+func (c *component) lastLogLine() string {
+	log, err := os.ReadFile(c.log.Name())
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimSpace(string(log)), "\n")
+	return lines[len(lines)-1]
+}
+
+// quote quotes s for the shell.
+func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/kubelet"
+)
+
+const (
+	// NodeName is the name of the cluster's node.
+	NodeName = "lab"
+
+	// ContainerName is the name of the only container of every pod.
+	ContainerName = "main"
+)
+
+// startNode creates the node and begins to look after its pods.
+func (c *Cluster) startNode(ctx context.Context) error {
+	now := metav1.Now()
+	node := &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: NodeName, Labels: map[string]string{corev1.LabelHostname: NodeName}},
+		Status: corev1.NodeStatus{
+			Addresses: []corev1.NodeAddress{
+				{Type: corev1.NodeInternalIP, Address: "127.0.0.1"},
+				{Type: corev1.NodeHostName, Address: NodeName},
+			},
+			Capacity: corev1.ResourceList{corev1.ResourcePods: resource.MustParse("110")},
+			Conditions: []corev1.NodeCondition{{
+				Type: corev1.NodeReady, Status: corev1.ConditionTrue, Reason: "KubeletReady",
+				LastHeartbeatTime: now, LastTransitionTime: now,
+			}},
+			DaemonEndpoints: corev1.NodeDaemonEndpoints{
+				KubeletEndpoint: corev1.DaemonEndpoint{Port: int32(c.kubelet.Port())},
+			},
+		},
+	}
+	if _, err := c.client.CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{}); err != nil {
+		return fmt.Errorf("create node: %w", err)
+	}
+	// The API server creates this namespace itself, shortly after it is ready.
+	err := poll(ctx, func() (bool, error) {
+		_, err := c.client.CoreV1().Namespaces().Get(ctx, metav1.NamespaceDefault, metav1.GetOptions{})
+		if apierrors.IsNotFound(err) {
+			return false, nil
+		}
+		return err == nil, err
+	})
+	if err != nil {
+		return fmt.Errorf("wait for namespace %s: %w", metav1.NamespaceDefault, err)
+	}
+	if c.watch, err = watchPods(ctx, c.client, c.kubelet); err != nil {
+		return fmt.Errorf("watch pods: %w", err)
+	}
+	return nil
+}
+
+// RunPod creates a pod whose only container runs command, as a process on this
+// machine, and returns once it runs and its status says so. The namespace has to
+// exist.
+func (c *Cluster) RunPod(ctx context.Context, namespace, name string, command []string) error {
+	pods := c.client.CoreV1().Pods(namespace)
+	pod, err := pods.Create(ctx, &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"app": name}},
+		Spec: corev1.PodSpec{
+			NodeName: NodeName,
+			Containers: []corev1.Container{{
+				Name:    ContainerName,
+				Image:   "lab.example/process", // there is none
+				Command: command,
+				Stdin:   true,
+			}},
+		},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		return fmt.Errorf("run pod %s/%s: %w", namespace, name, err)
+	}
+	err = c.kubelet.AddPod(namespace, name, ContainerName, command)
+	if err == nil {
+		pod.Status = runningStatus(pod)
+		_, err = pods.UpdateStatus(ctx, pod, metav1.UpdateOptions{})
+	}
+	if err != nil {
+		c.kubelet.RemovePod(namespace, name)
+		return errors.Join(
+			fmt.Errorf("run pod %s/%s: %w", namespace, name, err),
+			deletePod(context.WithoutCancel(ctx), c.client, pod))
+	}
+	return nil
+}
+
+// runningStatus returns the status of a pod that runs.
+func runningStatus(pod *corev1.Pod) corev1.PodStatus {
+	now := metav1.Now()
+	started := true
+	status := corev1.PodStatus{
+		Phase:     corev1.PodRunning,
+		HostIP:    "127.0.0.1",
+		PodIP:     "127.0.0.1",
+		PodIPs:    []corev1.PodIP{{IP: "127.0.0.1"}},
+		StartTime: &now,
+		ContainerStatuses: []corev1.ContainerStatus{{
+			Name:        ContainerName,
+			Image:       pod.Spec.Containers[0].Image,
+			ContainerID: "lab://" + string(pod.UID),
+			Ready:       true,
+			Started:     &started,
+			State:       corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: now}},
+		}},
+	}
+	for _, condition := range []corev1.PodConditionType{
+		corev1.PodScheduled, corev1.PodInitialized, corev1.ContainersReady, corev1.PodReady,
+	} {
+		status.Conditions = append(status.Conditions, corev1.PodCondition{
+			Type: condition, Status: corev1.ConditionTrue, LastTransitionTime: now,
+		})
+	}
+	return status
+}
+
+// podWatch ends pods that are being deleted. Somebody deletes a pod by marking
+// it; it is up to the kubelet to kill the processes and to let go of it.
+type podWatch struct {
+	cancel  context.CancelFunc
+	factory informers.SharedInformerFactory
+}
+
+// watchPods starts a podWatch.
+func watchPods(ctx context.Context, client kubernetes.Interface, k *kubelet.Server) (*podWatch, error) {
+	watchCtx, cancel := context.WithCancel(context.Background())
+	factory := informers.NewSharedInformerFactoryWithOptions(client, 0,
+		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
+			o.FieldSelector = fields.OneTermEqualSelector("spec.nodeName", NodeName).String()
+		}))
+	w := &podWatch{cancel: cancel, factory: factory}
+	informer := factory.Core().V1().Pods().Informer()
+	_, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		UpdateFunc: func(_, obj any) {
+			if pod, ok := obj.(*corev1.Pod); ok && pod.DeletionTimestamp != nil {
+				k.RemovePod(pod.Namespace, pod.Name)
+				// If this fails, the pod is gone or the cluster is being
+				// stopped.
+				_ = deletePod(watchCtx, client, pod)
+			}
+		},
+		DeleteFunc: func(obj any) { // with --force nobody asks the kubelet
+			if pod, ok := obj.(*corev1.Pod); ok {
+				k.RemovePod(pod.Namespace, pod.Name)
+			}
+		},
+	})
+	if err != nil {
+		w.stop()
+		return nil, err
+	}
+	factory.Start(watchCtx.Done())
+	if !cache.WaitForCacheSync(ctx.Done(), informer.HasSynced) {
+		w.stop()
+		return nil, context.Cause(ctx)
+	}
+	return w, nil
+}
+
+// stop stops the watch and waits until it has ended.
+func (w *podWatch) stop() {
+	w.cancel()
+	w.factory.Shutdown()
+}
+
+// deletePod deletes a pod at once.
+func deletePod(ctx context.Context, client kubernetes.Interface, pod *corev1.Pod) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	opts := metav1.NewDeleteOptions(0)
+	opts.Preconditions = metav1.NewUIDPreconditions(string(pod.UID))
+	return client.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, *opts)
+}
+
+// poll calls done until it reports true, fails, or ctx ends.
+func poll(ctx context.Context, done func() (bool, error)) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if ok, err := done(); ok || err != nil {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}

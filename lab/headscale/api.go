@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package headscale
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"time"
+)
+
+// keyLifetime is how long a pre-auth key is valid. A demo may stay up for days.
+const keyLifetime = 30 * 24 * time.Hour
+
+// CreateUser creates a user with the given login name, such as
+// alice@example.com.
+func (s *Server) CreateUser(ctx context.Context, login string) error {
+	err := s.call(ctx, http.MethodPost, "user", map[string]string{"name": login}, nil)
+	if err != nil {
+		return fmt.Errorf("create user %q: %w", login, err)
+	}
+	return nil
+}
+
+// UserKey returns a pre-auth key with which any number of nodes can join as
+// devices of the user with the given login name.
+func (s *Server) UserKey(ctx context.Context, login string) (string, error) {
+	var answer struct {
+		Users []struct {
+			ID   string `json:"id"`
+			Name string `json:"name"`
+		} `json:"users"`
+	}
+	if err := s.call(ctx, http.MethodGet, "user?name="+url.QueryEscape(login), nil, &answer); err != nil {
+		return "", fmt.Errorf("key for user %q: %w", login, err)
+	}
+	if len(answer.Users) != 1 {
+		return "", fmt.Errorf("key for user %q: there are %d users of that name", login, len(answer.Users))
+	}
+	key, err := s.createKey(ctx, map[string]any{"user": answer.Users[0].ID})
+	if err != nil {
+		return "", fmt.Errorf("key for user %q: %w", login, err)
+	}
+	return key, nil
+}
+
+// TagKey returns a pre-auth key with which any number of nodes can join with the
+// given tags, such as tag:k8s.
+func (s *Server) TagKey(ctx context.Context, tags ...string) (string, error) {
+	if len(tags) == 0 {
+		return "", fmt.Errorf("key for tags: no tags given")
+	}
+	key, err := s.createKey(ctx, map[string]any{"aclTags": tags})
+	if err != nil {
+		return "", fmt.Errorf("key for tags %q: %w", tags, err)
+	}
+	return key, nil
+}
+
+// createKey creates the pre-auth key that req describes.
+func (s *Server) createKey(ctx context.Context, req map[string]any) (string, error) {
+	req["reusable"] = true
+	req["expiration"] = time.Now().Add(keyLifetime).UTC().Format(time.RFC3339)
+	var answer struct {
+		PreAuthKey struct {
+			Key string `json:"key"`
+		} `json:"preAuthKey"`
+	}
+	if err := s.call(ctx, http.MethodPost, "preauthkey", req, &answer); err != nil {
+		return "", err
+	}
+	return answer.PreAuthKey.Key, nil
+}
+
+// DeleteNode removes the node with the given name, without the domain, from the
+// tailnet.
+func (s *Server) DeleteNode(ctx context.Context, name string) error {
+	id, err := s.nodeID(ctx, name)
+	if err == nil {
+		err = s.call(ctx, http.MethodDelete, "node/"+id, nil, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("delete node %q: %w", name, err)
+	}
+	return nil
+}
+
+// ExpireNode expires the key of the node with the given name, without the
+// domain: it stays in the tailnet, but has to log in again.
+func (s *Server) ExpireNode(ctx context.Context, name string) error {
+	id, err := s.nodeID(ctx, name)
+	if err == nil {
+		err = s.call(ctx, http.MethodPost, "node/"+id+"/expire", nil, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("expire node %q: %w", name, err)
+	}
+	return nil
+}
+
+// nodeID returns the ID of the node with the given name.
+func (s *Server) nodeID(ctx context.Context, name string) (string, error) {
+	type node struct {
+		ID        string `json:"id"`
+		GivenName string `json:"givenName"`
+	}
+	var answer struct {
+		Nodes []node `json:"nodes"`
+	}
+	if err := s.call(ctx, http.MethodGet, "node", nil, &answer); err != nil {
+		return "", err
+	}
+	i := slices.IndexFunc(answer.Nodes, func(n node) bool { return n.GivenName == name })
+	if i < 0 {
+		return "", fmt.Errorf("no such node among %d", len(answer.Nodes))
+	}
+	return answer.Nodes[i].ID, nil
+}
+
+// call sends in to a method of Headscale's API and reads its answer into out.
+// Either may be nil.
+func (s *Server) call(ctx context.Context, method, path string, in, out any) error {
+	var body io.Reader
+	if in != nil {
+		b, err := json.Marshal(in)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, s.url+"/api/v1/"+path, body)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Authorization", "Bearer "+s.apiKey)
+	req.Header.Set("Content-Type", "application/json")
+	res, err := s.http.Do(req)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	answer, err := io.ReadAll(res.Body)
+	if err != nil {
+		return fmt.Errorf("read answer: %w", err)
+	}
+	if res.StatusCode != http.StatusOK {
+		var failure struct {
+			Message string `json:"message"`
+		}
+		if json.Unmarshal(answer, &failure) == nil && failure.Message != "" {
+			return fmt.Errorf("headscale: %s", failure.Message)
+		}
+		return fmt.Errorf("headscale: %s: %s", strconv.Quote(res.Status), answer)
+	}
+	if out == nil {
+		return nil
+	}
+	if err := json.Unmarshal(answer, out); err != nil {
+		return fmt.Errorf("read answer: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package headscale
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+
+	"tailscale.com/derp/derpserver"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/pki"
+)
+
+// derp is a DERP relay on loopback. Nodes need one even though they can always
+// reach each other directly: the first packets go through it.
+type derp struct {
+	relay *derpserver.Server
+	http  *http.Server
+	port  int
+	done  chan struct{} // closed when http no longer accepts connections
+}
+
+// startDERP starts a relay on a free port.
+func startDERP(logf logger.Logf) (*derp, error) {
+	ca, err := pki.NewCA("lab DERP")
+	if err != nil {
+		return nil, err
+	}
+	cert, err := ca.Server()
+	if err != nil {
+		return nil, err
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	d := &derp{
+		relay: derpserver.New(key.NewNode(), logf),
+		port:  ln.Addr().(*net.TCPAddr).Port,
+		done:  make(chan struct{}),
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/derp", derpserver.Handler(d.relay))
+	// Nodes measure how far away the relay is, and check that it is there.
+	mux.HandleFunc("/derp/latency-check", derpserver.ProbeHandler)
+	mux.HandleFunc("/derp/probe", derpserver.ProbeHandler)
+	d.http = &http.Server{
+		Handler:   mux,
+		ErrorLog:  logger.StdLogger(logf),
+		TLSConfig: &tls.Config{Certificates: []tls.Certificate{cert}},
+		// The relay takes connections over, which HTTP/2 cannot do.
+		Protocols: new(http.Protocols),
+	}
+	d.http.Protocols.SetHTTP1(true)
+	go func() {
+		defer close(d.done)
+		if err := d.http.ServeTLS(ln, "", ""); !errors.Is(err, http.ErrServerClosed) {
+			logf("serve: %v", err)
+		}
+	}()
+	return d, nil
+}
+
+// stop closes the relay and its connections.
+func (d *derp) stop() error {
+	err := errors.Join(d.http.Close(), d.relay.Close())
+	<-d.done
+	return err
+}
+
+// yaml returns the DERP map that tells nodes about the relay.
+//
+// The certificate is not one the nodes could verify (insecurefortests), and
+// there is no STUN server (stunport -1), as there is no NAT to find out about.
+func (d *derp) yaml() []byte {
+	return fmt.Appendf(nil, `regions:
+  900:
+    regionid: 900
+    regioncode: lab
+    regionname: Lab
+    nodes:
+      - name: 900a
+        regionid: 900
+        hostname: 127.0.0.1
+        ipv4: 127.0.0.1
+        ipv6: none
+        stunport: -1
+        derpport: %d
+        insecurefortests: true
+`, d.port)
+}

@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package headscale
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"tailscale.com/types/logger"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/process"
+)
+
+const (
+	// startTimeout is how long Headscale may take to answer. It takes less
+	// than a second on an idle machine.
+	startTimeout = time.Minute
+
+	// stopTimeout is how long it may take to stop before it is killed.
+	stopTimeout = 10 * time.Second
+
+	// startAttempts is how often another port is tried when something else
+	// took the port between choosing and using it.
+	startAttempts = 3
+)
+
+// The files of a server, in its folder. Headscale runs in that folder and its
+// configuration names them without it: the path of a socket may not be longer
+// than about a hundred bytes, which a folder for tests often is.
+const (
+	configFile = "config.yaml"
+	derpFile   = "derp.yaml"
+	policyFile = "policy.hujson"
+	logFile    = "headscale.log"
+)
+
+// Config says how to run a tailnet.
+type Config struct {
+	// Binary is the Headscale to run. Default: the one the lab has built.
+	Binary string
+
+	// Dir is the folder for everything the server writes, its log included. It
+	// is created if necessary, and stays when the server is stopped.
+	Dir string
+
+	// Policy is the tailnet's policy file. It may name users that do not exist
+	// yet.
+	Policy []byte
+
+	// BaseDomain is the domain of the nodes' names. Default: tailnet.example.
+	BaseDomain string
+}
+
+// Server is a running Headscale with its DERP relay.
+type Server struct {
+	dir     string
+	url     string
+	apiKey  string
+	http    *http.Client
+	derp    *derp
+	process *process.Process
+	log     *os.File
+
+	policyMu sync.Mutex // held while the policy file is replaced
+}
+
+// Start starts a tailnet and waits until it answers. Its log, and the reason if
+// it does not start, are in the file that the error names.
+func Start(ctx context.Context, cfg Config) (_ *Server, err error) {
+	if cfg.BaseDomain == "" {
+		cfg.BaseDomain = "tailnet.example"
+	}
+	if cfg.Binary == "" {
+		if cfg.Binary, err = components.Path("headscale"); err != nil {
+			return nil, err
+		}
+	}
+	if cfg.Dir, err = filepath.Abs(cfg.Dir); err != nil {
+		return nil, fmt.Errorf("start headscale: %w", err)
+	}
+	s := &Server{
+		dir:  cfg.Dir,
+		http: &http.Client{Transport: &http.Transport{}, Timeout: time.Minute},
+	}
+	if err := s.start(ctx, cfg); err != nil {
+		return nil, errors.Join(fmt.Errorf("start headscale: %w (log: %s)", err, s.LogPath()), s.Stop())
+	}
+	return s, nil
+}
+
+// start does the work of Start, which stops what it has begun when it fails.
+func (s *Server) start(ctx context.Context, cfg Config) (err error) {
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return err
+	}
+	if s.log, err = os.OpenFile(s.LogPath(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600); err != nil {
+		return err
+	}
+	derpLog := log.New(s.log, "derp: ", log.LstdFlags|log.Lmsgprefix)
+	if s.derp, err = startDERP(logger.WithPrefix(derpLog.Printf, "")); err != nil {
+		return fmt.Errorf("derp: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(s.dir, derpFile), s.derp.yaml(), 0o600); err != nil {
+		return err
+	}
+	if err := s.writePolicy(cfg.Policy); err != nil {
+		return err
+	}
+
+	for attempt := 1; ; attempt++ {
+		err := s.startProcess(ctx, cfg)
+		if err == nil {
+			break
+		}
+		if attempt == startAttempts || !strings.Contains(err.Error(), syscall.EADDRINUSE.Error()) {
+			return err
+		}
+	}
+	return s.createAPIKey(ctx, cfg.Binary)
+}
+
+// startProcess starts Headscale on a free port and waits until it answers.
+func (s *Server) startProcess(ctx context.Context, cfg Config) error {
+	addr, err := freeAddr()
+	if err != nil {
+		return err
+	}
+	s.url = "http://" + addr
+	config := fmt.Sprintf(configTemplate, s.url, addr, cfg.BaseDomain)
+	if err := os.WriteFile(filepath.Join(s.dir, configFile), []byte(config), 0o600); err != nil {
+		return err
+	}
+	offset, err := s.log.Seek(0, 2)
+	if err != nil {
+		return err
+	}
+	cmd := s.command(cfg.Binary, "serve")
+	cmd.Stdout, cmd.Stderr = s.log, s.log
+	if s.process, err = process.Start(cmd); err != nil {
+		return err
+	}
+	if err := s.waitHealthy(ctx); err != nil {
+		if reason := s.lastLogLine(offset); reason != "" {
+			return fmt.Errorf("%w: %s", err, reason)
+		}
+		return err
+	}
+	return nil
+}
+
+// command returns a command that runs Headscale in the server's folder. It gets
+// none of the lab's environment: HEADSCALE_ variables override settings.
+func (s *Server) command(binary string, args ...string) *exec.Cmd {
+	cmd := exec.Command(binary, append([]string{"--config", configFile}, args...)...)
+	cmd.Dir = s.dir
+	cmd.Env = []string{"HOME=" + s.dir, "PATH=" + os.Getenv("PATH")}
+	return cmd
+}
+
+// waitHealthy waits until Headscale answers.
+func (s *Server) waitHealthy(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, startTimeout, fmt.Errorf("no answer within %v", startTimeout))
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if s.healthy(ctx) {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-s.process.Done():
+			return fmt.Errorf("it ended: %w", s.process.Err())
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// healthy reports whether Headscale answers its health check.
+func (s *Server) healthy(ctx context.Context) bool {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url+"/health", nil)
+	if err != nil {
+		return false
+	}
+	res, err := s.http.Do(req)
+	if err != nil {
+		return false
+	}
+	defer res.Body.Close()
+	return res.StatusCode == http.StatusOK
+}
+
+// createAPIKey creates the key for Headscale's HTTP API. Only the command line
+// can do that, through the socket in the server's folder.
+func (s *Server) createAPIKey(ctx context.Context, binary string) error {
+	plain := s.command(binary, "apikeys", "create", "--output", "json")
+	cmd := exec.CommandContext(ctx, plain.Path, plain.Args[1:]...)
+	cmd.Dir, cmd.Env = plain.Dir, plain.Env
+	cmd.Stderr = s.log
+	out, err := cmd.Output()
+	if err != nil {
+		return fmt.Errorf("create api key: %w: %s", err, strings.TrimSpace(string(out)))
+	}
+	if err := json.Unmarshal(out, &s.apiKey); err != nil {
+		return fmt.Errorf("create api key: read answer %q: %w", out, err)
+	}
+	return nil
+}
+
+// lastLogLine returns the last line logged since offset, or nothing.
+func (s *Server) lastLogLine(offset int64) string {
+	log, err := os.ReadFile(s.LogPath())
+	if err != nil || int64(len(log)) < offset {
+		return ""
+	}
+	lines := strings.Split(strings.TrimSpace(string(log[offset:])), "\n")
+	return lines[len(lines)-1]
+}
+
+// URL returns the address nodes log in to ([tailscale.com/tsnet.Server.ControlURL]).
+func (s *Server) URL() string { return s.url }
+
+// LogPath returns the file that Headscale and the relay log to.
+func (s *Server) LogPath() string { return filepath.Join(s.dir, logFile) }
+
+// PolicyPath returns the policy file. It is written by SetPolicy alone.
+func (s *Server) PolicyPath() string { return filepath.Join(s.dir, policyFile) }
+
+// SetPolicy replaces the policy file. If Headscale refuses the policy it returns
+// the reason, and the old policy stays in force.
+//
+// Nodes learn of a new policy within about half a second, at different times:
+// poll for what should have changed.
+func (s *Server) SetPolicy(ctx context.Context, policy []byte) error {
+	s.policyMu.Lock()
+	defer s.policyMu.Unlock()
+
+	// Headscale reads the file again on SIGHUP, but only its log says whether
+	// it liked what it read. The check runs the same code beforehand, against
+	// the users and nodes there are.
+	if err := s.call(ctx, http.MethodPost, "policy/check", map[string]string{"policy": string(policy)}, nil); err != nil {
+		return fmt.Errorf("set policy: %w", err)
+	}
+	if err := s.writePolicy(policy); err != nil {
+		return fmt.Errorf("set policy: %w", err)
+	}
+	if err := s.process.Signal(syscall.SIGHUP); err != nil {
+		return fmt.Errorf("set policy: signal headscale: %w", err)
+	}
+	return nil
+}
+
+// writePolicy replaces the policy file as a whole: a signal that is still on its
+// way must not make Headscale read half of it.
+func (s *Server) writePolicy(policy []byte) error {
+	if len(policy) == 0 {
+		// Headscale ignores an empty file and keeps what it has.
+		return errors.New("the policy is empty")
+	}
+	temp := s.PolicyPath() + ".new"
+	if err := os.WriteFile(temp, policy, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(temp, s.PolicyPath())
+}
+
+// Stop stops Headscale and the relay and waits until they are gone.
+func (s *Server) Stop() error {
+	var errs []error
+	if s.process != nil {
+		errs = append(errs, s.process.Stop(stopTimeout))
+	}
+	if s.derp != nil {
+		errs = append(errs, s.derp.stop())
+	}
+	if s.log != nil {
+		errs = append(errs, s.log.Close())
+	}
+	s.http.CloseIdleConnections()
+	s.process, s.derp, s.log = nil, nil, nil
+	return errors.Join(errs...)
+}
+
+// freeAddr returns an address on loopback that was free a moment ago.
+func freeAddr() (string, error) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", fmt.Errorf("find a free port: %w", err)
+	}
+	defer ln.Close()
+	return ln.Addr().String(), nil
+}

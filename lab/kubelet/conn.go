@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kubelet
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"os"
+	"sync"
+)
+
+// A stream takes its connection over from the HTTP server, and from then on the
+// context of its request no longer ends with the connection. Nor can a handler
+// tell: a command that neither reads nor prints anything would outlive whoever
+// has asked for it. So connections say themselves when they have ended.
+
+// conn is a connection that knows when it has ended.
+type conn struct {
+	net.Conn
+	ctx    context.Context // ends when the connection cannot be read any more
+	cancel context.CancelFunc
+	forget func() // tells the listener
+}
+
+// Read implements [net.Conn].
+func (c *conn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	// Deadlines are how the HTTP server interrupts a read it no longer needs.
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		c.cancel()
+	}
+	return n, err
+}
+
+// Close implements [net.Conn].
+func (c *conn) Close() error {
+	c.cancel()
+	c.forget()
+	return c.Conn.Close()
+}
+
+// listener accepts conns and remembers those that are open.
+type listener struct {
+	net.Listener
+
+	mu    sync.Mutex
+	conns map[*conn]bool // nil after closeConns
+}
+
+func newListener(ln net.Listener) *listener {
+	return &listener{Listener: ln, conns: make(map[*conn]bool)}
+}
+
+// Accept implements [net.Listener].
+func (l *listener) Accept() (net.Conn, error) {
+	nc, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{Conn: nc}
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.forget = func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		delete(l.conns, c)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.conns == nil {
+		c.cancel()
+		return nil, errors.Join(net.ErrClosed, nc.Close())
+	}
+	l.conns[c] = true
+	return c, nil
+}
+
+// closeConns closes every connection and makes Accept return no more of them.
+func (l *listener) closeConns() {
+	l.mu.Lock()
+	conns := l.conns
+	l.conns = nil
+	l.mu.Unlock()
+	for c := range conns {
+		_ = c.Close() // it is of no use any more, whatever this says
+	}
+}
+
+// connKey is the context key of a request's conn.
+type connKey struct{}
+
+// withConn adds nc to the context of the requests on it
+// ([http.Server.ConnContext]).
+func withConn(ctx context.Context, nc net.Conn) context.Context {
+	if t, ok := nc.(*tls.Conn); ok {
+		nc = t.NetConn()
+	}
+	return context.WithValue(ctx, connKey{}, nc)
+}
+
+// streamContext returns a context that ends with the connection of the request
+// that ctx belongs to, with ctx, with the pod and with the server.
+func (s *Server) streamContext(ctx context.Context, p *pod) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	stops := []func() bool{
+		context.AfterFunc(s.ctx, cancel),
+		context.AfterFunc(p.ctx, cancel),
+	}
+	if c, ok := ctx.Value(connKey{}).(*conn); ok {
+		stops = append(stops, context.AfterFunc(c.ctx, cancel))
+	}
+	return ctx, func() {
+		for _, stop := range stops {
+			stop()
+		}
+		cancel()
+	}
+}

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kubelet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/creack/pty"
+	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
+	utilexec "k8s.io/utils/exec"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/process"
+)
+
+// executor runs commands in a pod and attaches to it.
+type executor struct{ pod *pod }
+
+var (
+	_ remotecommand.Executor = executor{}
+	_ remotecommand.Attacher = executor{}
+)
+
+// ExecInContainer implements [remotecommand.Executor]. It returns when the
+// command has ended and its output has been sent, or, with the command killed,
+// when ctx ends.
+func (e executor) ExecInContainer(ctx context.Context, _, _, _ string, command []string, stdin io.Reader, stdout, stderr io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize, _ time.Duration) error {
+	if !e.pod.begin() {
+		return errors.New("the pod is gone")
+	}
+	defer e.pod.work.Done()
+	cmd := e.pod.command(command)
+	if tty {
+		return exitError(runTTY(ctx, cmd, stdin, stdout, resize))
+	}
+	return exitError(run(ctx, cmd, stdin, stdout, stderr))
+}
+
+// run runs cmd with pipes for its standard streams. Each of the streams may be
+// nil.
+func run(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout, stderr io.Writer) error {
+	var (
+		theirs []io.Closer // the command's ends of the pipes
+		output sync.WaitGroup
+	)
+	closeTheirs := func() {
+		for _, c := range theirs {
+			c.Close()
+		}
+	}
+	defer closeTheirs()
+
+	var stdinPipe *os.File
+	if stdin != nil {
+		r, w, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		theirs = append(theirs, r)
+		cmd.Stdin, stdinPipe = r, w
+		defer w.Close()
+	}
+	var copies []func()
+	for _, stream := range []struct {
+		file *io.Writer
+		to   io.Writer
+	}{{&cmd.Stdout, stdout}, {&cmd.Stderr, stderr}} {
+		if stream.to == nil {
+			continue
+		}
+		r, w, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		theirs = append(theirs, w)
+		defer r.Close()
+		*stream.file = w
+		copies = append(copies, func() { copyOutput(ctx, stream.to, r) })
+	}
+
+	p, err := process.Start(cmd)
+	if err != nil {
+		return err
+	}
+	closeTheirs()
+	theirs = nil
+	for _, c := range copies {
+		output.Go(c)
+	}
+	if stdinPipe != nil {
+		// Not waited for: it only ends when the caller closes the stream.
+		go func() {
+			defer stdinPipe.Close()
+			_, _ = io.Copy(stdinPipe, stdin) // fails when the command reads no more
+		}()
+	}
+	defer output.Wait()
+	return waitOrKill(ctx, p)
+}
+
+// runTTY runs cmd on a terminal of its own.
+func runTTY(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout io.Writer, resize <-chan remotecommand.TerminalSize) error {
+	terminal, tty, err := pty.Open()
+	if err != nil {
+		return err
+	}
+	defer terminal.Close()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setctty: true} // the terminal is its standard input
+	cmd.Env = append(cmd.Env, "TERM=xterm")
+	p, err := process.Start(cmd)
+	tty.Close()
+	if err != nil {
+		return err
+	}
+
+	go func() {
+		for size := range resize {
+			// Fails when the command has ended; the channel still has to be
+			// drained.
+			_ = pty.Setsize(terminal, &pty.Winsize{Rows: size.Height, Cols: size.Width})
+		}
+	}()
+	if stdin != nil {
+		go func() { _, _ = io.Copy(terminal, stdin) }() // fails when the command has ended
+	}
+	var output sync.WaitGroup
+	output.Go(func() {
+		if stdout == nil {
+			stdout = io.Discard
+		}
+		copyOutput(ctx, stdout, terminal)
+	})
+	defer output.Wait()
+	return waitOrKill(ctx, p)
+}
+
+// copyOutput copies what a command prints to a stream, to its end or until ctx
+// ends. When the caller no longer listens, the rest is read and thrown away, so
+// that the command does not hang on a full pipe until it is killed.
+func copyOutput(ctx context.Context, to io.Writer, from *os.File) {
+	// A daemon that has left the command's session may hold on to the pipe.
+	stop := context.AfterFunc(ctx, func() { _ = from.Close() })
+	defer stop()
+	if _, err := io.Copy(to, from); err != nil {
+		// A terminal whose last user is gone fails with EIO, and does so again.
+		_, _ = io.Copy(io.Discard, from)
+	}
+}
+
+// waitOrKill waits until p has ended, and kills it when ctx ends first.
+func waitOrKill(ctx context.Context, p *process.Process) error {
+	select {
+	case <-p.Done():
+		return p.Err()
+	case <-ctx.Done():
+		p.Kill()
+		return context.Cause(ctx)
+	}
+}
+
+// exitError returns the error that makes kubectl exit with the same status as
+// the command has.
+func exitError(err error) error {
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) {
+		return err
+	}
+	code := exit.ExitCode()
+	if status, ok := exit.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+		code = 128 + int(status.Signal()) // as shells do
+	}
+	return utilexec.CodeExitError{Err: fmt.Errorf("command terminated: %w", err), Code: code}
+}
+
+// AttachContainer implements [remotecommand.Attacher]. The caller gets what the
+// container prints from now on, both streams as one, and may write to its
+// standard input. It returns when the container or ctx ends.
+func (e executor) AttachContainer(ctx context.Context, _, _, _ string, stdin io.Reader, stdout, stderr io.WriteCloser, _ bool, _ <-chan remotecommand.TerminalSize) error {
+	offset, _, _ := e.pod.logs.state()
+	if stdin != nil {
+		// Not waited for: it only ends when the caller closes the stream.
+		go func() { _, _ = io.Copy(writerFunc(e.pod.write), stdin) }() // fails when the container has ended
+	}
+	out := stdout
+	if out == nil {
+		out = stderr
+	}
+	if out == nil {
+		select {
+		case <-e.pod.process.Done():
+		case <-ctx.Done():
+		}
+		return nil
+	}
+	return e.pod.logs.copyTo(ctx, out, offset, true)
+}
+
+// writerFunc is a function as an [io.Writer].
+type writerFunc func([]byte) (int, error)
+
+// Write implements [io.Writer].
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package lab brings up everything that a request from a tailnet device to a
+// Kubernetes API server passes, from real parts: a control server with a policy
+// file and a DERP relay (Headscale), etcd and kube-apiserver, a node whose kubelet
+// runs processes, Caddy with the module on tailnet listeners, and one tailnet
+// node per caller.
+//
+// What is not real is said so by its name: caddy-tailscale is replaced by package
+// standin, and pods are processes of package kubelet.
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/cluster"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/headscale"
+)
+
+// What the lab's parts are called.
+const (
+	// Domain is the domain of the tailnet.
+	Domain = "tailnet.example"
+	// ProxyName is the hostname of the tailnet node that Caddy listens on.
+	ProxyName = "k8s"
+	// ProxyTag is the tag of that node: the destination of the policy's grants.
+	ProxyTag = "tag:k8s"
+	// Pod is the pod that runs in the namespace default.
+	Pod = "web"
+	// impersonator is the service account that the proxy uses, of
+	// examples/kubernetes/10-impersonator.yaml.
+	impersonatorNamespace, impersonatorName = "tailscale-impersonate", "proxy"
+)
+
+// CallerSpec describes a device that calls the API server.
+type CallerSpec struct {
+	// Name is the device's hostname.
+	Name string
+	// Login is the login name of the user that it belongs to, empty for a tagged
+	// device.
+	Login string
+	// Tags are the tags of a tagged device.
+	Tags []string
+}
+
+// Config says what to bring up.
+type Config struct {
+	// Dir is where everything is written. It must exist.
+	Dir string
+	// Examples is the project's examples folder: its policy file and its
+	// manifests are the ones in force.
+	Examples string
+	// Caddyfile returns what Caddy is configured with, given the lab that it is
+	// part of.
+	Caddyfile func(*Lab) string
+	// Policy changes the policy file of the examples. Default: not at all.
+	Policy func([]byte) ([]byte, error)
+	// Callers are the devices that call.
+	Callers []CallerSpec
+	// Progress is where each step is reported.
+	Progress io.Writer
+}
+
+// Lab is everything that has been brought up.
+type Lab struct {
+	Dir       string
+	Headscale *headscale.Server
+	Cluster   *cluster.Cluster
+	Caddy     *Caddy
+	Callers   map[string]*Caller
+	// Policy is the policy file that the tailnet started with.
+	Policy []byte
+
+	progress io.Writer
+	proxyKey string
+	mu       sync.Mutex // held while a line of progress is written
+}
+
+// Start brings up what cfg describes. When any of it fails, all of it is stopped
+// again and the error names the part, the reason and the place of its log.
+func Start(ctx context.Context, cfg Config) (_ *Lab, err error) {
+	// A lab talks to nobody: neither to Tailscale's log servers nor to those
+	// that offer updates.
+	if err := os.Setenv("TS_NO_LOGS_NO_SUPPORT", "true"); err != nil {
+		return nil, err
+	}
+	l := &Lab{Dir: cfg.Dir, Callers: make(map[string]*Caller), progress: cfg.Progress}
+	if l.progress == nil {
+		l.progress = io.Discard
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Stop())
+		}
+	}()
+
+	if l.Policy, err = os.ReadFile(filepath.Join(cfg.Examples, "policy.hujson")); err != nil {
+		return nil, fmt.Errorf("reading the policy file: %w", err)
+	}
+	if cfg.Policy != nil {
+		if l.Policy, err = cfg.Policy(l.Policy); err != nil {
+			return nil, fmt.Errorf("changing the policy file: %w", err)
+		}
+	}
+	if err := together(
+		func() error { return l.startHeadscale(ctx) },
+		func() error { return l.startCluster(ctx, cfg.Examples) },
+	); err != nil {
+		return nil, err
+	}
+	if err := l.step("Caddy on tailnet node "+ProxyName, func() (err error) {
+		l.Caddy, err = startCaddy(ctx, l, cfg.Caddyfile(l))
+		return err
+	}); err != nil {
+		return nil, err
+	}
+
+	joins := make([]func() error, len(cfg.Callers))
+	for i, spec := range cfg.Callers {
+		joins[i] = func() error {
+			return l.step("caller "+spec.Name, func() error {
+				_, err := l.Join(ctx, spec)
+				return err
+			})
+		}
+	}
+	return l, together(joins...)
+}
+
+// Stop stops everything and returns what went wrong on the way.
+func (l *Lab) Stop() error {
+	var errs []error
+	for _, c := range l.Callers {
+		errs = append(errs, c.Stop())
+	}
+	if l.Caddy != nil {
+		errs = append(errs, l.Caddy.Stop())
+	}
+	if l.Cluster != nil {
+		errs = append(errs, l.Cluster.Stop())
+	}
+	if l.Headscale != nil {
+		errs = append(errs, l.Headscale.Stop())
+	}
+	return errors.Join(errs...)
+}
+
+// Log returns where the part of that name writes its log.
+func (l *Lab) Log(part string) string { return filepath.Join(l.Dir, part+".log") }
+
+func (l *Lab) startHeadscale(ctx context.Context) error {
+	return l.step("Headscale and a DERP relay", func() (err error) {
+		l.Headscale, err = headscale.Start(ctx, headscale.Config{
+			Dir:        filepath.Join(l.Dir, "headscale"),
+			Policy:     l.Policy,
+			BaseDomain: Domain,
+		})
+		if err != nil {
+			return err
+		}
+		l.proxyKey, err = l.Headscale.TagKey(ctx, ProxyTag)
+		return err
+	})
+}
+
+func (l *Lab) startCluster(ctx context.Context, examples string) error {
+	return l.step("etcd, kube-apiserver and a node with a pod", func() (err error) {
+		if l.Cluster, err = cluster.Start(ctx, cluster.Config{Dir: filepath.Join(l.Dir, "cluster")}); err != nil {
+			return err
+		}
+		for _, name := range []string{"00-namespace.yaml", "10-impersonator.yaml", "30-bindings.yaml"} {
+			manifest, err := os.ReadFile(filepath.Join(examples, "kubernetes", name))
+			if err != nil {
+				return err
+			}
+			if err := l.Cluster.Apply(ctx, manifest); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+		}
+		// What a kubelet mounts into a pod, and renews: the token of the
+		// service account that may only impersonate.
+		token, err := l.Cluster.ServiceAccountToken(ctx, impersonatorNamespace, impersonatorName, 12*time.Hour)
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(l.TokenFile(), []byte(token), 0o600); err != nil {
+			return err
+		}
+		if err := l.Cluster.WriteTokenKubeconfig(l.Kubeconfig(), l.TokenFile()); err != nil {
+			return err
+		}
+		if err := l.Cluster.AdminKubeconfig(l.AdminKubeconfig()); err != nil {
+			return err
+		}
+		return l.Cluster.RunPod(ctx, "default", Pod, []string{"sh", "-c", "i=0; while true; do echo line $i; i=$((i+1)); sleep 1; done"})
+	})
+}
+
+// ProxyKey is the key with which the proxy's node joins the tailnet.
+func (l *Lab) ProxyKey() string { return l.proxyKey }
+
+// Kubeconfig is the path of the kubeconfig that the proxy uses.
+func (l *Lab) Kubeconfig() string { return filepath.Join(l.Dir, "proxy.kubeconfig") }
+
+// TokenFile is the path of the token in that kubeconfig.
+func (l *Lab) TokenFile() string { return filepath.Join(l.Dir, "proxy.token") }
+
+// AdminKubeconfig is the path of a kubeconfig that reaches the API server without
+// the tailnet and may do anything.
+func (l *Lab) AdminKubeconfig() string { return filepath.Join(l.Dir, "admin.kubeconfig") }
+
+// step runs f and reports how long it took.
+func (l *Lab) step(what string, f func() error) error {
+	start := time.Now()
+	err := f()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err != nil {
+		fmt.Fprintf(l.progress, "  failed  %s\n", what)
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	fmt.Fprintf(l.progress, "  %5.1f s  %s\n", time.Since(start).Seconds(), what)
+	return nil
+}
+
+// together runs all of fs at once and returns their errors.
+func together(fs ...func() error) error {
+	var wg sync.WaitGroup
+	errs := make([]error, len(fs))
+	for i, f := range fs {
+		wg.Go(func() { errs[i] = f() })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// indent returns the lines of s, each with a tab in front.
+func indent(s string) string {
+	return "\t" + strings.ReplaceAll(strings.TrimSpace(s), "\n", "\n\t")
+}
