@@ -23,9 +23,9 @@ type Caller struct {
 	// Server is its tailnet node.
 	Server *tsnet.Server
 	// Kubeconfig is the path of a kubeconfig file for kubectl as this caller.
-	// It holds no credentials: being on the tailnet is the credential. What it
-	// holds instead is the way into this one node of it, a SOCKS proxy on
-	// loopback that only the file's reader can use.
+	// The token in it means nothing: being on the tailnet is the credential. What
+	// counts is the way into this one node of it, a SOCKS proxy on loopback
+	// whose password only the file's reader knows.
 	Kubeconfig string
 
 	lab   *Lab
@@ -112,8 +112,10 @@ func (c *Caller) WriteKubeconfig(path, server string) error {
 		}
 	}
 	return clientcmd.WriteToFile(api.Config{
-		Clusters:       map[string]*api.Cluster{"lab": cluster},
-		AuthInfos:      map[string]*api.AuthInfo{c.Name: {}},
+		Clusters: map[string]*api.Cluster{"lab": cluster},
+		// Without any credentials kubectl would ask for a user name. The proxy
+		// removes what it is given here.
+		AuthInfos:      map[string]*api.AuthInfo{c.Name: {Token: "unused"}},
 		Contexts:       map[string]*api.Context{"lab": {Cluster: "lab", AuthInfo: c.Name}},
 		CurrentContext: "lab",
 	}, path)

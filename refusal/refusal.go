@@ -4,7 +4,9 @@
 //
 // A refusal is a Kubernetes Status object, because that is what kubectl and
 // client-go print the reason from; anything else they report as "an error on the
-// server has prevented the request from succeeding".
+// server has prevented the request from succeeding". It comes with a Warning
+// header that says the same: the requests with which kubectl finds out what the
+// API server can do discard the Status, but not the warning.
 package refusal
 
 import (
@@ -17,6 +19,7 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
 )
 
 // prefix tells the reader of a message that it is the proxy that refuses, not
@@ -110,6 +113,11 @@ func setHeaders(h http.Header, err *apierrors.StatusError, length int) {
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(length))
 	h.Set("Cache-Control", "no-cache, private")
+	// 299 is the code of the API server's own warnings. A message that cannot be
+	// written as one is in the body all the same.
+	if warning, headerErr := utilnet.NewWarningHeader(299, "-", err.ErrStatus.Message); headerErr == nil {
+		h.Set("Warning", warning)
+	}
 	if d := err.ErrStatus.Details; d != nil && d.RetryAfterSeconds > 0 {
 		h.Set("Retry-After", strconv.Itoa(int(d.RetryAfterSeconds)))
 	}

@@ -20,8 +20,8 @@ import (
 
 // WhoIsTimeout bounds one question to a node. A node answers from memory within
 // a tenth of a millisecond; one that does not is stuck. The bound is short
-// because client-go asks eleven times before it tells its user why.
-const WhoIsTimeout = 400 * time.Millisecond
+// because client-go asks eleven times, a second apart, before it tells its user why.
+const WhoIsTimeout = 300 * time.Millisecond
 
 var (
 	// ErrPeerNotFound is returned by [Node.WhoIs] for an address that is no

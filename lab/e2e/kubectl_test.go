@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/tools/clientcmd/api"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+)
+
+func TestKubectlReadsAndWritesAsItsUser(t *testing.T) {
+	if got := kubectl(t, "alice", "auth", "whoami"); !strings.Contains(got, "alice@example.com") || !strings.Contains(got, "system:masters") {
+		t.Errorf("kubectl auth whoami says %s", got)
+	}
+	if got := kubectl(t, "bob", "get", "pods"); !strings.Contains(got, lab.Pod) {
+		t.Errorf("kubectl get pods says %s", got)
+	}
+	kubectl(t, "alice", "create", "configmap", "e2e", "--from-literal=a=b")
+	if got := kubectl(t, "bob", "get", "configmap", "e2e", "-o", "jsonpath={.data.a}"); got != "b" {
+		t.Errorf("bob reads %q; want b", got)
+	}
+	if _, stderr, err := tryKubectl(t, "bob", "delete", "configmap", "e2e"); err == nil || !strings.Contains(stderr, `User "bob@example.com" cannot delete resource "configmaps"`) {
+		t.Errorf("bob deleting: %v %s; want the API server to name bob and refuse", err, stderr)
+	}
+	kubectl(t, "alice", "delete", "configmap", "e2e")
+}
+
+func TestPlainHTTPWorksUnderTheNodesOwnNames(t *testing.T) {
+	alice := theLab.Callers["alice"]
+	node, err := theLab.Caddy.Node(t.Context(), lab.ProxyName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ip4, ip6 := node.TailscaleIPs()
+	for _, host := range []string{lab.ProxyName, lab.ProxyName + "." + lab.Domain, ip4.String(), "[" + ip6.String() + "]"} {
+		t.Run(host, func(t *testing.T) {
+			kubeconfig := alice.Kubeconfig + ".http"
+			if err := alice.WriteKubeconfig(kubeconfig, "http://"+host); err != nil {
+				t.Fatal(err)
+			}
+			stdout, stderr, err := runKubectl(t, kubeconfig, nil, "auth", "whoami", "-o", "jsonpath={.status.userInfo.username}")
+			if err != nil || stdout != "alice@example.com" {
+				t.Errorf("kubectl auth whoami: %v: %s%s", err, stdout, stderr)
+			}
+		})
+	}
+}
+
+func TestExecRunsACommand(t *testing.T) {
+	for _, websockets := range []string{"true", "false"} {
+		t.Run("websockets="+websockets, func(t *testing.T) {
+			env := []string{"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=" + websockets}
+			kubeconfig := theLab.Callers["alice"].Kubeconfig
+			stdout, stderr, err := runKubectl(t, kubeconfig, env, "exec", lab.Pod, "--", "sh", "-c", "echo out; echo err >&2; exit 7")
+			var exit *exec.ExitError
+			if !errors.As(err, &exit) || exit.ExitCode() != 7 {
+				t.Errorf("kubectl exec: %v; want exit code 7", err)
+			}
+			if stdout != "out\n" || !strings.HasPrefix(stderr, "err\n") {
+				t.Errorf("kubectl exec printed %q and %q; want out and err", stdout, stderr)
+			}
+			_, stderr, err = runKubectl(t, theLab.Callers["bob"].Kubeconfig, env, "exec", lab.Pod, "--", "true")
+			if err == nil || !strings.Contains(stderr, "bob@example.com") {
+				t.Errorf("bob, who may only view, ran a command: %v %s", err, stderr)
+			}
+		})
+	}
+}
+
+func TestExecWithACommandOf100KB(t *testing.T) {
+	argument := strings.Repeat("0123456789", 10_000)
+	got := kubectl(t, "alice", "exec", lab.Pod, "--", "sh", "-c", "printf %s \"$1\" | wc -c", "sh", argument)
+	if strings.TrimSpace(got) != "100000" {
+		t.Errorf("the command saw an argument of %s bytes; want 100000", got)
+	}
+}
+
+func TestLogsAreFollowed(t *testing.T) {
+	lines := follow(t, "bob", "logs", "-f", lab.Pod)
+	for range 3 {
+		if line := <-lines; !strings.HasPrefix(line, "line ") {
+			t.Fatalf("kubectl logs -f printed %q; want a line of the pod", line)
+		}
+	}
+}
+
+func TestAWatchSeesWhatHappensLater(t *testing.T) {
+	events := follow(t, "bob", "get", "configmaps", "--watch", "--output-watch-events", "--no-headers", "--field-selector", "metadata.name=watched")
+	// The watch is up when the object that it shows first exists.
+	kubectl(t, "alice", "create", "configmap", "watched")
+	defer kubectl(t, "alice", "delete", "configmap", "watched", "--ignore-not-found")
+	if event := <-events; !strings.HasPrefix(event, "ADDED") {
+		t.Fatalf("kubectl get --watch printed %q; want ADDED", event)
+	}
+	kubectl(t, "alice", "label", "configmap", "watched", "a=b")
+	if event := <-events; !strings.HasPrefix(event, "MODIFIED") {
+		t.Fatalf("kubectl get --watch printed %q; want MODIFIED", event)
+	}
+}
+
+// follow runs a kubectl that does not end by itself and returns the lines that it
+// prints. It is stopped with the test.
+func follow(t *testing.T, caller string, args ...string) <-chan string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	cmd, err := theLab.Callers[caller].Kubectl(ctx, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := make(chan string)
+	go func() {
+		defer close(lines)
+		for scanner := bufio.NewScanner(stdout); scanner.Scan(); {
+			select {
+			case lines <- scanner.Text():
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	t.Cleanup(func() {
+		cancel()
+		_ = cmd.Wait() // killed
+		if t.Failed() {
+			t.Logf("kubectl %s: %s", strings.Join(args, " "), stderr.String())
+		}
+	})
+	return lines
+}
+
+// A refusal that asks for another try is made by the same function as the
+// handler's when WhoIs fails, which a healthy lab cannot show.
+func TestKubectlSaysWithin15SecondsWhyItWaits(t *testing.T) {
+	const reason = "tailnet node k8s does not say who 100.64.0.7 is"
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		<-time.After(tailnet.WhoIsTimeout) // the longest that a stuck node holds a request up
+		if err := refusal.Write(w, refusal.TryAgain("%s", reason)); err != nil {
+			t.Error(err)
+		}
+	}))
+	defer server.Close()
+	kubeconfig := filepath.Join(t.TempDir(), "config")
+	if err := clientcmd.WriteToFile(api.Config{
+		Clusters:       map[string]*api.Cluster{"c": {Server: server.URL}},
+		AuthInfos:      map[string]*api.AuthInfo{"c": {Token: "unused"}},
+		Contexts:       map[string]*api.Context{"c": {Cluster: "c", AuthInfo: "c"}},
+		CurrentContext: "c",
+	}, kubeconfig); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	cmd, err := lab.Kubectl(ctx, kubeconfig, "get", "pods")
+	if err != nil {
+		t.Fatal(err)
+	}
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		cancel()
+		_ = cmd.Wait() // killed, or failed as it should
+	}()
+	for scanner := bufio.NewScanner(stderr); scanner.Scan(); {
+		if !strings.Contains(scanner.Text(), reason) {
+			continue
+		}
+		if took := time.Since(start); took > 15*time.Second {
+			t.Errorf("kubectl gave the reason after %v; want at most 15 s", took)
+		}
+		t.Logf("kubectl gave the reason after %.1f s: %s", time.Since(start).Seconds(), scanner.Text())
+		return
+	}
+	t.Error("kubectl never gave the reason")
+}

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+)
+
+// theLab is what all tests share. It is set before they run.
+var (
+	theLab    *lab.Lab
+	plain     *recorder // upstream over plain HTTP
+	encrypted *recorder // upstream over TLS that offers HTTP/2
+	other     *otherTailnet
+)
+
+var keep = flag.Bool("keep", false, "keep the folder of logs, also when all tests pass")
+
+// callers are the devices of the lab, one per row of the mapping table and one
+// whose grants change.
+var callers = []lab.CallerSpec{
+	{Name: "alice", Login: "alice@example.com"},
+	{Name: "bob", Login: "bob@example.com"},
+	{Name: "carol", Login: "carol@example.com"},
+	{Name: "dave", Login: "dave@example.com"},
+	{Name: "erin", Login: "erin@example.com"},
+	{Name: "ci", Tags: []string{"tag:k8s-readers"}},
+	{Name: "ops", Tags: []string{"tag:k8s-ops"}},
+}
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) (code int) {
+	dir, err := os.MkdirTemp("", "lab-e2e-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	if err := start(dir); err != nil {
+		fmt.Fprintln(os.Stderr, "bringing up the lab:", err)
+		return 1
+	}
+	code = m.Run()
+	if err := stop(); err != nil {
+		fmt.Fprintln(os.Stderr, "stopping the lab:", err)
+		code = 1
+	}
+	if code != 0 || *keep {
+		fmt.Fprintln(os.Stderr, "the lab's logs are in", dir)
+		return code
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+func start(dir string) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	root, err := lab.Root()
+	if err != nil {
+		return err
+	}
+	if plain, err = newRecorder(false); err != nil {
+		return err
+	}
+	if encrypted, err = newRecorder(true); err != nil {
+		return err
+	}
+	if err := encrypted.writeKubeconfig(filepath.Join(dir, "recorder.kubeconfig")); err != nil {
+		return err
+	}
+	if other, err = startOtherTailnet(ctx, filepath.Join(dir, "other")); err != nil {
+		return err
+	}
+	theLab, err = lab.Start(ctx, lab.Config{
+		Dir:       dir,
+		Examples:  filepath.Join(root, "examples"),
+		Policy:    testPolicy,
+		Caddyfile: sites,
+		Callers:   callers,
+		Progress:  os.Stderr,
+	})
+	return err
+}
+
+func stop() error {
+	var errs []error
+	if theLab != nil {
+		errs = append(errs, theLab.Stop())
+	}
+	if other != nil {
+		errs = append(errs, other.stop())
+	}
+	return errors.Join(errs...)
+}
+
+// kubectl runs kubectl as a caller and returns what it printed. It fails the test
+// if kubectl fails.
+func kubectl(t *testing.T, caller string, args ...string) string {
+	t.Helper()
+	stdout, stderr, err := tryKubectl(t, caller, args...)
+	if err != nil {
+		t.Fatalf("kubectl %.200s as %s: %v\n%s%s", strings.Join(args, " "), caller, err, stdout, stderr)
+	}
+	return stdout
+}
+
+// tryKubectl runs kubectl as a caller. It is killed after a minute.
+func tryKubectl(t *testing.T, caller string, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
+	return runKubectl(t, theLab.Callers[caller].Kubeconfig, nil, args...)
+}
+
+func runKubectl(t *testing.T, kubeconfig string, env []string, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
+	// Not the test's context, which is over when its cleanup runs kubectl.
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	cmd, err := lab.Kubectl(ctx, kubeconfig, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	cmd.Env = append(cmd.Env, env...)
+	err = cmd.Run()
+	return out.String(), errOut.String(), err
+}
+
+// eventually calls f until it returns nil, for at most 30 seconds, and fails the
+// test with its last error otherwise.
+func eventually(t *testing.T, what string, f func() error) {
+	t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for {
+		err := f()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within 30 s: %v", what, err)
+		}
+		time.Sleep(50 * time.Millisecond) // between two looks at the condition
+	}
+}

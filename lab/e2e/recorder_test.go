@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"encoding/pem"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/tools/clientcmd/api"
+)
+
+// recorderToken is the proxy's credential for the TLS recorder.
+const recorderToken = "the-proxys-own-token"
+
+// recorder is an upstream that keeps the requests it gets. What a proxy sends is
+// to be judged here, not by what it answers.
+type recorder struct {
+	addr   string
+	server *httptest.Server
+
+	mu       sync.Mutex
+	requests []*http.Request
+}
+
+func newRecorder(tls bool) (*recorder, error) {
+	r := &recorder{}
+	r.server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.requests = append(r.requests, req.Clone(req.Context()))
+		w.Header().Set("X-Recorded", "yes")
+	}))
+	if tls {
+		r.server.EnableHTTP2 = true
+		r.server.StartTLS()
+	} else {
+		r.server.Start()
+	}
+	r.addr = strings.TrimPrefix(strings.TrimPrefix(r.server.URL, "https://"), "http://")
+	return r, nil
+}
+
+// take returns the requests since the last call.
+func (r *recorder) take() []*http.Request {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	requests := r.requests
+	r.requests = nil
+	return requests
+}
+
+// writeKubeconfig writes a kubeconfig for the recorder as a cluster.
+func (r *recorder) writeKubeconfig(path string) error {
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: r.server.Certificate().Raw})
+	return clientcmd.WriteToFile(api.Config{
+		Clusters:       map[string]*api.Cluster{"recorder": {Server: r.server.URL, CertificateAuthorityData: ca}},
+		AuthInfos:      map[string]*api.AuthInfo{"proxy": {Token: recorderToken}},
+		Contexts:       map[string]*api.Context{"recorder": {Cluster: "recorder", AuthInfo: "proxy"}},
+		CurrentContext: "recorder",
+	}, path)
+}

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"path/filepath"
+	"sync"
+
+	"github.com/tailscale/hujson"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+)
+
+// The ports of the sites on the proxy's node, besides 443 and 80.
+const (
+	portHTTPTransport    = "8001" // plain HTTP, transport http to the plain recorder
+	portHTTPTransportTLS = "8441" // the same over TLS, which offers HTTP/2
+	portRecorded         = "8002" // plain HTTP, transport kubernetes to the TLS recorder
+	portRecordedTLS      = "8442" // the same over TLS, which offers HTTP/2
+	portUnprotected      = "8003" // transport kubernetes without the handler
+	portMeddling         = "8004" // transport kubernetes, with header_up against it
+	portStrip            = "8005" // client_impersonation strip
+	portProxyProtocol    = "8006" // behind a PROXY protocol listener wrapper
+	portTwoNodes         = "8007" // on two nodes
+	portSameAddress      = "8008" // on two nodes of two tailnets with the same address
+	portOrigins          = "8009" // allow_origins and allow_hosts
+)
+
+// portMixed is the port of the site that listens on the tailnet and on loopback.
+// The kernel has to have it free as well.
+var portMixed = freePort()
+
+const (
+	secondNode  = "k8s-second"
+	foreignNode = "foreign"
+)
+
+// sites is the Caddyfile of the lab's Caddy.
+func sites(l *lab.Lab) string { return sitesWith(l, "") }
+
+// sitesWith is sites with further options for the tailscale app.
+func sitesWith(l *lab.Lab, appOptions string) string {
+	globals := l.Globals(l.ProxyKey(), "servers tailscale/"+lab.ProxyName+":"+portProxyProtocol+` {
+	protocols h1
+	listener_wrappers {
+		proxy_protocol {
+			allow 100.64.0.0/10
+		}
+	}
+}`)
+	nodes := fmt.Sprintf(`
+	tailscale {
+		%s
+		%s {
+			auth_key %s
+		}
+		%s {
+			auth_key %s
+			control_url %s
+		}
+`, appOptions, secondNode, secondKey(l), foreignNode, other.key, other.headscale.URL())
+	globals = replaceOnce(globals, "\ttailscale {\n", nodes)
+
+	toCluster := fmt.Sprintf(`
+	reverse_proxy %s {
+		transport kubernetes {
+			kubeconfig %s
+		}
+		flush_interval -1
+		stream_close_delay 1m
+	}
+`, l.Cluster.Host(), l.Kubeconfig())
+	toPlain := "\treverse_proxy " + plain.addr + "\n"
+	toRecorder := func(options string) string {
+		return fmt.Sprintf(`
+	reverse_proxy https://%s {
+		transport kubernetes {
+			kubeconfig %s
+		}
+		%s
+	}
+`, encrypted.addr, filepath.Join(l.Dir, "recorder.kubeconfig"), options)
+	}
+	site := func(address, bind, body string) string {
+		return fmt.Sprintf("%s {\n\tbind %s\n\tlog\n%s}\n", address, bind, body)
+	}
+	const (
+		k8s  = "tailscale/" + lab.ProxyName
+		name = lab.ProxyName + "." + lab.Domain
+	)
+	impersonate := "\ttailscale_impersonate\n"
+	return globals +
+		site("https://"+name, k8s, "\ttls internal\n"+impersonate+toCluster) +
+		site("http://", k8s, impersonate+toCluster) +
+		site("http://:"+portHTTPTransport, k8s, impersonate+toPlain) +
+		site("https://"+name+":"+portHTTPTransportTLS, k8s, "\ttls internal\n"+impersonate+toPlain) +
+		site("http://:"+portRecorded, k8s, impersonate+toRecorder("")) +
+		site("https://"+name+":"+portRecordedTLS, k8s, "\ttls internal\n"+impersonate+toRecorder("")) +
+		site("http://:"+portUnprotected, k8s, toRecorder("")) +
+		site("http://:"+portMeddling, k8s, impersonate+toRecorder("header_up -Impersonate-*\n\t\theader_up Impersonate-User system:admin\n\t\theader_up Authorization \"Bearer other\"")) +
+		site("http://:"+portStrip, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation strip\n\t}\n"+toCluster) +
+		site("http://:"+portProxyProtocol, k8s, impersonate+toPlain) +
+		site("http://:"+portTwoNodes, k8s+" tailscale/"+secondNode, impersonate+toPlain) +
+		site("http://:"+portSameAddress, k8s+" tailscale/"+foreignNode, impersonate+toPlain) +
+		site("http://:"+portOrigins, k8s, "\ttailscale_impersonate {\n\t\tallow_origins https://dashboard.example.com\n\t\tallow_hosts k8s.internal.example\n\t}\n"+toCluster) +
+		site("http://:"+portMixed, k8s+" 127.0.0.1", impersonate+toPlain)
+}
+
+// secondKey returns the key with which Caddy's second node joins.
+func secondKey(l *lab.Lab) string {
+	secondKeyOnce.Do(func() {
+		key, err := l.Headscale.TagKey(context.Background(), "tag:k8s-second")
+		if err != nil {
+			panic(err)
+		}
+		secondKeyValue = key
+	})
+	return secondKeyValue
+}
+
+var (
+	secondKeyOnce  sync.Once
+	secondKeyValue string
+)
+
+// testPolicy is the examples' policy file, further opened: to all ports, and with
+// grants for the rows of the mapping table that the examples do not need.
+func testPolicy(example []byte) ([]byte, error) {
+	standard, err := hujson.Standardize(example)
+	if err != nil {
+		return nil, err
+	}
+	var policy map[string]any
+	if err := json.Unmarshal(standard, &policy); err != nil {
+		return nil, err
+	}
+	grant := func(src string, dst string, groups ...string) map[string]any {
+		return map[string]any{
+			"src": []string{src}, "dst": []string{dst},
+			"app": map[string]any{"tailscale.com/cap/kubernetes": []any{
+				map[string]any{"impersonate": map[string]any{"groups": groups}},
+			}},
+		}
+	}
+	owners := policy["tagOwners"].(map[string]any)
+	for _, tag := range []string{"tag:k8s-second", "tag:k8s-ops"} {
+		owners[tag] = []string{"group:prod"}
+	}
+	policy["grants"] = append(policy["grants"].([]any),
+		map[string]any{
+			"src": []string{"autogroup:member", "tag:k8s-readers", "tag:k8s-ops"},
+			"dst": []string{"tag:k8s", "tag:k8s-second"},
+			"ip":  []string{"*"},
+		},
+		grant("erin@example.com", "tag:k8s", "b", "a"),
+		grant("erin@example.com", "tag:k8s", "a", "c"),
+		grant("tag:k8s-ops", "tag:k8s", "ops"),
+		grant("bob@example.com", "tag:k8s-second", "second-readers"),
+	)
+	return json.Marshal(policy)
+}
+
+func freePort() string {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	defer ln.Close()
+	_, port, err := net.SplitHostPort(ln.Addr().String())
+	if err != nil {
+		panic(err)
+	}
+	return port
+}

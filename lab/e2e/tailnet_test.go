@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"tailscale.com/tsnet"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/headscale"
+)
+
+// otherTailnet is a second tailnet, whose addresses are the first one's all over
+// again.
+type otherTailnet struct {
+	headscale *headscale.Server
+	key       string // with which a node of Caddy joins it
+}
+
+func startOtherTailnet(ctx context.Context, dir string) (*otherTailnet, error) {
+	if err := os.Setenv("TS_NO_LOGS_NO_SUPPORT", "true"); err != nil {
+		return nil, err
+	}
+	hs, err := headscale.Start(ctx, headscale.Config{
+		Dir:        dir,
+		BaseDomain: "other.example",
+		Policy:     []byte(`{"grants": [{"src": ["*"], "dst": ["*"], "ip": ["*"]}]}`),
+	})
+	if err != nil {
+		return nil, err
+	}
+	const login = "mallory@example.com"
+	if err := hs.CreateUser(ctx, login); err != nil {
+		return nil, err
+	}
+	key, err := hs.UserKey(ctx, login)
+	return &otherTailnet{hs, key}, err
+}
+
+func (o *otherTailnet) stop() error { return o.headscale.Stop() }
+
+// response is an answer with its body read.
+type response struct {
+	*http.Response
+	body string
+}
+
+// send writes a request as it is to a port of the proxy's node, as a caller, and
+// returns the answer.
+func send(t *testing.T, caller, port, raw string) response {
+	t.Helper()
+	return sendTo(t, theLab.Callers[caller].Server, lab.ProxyName+":"+port, raw)
+}
+
+func sendTo(t *testing.T, from *tsnet.Server, address, raw string) response {
+	t.Helper()
+	resp, err := trySend(t, from, address, raw)
+	if err != nil {
+		t.Fatalf("reading the answer to %q: %v", raw, err)
+	}
+	return resp
+}
+
+// trySend is [sendTo] for a connection that may be closed without an answer.
+func trySend(t *testing.T, from *tsnet.Server, address, raw string) (response, error) {
+	t.Helper()
+	conn := dial(t, from, address)
+	if _, err := io.WriteString(conn, raw); err != nil {
+		t.Fatalf("writing a request: %v", err)
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return response{}, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	return response{resp, string(body)}, err
+}
+
+// statusOf sends a request and returns the status of the answer, whose body may
+// never end.
+func statusOf(t *testing.T, caller, port, raw string) int {
+	t.Helper()
+	conn := dial(t, theLab.Callers[caller].Server, lab.ProxyName+":"+port)
+	if _, err := io.WriteString(conn, raw); err != nil {
+		t.Fatalf("writing a request: %v", err)
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatalf("reading the answer to %q: %v", raw, err)
+	}
+	return resp.StatusCode
+}
+
+// dial connects to an address of the tailnet for at most 20 seconds. The
+// connection is closed with the test.
+func dial(t *testing.T, from *tsnet.Server, address string) net.Conn {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	conn, err := from.Dial(ctx, "tcp", address)
+	if err != nil {
+		t.Fatalf("dialling %s: %v", address, err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+// get is a GET request of path with further header lines.
+func get(path string, headers ...string) string { return request("GET", path, "", headers...) }
+
+// request is an HTTP/1.1 request to the proxy by its name. The connection is not
+// kept, unless a header line says something about it.
+func request(method, path, body string, headers ...string) string {
+	head := append([]string{method + " " + path + " HTTP/1.1"}, headers...)
+	if !contains(headers, "host:") {
+		head = append(head, "Host: "+lab.ProxyName)
+	}
+	if !contains(headers, "connection:") {
+		head = append(head, "Connection: close")
+	}
+	if body != "" {
+		head = append(head, fmt.Sprintf("Content-Length: %d", len(body)))
+	}
+	return strings.Join(head, "\r\n") + "\r\n\r\n" + body
+}
+
+func contains(lines []string, prefix string) bool {
+	for _, line := range lines {
+		if strings.HasPrefix(strings.ToLower(line), prefix) {
+			return true
+		}
+	}
+	return false
+}
+
+// replaceOnce replaces the one occurrence of old in s.
+func replaceOnce(s, old, new string) string {
+	if strings.Count(s, old) != 1 {
+		panic(fmt.Sprintf("%q does not occur exactly once", old))
+	}
+	return strings.Replace(s, old, new, 1)
+}
