@@ -150,7 +150,7 @@ func TestKubectl(t *testing.T) {
 	// Only what streams differs.
 	k := newKubectl(t, c)
 	t.Run("pods", func(t *testing.T) {
-		k.check(ctx, t, "cat     Running True\ncounter Running True\n", "get", "pods", "--no-headers", "-o",
+		k.check(ctx, t, "cat       Running   True\ncounter   Running   True\n", "get", "pods", "--no-headers", "-o",
 			`custom-columns=:metadata.name,:status.phase,:status.conditions[?(@.type=="Ready")].status`)
 	})
 	t.Run("logs", func(t *testing.T) { testLogs(ctx, t, k) })
@@ -330,7 +330,9 @@ func testAttach(ctx context.Context, t *testing.T, k kubectl) {
 
 func testPortForward(ctx context.Context, t *testing.T, k kubectl) {
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprint(w, "served ", r.URL.Path)
+		if _, err := fmt.Fprint(w, "served ", r.URL.Path); err != nil {
+			t.Error(err)
+		}
 	}))
 	defer server.Close()
 	u, err := url.Parse(server.URL)
@@ -352,7 +354,7 @@ func testPortForward(ctx context.Context, t *testing.T, k kubectl) {
 	if err != nil || !ok {
 		t.Fatalf("port-forward printed %q, %v", line, err)
 	}
-	go io.Copy(io.Discard, lines)
+	go func() { _, _ = io.Copy(io.Discard, lines) }() // ends with kubectl
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	for i := range 3 {
 		res, err := client.Get(fmt.Sprintf("http://%s/%d", addr, i))
@@ -395,27 +397,34 @@ func testDisconnect(ctx context.Context, t *testing.T, k kubectl) {
 	if err := cmd.Wait(); err == nil {
 		t.Error("exec has ended by itself")
 	}
-	deadline := time.Now().Add(10 * time.Second)
-	for {
-		if _, err := os.Stat(proc); errors.Is(err, os.ErrNotExist) {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("the command has outlived kubectl")
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	waitGone(t, proc)
 }
 
-// testDelete checks that deleting a pod ends it.
+// testDelete checks that deleting a pod ends its process, and no other's.
 func testDelete(ctx context.Context, t *testing.T, c *Cluster, k kubectl) {
-	k.check(ctx, t, "pod \"cat\" deleted from default namespace\n", "delete", "pod", "cat", "--timeout=20s")
-	if _, err := os.Stat(filepath.Join(c.path("kubelet"), "default_cat")); err != nil {
-		t.Fatal(err)
+	for _, args := range [][]string{{}, {"--force", "--grace-period=0"}} {
+		const name = "mortal"
+		if err := c.RunPod(ctx, "default", name, []string{"sleep", "1000"}); err != nil {
+			t.Fatal(err)
+		}
+		stdout, stderr, status := k.run(ctx, t, nil, append([]string{"delete", "pod", name, "--timeout=20s"}, args...)...)
+		if status != 0 {
+			t.Errorf("delete %q: %q, %q, status %d", args, stdout, stderr, status)
+		}
+		// The name is free again, and what is late of the old pod's end does not
+		// end the new one.
+		if err := c.RunPod(ctx, "default", name, []string{"sleep", "1000"}); err != nil {
+			t.Fatal(err)
+		}
+		k.check(ctx, t, "alive\n", "exec", name, "--", "echo", "alive")
+		k.run(ctx, t, nil, "delete", "pod", name, "--timeout=20s")
 	}
-	// The name is free again.
-	if err := c.RunPod(ctx, "default", "cat", []string{"cat"}); err != nil {
-		t.Error(err)
+	if _, stderr, status := k.run(ctx, t, nil, "exec", "mortal", "--", "true"); status == 0 {
+		t.Errorf("exec in a pod that is gone: %q", stderr)
+	}
+	// Whatever kubectl says, the kubelet must not know the pod any more.
+	if err := c.kubelet.AddPod("default", "mortal", ContainerName, []string{"true"}); err != nil {
+		t.Errorf("the kubelet still has the pod: %v", err)
 	}
 }
 
@@ -548,6 +557,82 @@ func TestAccess(t *testing.T) {
 	}
 }
 
+// envHelper makes the test binary start a component, print its process ID, and
+// hang. It names the folder for the component's files.
+const envHelper = "LAB_CLUSTER_TEST_HELPER"
+
+func TestMain(m *testing.M) {
+	dir := os.Getenv(envHelper)
+	if dir == "" {
+		os.Exit(m.Run())
+	}
+	c, err := newComponent("etcd", dir, dir)
+	if err != nil {
+		panic(err)
+	}
+	err = c.start(context.Background(), func() error {
+		if err := exec.Command(c.wrapper).Start(); err != nil {
+			return err
+		}
+		return poll(context.Background(), func() (bool, error) { return c.pid() != 0, nil })
+	})
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println(c.pid())
+	select {}
+}
+
+func TestAComponentDiesWithTheLab(t *testing.T) {
+	if _, err := exec.LookPath("setpriv"); err != nil {
+		t.Skip("there is no setpriv")
+	}
+	dir := fakeAssets(t, map[string]string{"etcd": "exec sleep 1000"})
+	if err := os.Mkdir(filepath.Join(dir, certsDir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	helper := exec.Command(os.Args[0])
+	helper.Env = append(os.Environ(), envHelper+"="+dir, components.EnvKubernetes+"=")
+	out, err := helper.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := helper.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	proc := "/proc/" + strings.TrimSpace(line)
+	if _, err := os.Stat(proc); err != nil {
+		t.Fatal(err)
+	}
+	if err := helper.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := helper.Wait(); err == nil {
+		t.Error("the helper has ended by itself")
+	}
+	waitGone(t, proc)
+}
+
+// waitGone waits until the process with the given folder in /proc has ended.
+func waitGone(t *testing.T, proc string) {
+	t.Helper()
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		stat, err := os.ReadFile(filepath.Join(proc, "stat"))
+		if err != nil || bytes.Contains(stat, []byte(") Z ")) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s still runs", proc)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
 // fakeAssets returns a folder of binaries in which the named ones are shell
 // scripts.
 func fakeAssets(t *testing.T, scripts map[string]string) string {
@@ -598,9 +683,15 @@ func TestAFailedStartSaysWhyAndLeavesNothing(t *testing.T) {
 		})
 	}
 	t.Run("cancelled", func(t *testing.T) {
-		ctx, cancel := context.WithTimeoutCause(t.Context(), 3*time.Second, errors.New("changed my mind"))
-		defer cancel()
+		ctx, cancel := context.WithCancelCause(testContext(t))
 		dir := t.TempDir()
+		go func() {
+			started := &component{pidFile: filepath.Join(dir, certsDir, "kube-apiserver.pid")}
+			if err := poll(ctx, func() (bool, error) { return started.pid() != 0, nil }); err != nil {
+				t.Error(err)
+			}
+			cancel(errors.New("changed my mind"))
+		}()
 		_, err := Start(ctx, Config{AssetsDir: assets["hangs"], Dir: dir})
 		if err == nil || !strings.Contains(err.Error(), "kube-apiserver: changed my mind") {
 			t.Errorf("error %v; want kube-apiserver: changed my mind", err)

@@ -22,7 +22,8 @@ import (
 // component is a process that envtest starts. Left to itself, envtest cannot be
 // interrupted while it waits for one, and one outlives a lab that is killed. So
 // it is given a shell script in place of the binary, which notes the process ID
-// and asks the kernel to kill the process along with its parent.
+// and, where there is setpriv (on Linux, as a rule), makes the kernel kill the
+// process along with its parent.
 type component struct {
 	name    string
 	wrapper string // the script
@@ -74,17 +75,19 @@ func (c *component) start(ctx context.Context, run func() error) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("%s: %w", c.name, context.Cause(ctx))
 	}
-	result := make(chan error, 1)
+	var err error // how run has ended; set before ready is closed
+	ready := make(chan struct{})
 	go func() {
 		// To the kernel the parent is the thread that forked, not the process.
 		// This goroutine keeps its thread for as long as the component lives.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
-		result <- run()
+		err = run()
+		close(ready)
 		<-c.ended
 	}()
 	select {
-	case err := <-result:
+	case <-ready:
 		if err != nil {
 			return fmt.Errorf("%s: %w: %s (log: %s)", c.name, err, c.lastLogLine(), c.log.Name())
 		}
@@ -96,7 +99,7 @@ func (c *component) start(ctx context.Context, run func() error) error {
 	for {
 		c.kill() // it may not have been started yet
 		select {
-		case <-result:
+		case <-ready:
 			return fmt.Errorf("%s: %w (log: %s)", c.name, context.Cause(ctx), c.log.Name())
 		case <-tick.C:
 		}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -13,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
@@ -44,7 +46,7 @@ func (c *Cluster) startNode(ctx context.Context) error {
 				LastHeartbeatTime: now, LastTransitionTime: now,
 			}},
 			DaemonEndpoints: corev1.NodeDaemonEndpoints{
-				KubeletEndpoint: corev1.DaemonEndpoint{Port: int32(c.kubelet.Port())},
+				KubeletEndpoint: corev1.DaemonEndpoint{Port: int32(c.kubelet.Port())}, //nolint:gosec // a port fits
 			},
 		},
 	}
@@ -88,13 +90,13 @@ func (c *Cluster) RunPod(ctx context.Context, namespace, name string, command []
 	if err != nil {
 		return fmt.Errorf("run pod %s/%s: %w", namespace, name, err)
 	}
-	err = c.kubelet.AddPod(namespace, name, ContainerName, command)
+	err = c.watch.begin(pod)
 	if err == nil {
 		pod.Status = runningStatus(pod)
 		_, err = pods.UpdateStatus(ctx, pod, metav1.UpdateOptions{})
 	}
 	if err != nil {
-		c.kubelet.RemovePod(namespace, name)
+		c.watch.end(pod)
 		return errors.Join(
 			fmt.Errorf("run pod %s/%s: %w", namespace, name, err),
 			deletePod(context.WithoutCancel(ctx), c.client, pod))
@@ -131,42 +133,42 @@ func runningStatus(pod *corev1.Pod) corev1.PodStatus {
 	return status
 }
 
-// podWatch ends pods that are being deleted. Somebody deletes a pod by marking
-// it; it is up to the kubelet to kill the processes and to let go of it.
+// podWatch runs pods, and ends those that are being deleted. Somebody deletes a
+// pod by marking it; it is up to the kubelet to kill the processes and to let go
+// of it.
 type podWatch struct {
-	cancel  context.CancelFunc
+	client  kubernetes.Interface
+	kubelet *kubelet.Server
 	factory informers.SharedInformerFactory
+
+	ctx    context.Context // ends with stop
+	cancel context.CancelFunc
+
+	// News of a pod's end may arrive when there is another of that name, so
+	// pods are told apart by their UIDs.
+	mu   sync.Mutex
+	pods map[types.NamespacedName]types.UID
 }
 
 // watchPods starts a podWatch.
 func watchPods(ctx context.Context, client kubernetes.Interface, k *kubelet.Server) (*podWatch, error) {
-	watchCtx, cancel := context.WithCancel(context.Background())
-	factory := informers.NewSharedInformerFactoryWithOptions(client, 0,
+	w := &podWatch{client: client, kubelet: k, pods: make(map[types.NamespacedName]types.UID)}
+	w.ctx, w.cancel = context.WithCancel(context.Background())
+	w.factory = informers.NewSharedInformerFactoryWithOptions(client, 0,
 		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
 			o.FieldSelector = fields.OneTermEqualSelector("spec.nodeName", NodeName).String()
 		}))
-	w := &podWatch{cancel: cancel, factory: factory}
-	informer := factory.Core().V1().Pods().Informer()
+	informer := w.factory.Core().V1().Pods().Informer()
 	_, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		UpdateFunc: func(_, obj any) {
-			if pod, ok := obj.(*corev1.Pod); ok && pod.DeletionTimestamp != nil {
-				k.RemovePod(pod.Namespace, pod.Name)
-				// If this fails, the pod is gone or the cluster is being
-				// stopped.
-				_ = deletePod(watchCtx, client, pod)
-			}
-		},
-		DeleteFunc: func(obj any) { // with --force nobody asks the kubelet
-			if pod, ok := obj.(*corev1.Pod); ok {
-				k.RemovePod(pod.Namespace, pod.Name)
-			}
-		},
+		AddFunc:    w.changed,
+		UpdateFunc: func(_, obj any) { w.changed(obj) },
+		DeleteFunc: w.deleted,
 	})
 	if err != nil {
 		w.stop()
 		return nil, err
 	}
-	factory.Start(watchCtx.Done())
+	w.factory.Start(w.ctx.Done())
 	if !cache.WaitForCacheSync(ctx.Done(), informer.HasSynced) {
 		w.stop()
 		return nil, context.Cause(ctx)
@@ -174,10 +176,61 @@ func watchPods(ctx context.Context, client kubernetes.Interface, k *kubelet.Serv
 	return w, nil
 }
 
+// changed ends a pod that has been marked.
+func (w *podWatch) changed(obj any) {
+	if pod, ok := obj.(*corev1.Pod); ok && pod.DeletionTimestamp != nil {
+		w.end(pod)
+		// If this fails, the pod is gone or the cluster is being stopped.
+		_ = deletePod(w.ctx, w.client, pod)
+	}
+}
+
+// deleted ends a pod that is gone already: with --force nobody asks the kubelet.
+func (w *podWatch) deleted(obj any) {
+	if last, ok := obj.(cache.DeletedFinalStateUnknown); ok {
+		obj = last.Obj
+	}
+	if pod, ok := obj.(*corev1.Pod); ok {
+		w.end(pod)
+	}
+}
+
+// begin starts the processes of a pod.
+func (w *podWatch) begin(pod *corev1.Pod) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	name := podName(pod)
+	if _, ok := w.pods[name]; ok { // gone, but the news has not arrived
+		w.kubelet.RemovePod(pod.Namespace, pod.Name)
+		delete(w.pods, name)
+	}
+	err := w.kubelet.AddPod(pod.Namespace, pod.Name, ContainerName, pod.Spec.Containers[0].Command)
+	if err != nil {
+		return err
+	}
+	w.pods[name] = pod.UID
+	return nil
+}
+
+// end kills the processes of a pod, if there are any.
+func (w *podWatch) end(pod *corev1.Pod) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if name := podName(pod); w.pods[name] == pod.UID {
+		w.kubelet.RemovePod(pod.Namespace, pod.Name)
+		delete(w.pods, name)
+	}
+}
+
 // stop stops the watch and waits until it has ended.
 func (w *podWatch) stop() {
 	w.cancel()
 	w.factory.Shutdown()
+}
+
+// podName returns the full name of a pod.
+func podName(pod *corev1.Pod) types.NamespacedName {
+	return types.NamespacedName{Namespace: pod.Namespace, Name: pod.Name}
 }
 
 // deletePod deletes a pod at once.

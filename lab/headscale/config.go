@@ -7,7 +7,8 @@ package headscale
 //
 // Nothing in it leaves the machine: no update check, no DERP map to fetch, no
 // name servers. Without TLS there is no gRPC listener either; its address is
-// still given, as the default is every interface.
+// still given, as the default is every interface. Headscale collects changes for
+// up to a second, which is meant for tailnets of thousands (tuning).
 const configTemplate = `server_url: %s
 listen_addr: %s
 metrics_listen_addr: ""
@@ -48,6 +49,9 @@ log:
   format: text
 logtail:
   enabled: false
+tuning:
+  batch_change_delay: 20ms
+  node_store_batch_timeout: 10ms
 auto_update:
   enabled: false
 `

@@ -73,11 +73,10 @@ func (d *derp) stop() error {
 	return err
 }
 
-// yaml returns the DERP map that tells nodes about the relay.
-//
-// The certificate is not one the nodes could verify (insecurefortests), and
-// there is no STUN server (stunport -1), as there is no NAT to find out about.
-func (d *derp) yaml() []byte {
+// derpMap returns the DERP map, as YAML, that tells nodes about a relay and a
+// STUN server on loopback. The relay's certificate is not one that nodes could
+// verify (insecurefortests).
+func derpMap(derpPort, stunPort int) []byte {
 	return fmt.Appendf(nil, `regions:
   900:
     regionid: 900
@@ -89,8 +88,8 @@ func (d *derp) yaml() []byte {
         hostname: 127.0.0.1
         ipv4: 127.0.0.1
         ipv6: none
-        stunport: -1
         derpport: %d
+        stunport: %d
         insecurefortests: true
-`, d.port)
+`, derpPort, stunPort)
 }

@@ -64,13 +64,14 @@ type Config struct {
 	BaseDomain string
 }
 
-// Server is a running Headscale with its DERP relay.
+// Server is a running Headscale with its DERP relay and STUN server.
 type Server struct {
 	dir     string
 	url     string
 	apiKey  string
 	http    *http.Client
 	derp    *derp
+	stun    *stunServer
 	process *process.Process
 	log     *os.File
 
@@ -109,11 +110,14 @@ func (s *Server) start(ctx context.Context, cfg Config) (err error) {
 	if s.log, err = os.OpenFile(s.LogPath(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600); err != nil {
 		return err
 	}
-	derpLog := log.New(s.log, "derp: ", log.LstdFlags|log.Lmsgprefix)
-	if s.derp, err = startDERP(logger.WithPrefix(derpLog.Printf, "")); err != nil {
+	logf := log.New(s.log, "", log.LstdFlags).Printf
+	if s.derp, err = startDERP(logger.WithPrefix(logf, "derp: ")); err != nil {
 		return fmt.Errorf("derp: %w", err)
 	}
-	if err := os.WriteFile(filepath.Join(s.dir, derpFile), s.derp.yaml(), 0o600); err != nil {
+	if s.stun, err = startSTUN(logger.WithPrefix(logf, "stun: ")); err != nil {
+		return fmt.Errorf("stun: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(s.dir, derpFile), derpMap(s.derp.port, s.stun.port()), 0o600); err != nil {
 		return err
 	}
 	if err := s.writePolicy(cfg.Policy); err != nil {
@@ -234,7 +238,7 @@ func (s *Server) lastLogLine(offset int64) string {
 // URL returns the address nodes log in to ([tailscale.com/tsnet.Server.ControlURL]).
 func (s *Server) URL() string { return s.url }
 
-// LogPath returns the file that Headscale and the relay log to.
+// LogPath returns the file that Headscale and its servers log to.
 func (s *Server) LogPath() string { return filepath.Join(s.dir, logFile) }
 
 // PolicyPath returns the policy file. It is written by SetPolicy alone.
@@ -243,8 +247,7 @@ func (s *Server) PolicyPath() string { return filepath.Join(s.dir, policyFile) }
 // SetPolicy replaces the policy file. If Headscale refuses the policy it returns
 // the reason, and the old policy stays in force.
 //
-// Nodes learn of a new policy within about half a second, at different times:
-// poll for what should have changed.
+// Nodes learn of a new policy a moment later: poll for what should have changed.
 func (s *Server) SetPolicy(ctx context.Context, policy []byte) error {
 	s.policyMu.Lock()
 	defer s.policyMu.Unlock()
@@ -278,7 +281,7 @@ func (s *Server) writePolicy(policy []byte) error {
 	return os.Rename(temp, s.PolicyPath())
 }
 
-// Stop stops Headscale and the relay and waits until they are gone.
+// Stop stops Headscale and its servers and waits until they are gone.
 func (s *Server) Stop() error {
 	var errs []error
 	if s.process != nil {
@@ -287,11 +290,14 @@ func (s *Server) Stop() error {
 	if s.derp != nil {
 		errs = append(errs, s.derp.stop())
 	}
+	if s.stun != nil {
+		errs = append(errs, s.stun.stop())
+	}
 	if s.log != nil {
 		errs = append(errs, s.log.Close())
 	}
 	s.http.CloseIdleConnections()
-	s.process, s.derp, s.log = nil, nil, nil
+	s.process, s.derp, s.stun, s.log = nil, nil, nil, nil
 	return errors.Join(errs...)
 }
 

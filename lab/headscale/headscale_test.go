@@ -25,7 +25,9 @@ import (
 
 func TestMain(m *testing.M) {
 	// Before the first node: nodes must not send logs to anybody.
-	os.Setenv("TS_NO_LOGS_NO_SUPPORT", "true")
+	if err := os.Setenv("TS_NO_LOGS_NO_SUPPORT", "true"); err != nil {
+		panic(err)
+	}
 	os.Exit(m.Run())
 }
 

@@ -13,7 +13,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/creack/pty"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 	utilexec "k8s.io/utils/exec"
 
@@ -107,7 +106,7 @@ func run(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout, stderr io.
 
 // runTTY runs cmd on a terminal of its own.
 func runTTY(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout io.Writer, resize <-chan remotecommand.TerminalSize) error {
-	terminal, tty, err := pty.Open()
+	terminal, tty, err := openTerminal()
 	if err != nil {
 		return err
 	}
@@ -123,9 +122,7 @@ func runTTY(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout io.Write
 
 	go func() {
 		for size := range resize {
-			// Fails when the command has ended; the channel still has to be
-			// drained.
-			_ = pty.Setsize(terminal, &pty.Winsize{Rows: size.Height, Cols: size.Width})
+			_ = resizeTerminal(terminal, size) // fails when the command has ended
 		}
 	}()
 	if stdin != nil {
@@ -155,15 +152,15 @@ func copyOutput(ctx context.Context, to io.Writer, from *os.File) {
 	}
 }
 
-// waitOrKill waits until p has ended, and kills it when ctx ends first.
+// waitOrKill waits until p has ended, and kills it when ctx ends first. It
+// returns how p has ended.
 func waitOrKill(ctx context.Context, p *process.Process) error {
 	select {
 	case <-p.Done():
-		return p.Err()
 	case <-ctx.Done():
 		p.Kill()
-		return context.Cause(ctx)
 	}
+	return p.Err()
 }
 
 // exitError returns the error that makes kubectl exit with the same status as

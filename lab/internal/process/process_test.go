@@ -5,9 +5,13 @@ package process
 import (
 	"bufio"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -97,6 +101,60 @@ func TestTheSessionEndsWithItsLeader(t *testing.T) {
 	// The job held the pipe; it is closed now.
 	if rest, err := io.ReadAll(out); err != nil || len(rest) > 0 {
 		t.Errorf("read %q, %v; want the end of the output", rest, err)
+	}
+}
+
+// envHelper makes the test binary start a process, print its ID, and hang.
+const envHelper = "LAB_PROCESS_TEST_HELPER"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(envHelper) == "" {
+		os.Exit(m.Run())
+	}
+	p, err := Start(exec.Command("sleep", "1000"))
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println(p.Pid())
+	select {}
+}
+
+func TestAProcessDiesWithItsParent(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("only Linux can tie a process to its parent")
+	}
+	helper := exec.Command(os.Args[0])
+	helper.Env = append(os.Environ(), envHelper+"=1")
+	out, err := helper.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := helper.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(line))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := session(pid); !slices.Equal(got, []int{pid}) {
+		t.Fatalf("the process is not there: %v", got)
+	}
+	if err := helper.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := helper.Wait(); err == nil {
+		t.Error("the helper has ended by itself")
+	}
+	deadline := time.Now().Add(10 * time.Second)
+	for len(session(pid)) > 0 {
+		if time.Now().After(deadline) {
+			t.Fatal("the process has outlived its parent")
+		}
+		time.Sleep(time.Millisecond)
 	}
 }
 

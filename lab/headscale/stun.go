@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package headscale
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+
+	"tailscale.com/net/stun"
+	"tailscale.com/types/logger"
+)
+
+// stunServer tells nodes which address their packets come from. On loopback
+// they know, but a node that gets no answer waits three seconds for one before
+// it calls itself ready.
+type stunServer struct {
+	conn *net.UDPConn
+	done chan struct{} // closed when it no longer answers
+}
+
+// startSTUN starts a STUN server on a free port.
+func startSTUN(logf logger.Logf) (*stunServer, error) {
+	conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		return nil, err
+	}
+	s := &stunServer{conn: conn, done: make(chan struct{})}
+	go func() {
+		defer close(s.done)
+		if err := s.serve(); !errors.Is(err, net.ErrClosed) {
+			logf("serve: %v", err)
+		}
+	}()
+	return s, nil
+}
+
+// serve answers requests until the connection fails or is closed.
+func (s *stunServer) serve() error {
+	var buf [1500]byte
+	for {
+		n, from, err := s.conn.ReadFromUDPAddrPort(buf[:])
+		if err != nil {
+			return err
+		}
+		id, err := stun.ParseBindingRequest(buf[:n])
+		if err != nil {
+			continue // not a request
+		}
+		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+		if _, err := s.conn.WriteToUDPAddrPort(stun.Response(id, from), from); err != nil {
+			return err
+		}
+	}
+}
+
+// port returns the port of the server.
+func (s *stunServer) port() int { return s.conn.LocalAddr().(*net.UDPAddr).Port }
+
+// stop stops the server.
+func (s *stunServer) stop() error {
+	err := s.conn.Close()
+	<-s.done
+	return err
+}
