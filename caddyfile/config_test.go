@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package caddyfile_test
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"tailscale.com/tailcfg"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+)
+
+// configFrom returns the configuration that a JSON config holds.
+func configFrom(t *testing.T, text string) caddyfile.Config {
+	t.Helper()
+	d := json.NewDecoder(strings.NewReader(text))
+	d.DisallowUnknownFields()
+	var c caddyfile.Config
+	if err := d.Decode(&c); err != nil {
+		t.Fatalf("%s: %v", text, err)
+	}
+	return c
+}
+
+func TestValidConfigs(t *testing.T) {
+	for _, text := range []string{
+		`{}`,
+		`{"capability": "example.com/cap/kubernetes-staging"}`,
+		`{"client_impersonation": "reject"}`,
+		`{"client_impersonation": "strip"}`,
+		`{"allow_origins": []}`,
+		`{"allow_origins": ["https://dashboard.example.com"]}`,
+		`{"allow_origins": ["http://localhost:8080", "https://dashboard.example.com:8443", "http://127.0.0.1", "https://[::1]:8443"]}`,
+		`{"allow_origins": ["http://dashboard.example.com:443", "https://dashboard.example.com:80"]}`,
+		`{"allow_hosts": ["k8s.example.com", "localhost", "192.0.2.1", "2001:db8::1"]}`,
+	} {
+		c := configFrom(t, text)
+		if err := c.Validate(); err != nil {
+			t.Errorf("%s: got error %v; want none", text, err)
+		}
+		written, err := json.Marshal(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(c, configFrom(t, string(written)), cmp.Transformer("empty", func(s []string) []string { return append([]string{}, s...) })); diff != "" {
+			t.Errorf("%s: config written and read again (-before +after):\n%s", text, diff)
+		}
+	}
+}
+
+func TestInvalidConfigsNameOptionAndValue(t *testing.T) {
+	for _, tt := range []struct{ text, option, value string }{
+		{`{"capability": "a b"}`, "capability", `"a b"`},
+		{`{"capability": "a\n"}`, "capability", `"a\n"`},
+		{`{"capability": "\ta"}`, "capability", `"\ta"`},
+		{`{"capability": "a\r"}`, "capability", `"a\r"`},
+		{`{"capability": " "}`, "capability", `" "`},
+
+		{`{"client_impersonation": "allow"}`, "client_impersonation", `"allow"`},
+		{`{"client_impersonation": "Strip"}`, "client_impersonation", `"Strip"`},
+		{`{"client_impersonation": "strip "}`, "client_impersonation", `"strip "`},
+
+		{`{"allow_origins": [""]}`, "allow_origins", `""`},
+		{`{"allow_origins": ["null"]}`, "allow_origins", `"null"`},
+		{`{"allow_origins": ["*"]}`, "allow_origins", `"*"`},
+		{`{"allow_origins": ["dashboard.example.com"]}`, "allow_origins", `"dashboard.example.com"`},
+		{`{"allow_origins": ["//dashboard.example.com"]}`, "allow_origins", `"//dashboard.example.com"`},
+		{`{"allow_origins": ["https://"]}`, "allow_origins", `"https://"`},
+		{`{"allow_origins": ["https:dashboard.example.com"]}`, "allow_origins", `"https:dashboard.example.com"`},
+		{`{"allow_origins": ["https://dashboard.example.com/"]}`, "allow_origins", `"https://dashboard.example.com/"`},
+		{`{"allow_origins": ["https://dashboard.example.com/app"]}`, "allow_origins", `"https://dashboard.example.com/app"`},
+		{`{"allow_origins": ["https://dashboard.example.com?"]}`, "allow_origins", `"https://dashboard.example.com?"`},
+		{`{"allow_origins": ["https://dashboard.example.com#a"]}`, "allow_origins", `"https://dashboard.example.com#a"`},
+		{`{"allow_origins": ["https://alice@dashboard.example.com"]}`, "allow_origins", `"https://alice@dashboard.example.com"`},
+		{`{"allow_origins": ["https://*.example.com"]}`, "allow_origins", `"https://*.example.com"`},
+		{`{"allow_origins": ["https://Dashboard.example.com"]}`, "allow_origins", `"https://Dashboard.example.com"`},
+		{`{"allow_origins": ["HTTPS://dashboard.example.com"]}`, "allow_origins", `"HTTPS://dashboard.example.com"`},
+		{`{"allow_origins": ["https://dashboard.example.com:443"]}`, "allow_origins", `"https://dashboard.example.com:443"`},
+		{`{"allow_origins": ["http://dashboard.example.com:80"]}`, "allow_origins", `"http://dashboard.example.com:80"`},
+		{`{"allow_origins": ["ftp://dashboard.example.com"]}`, "allow_origins", `"ftp://dashboard.example.com"`},
+		{`{"allow_origins": ["https://dashboard.example.com:x"]}`, "allow_origins", `"https://dashboard.example.com:x"`},
+		{`{"allow_origins": ["https://good.example", "null"]}`, "allow_origins", `"null"`},
+
+		{`{"allow_hosts": [""]}`, "allow_hosts", `""`},
+		{`{"allow_hosts": ["*"]}`, "allow_hosts", `"*"`},
+		{`{"allow_hosts": ["*.example.com"]}`, "allow_hosts", `"*.example.com"`},
+		{`{"allow_hosts": ["K8s.example.com"]}`, "allow_hosts", `"K8s.example.com"`},
+		{`{"allow_hosts": ["k8s.example.com."]}`, "allow_hosts", `"k8s.example.com."`},
+		{`{"allow_hosts": ["k8s.example.com:80"]}`, "allow_hosts", `"k8s.example.com:80"`},
+		{`{"allow_hosts": ["[2001:db8::1]"]}`, "allow_hosts", `"[2001:db8::1]"`},
+		{`{"allow_hosts": ["http://k8s.example.com"]}`, "allow_hosts", `"http://k8s.example.com"`},
+		{`{"allow_hosts": ["k8s.example.com/api"]}`, "allow_hosts", `"k8s.example.com/api"`},
+		{`{"allow_hosts": ["k8s example"]}`, "allow_hosts", `"k8s example"`},
+		{`{"allow_hosts": ["k8s.example.com", ""]}`, "allow_hosts", `""`},
+	} {
+		c := configFrom(t, tt.text)
+		err := c.Validate()
+		if err == nil {
+			t.Errorf("%s: got no error; want one", tt.text)
+			continue
+		}
+		if got, want := err.Error(), tt.option+" "+tt.value+": "; !strings.HasPrefix(got, want) {
+			t.Errorf("%s: got error %q; want one that starts with %q", tt.text, got, want)
+		}
+	}
+}
+
+func TestCapabilityReplacesBothDefaultNames(t *testing.T) {
+	for _, tt := range []struct {
+		config caddyfile.Config
+		want   []tailcfg.PeerCapability
+	}{
+		{caddyfile.Config{}, impersonate.Capabilities},
+		{caddyfile.Config{Capability: "example.com/cap/staging"}, []tailcfg.PeerCapability{"example.com/cap/staging"}},
+	} {
+		if diff := cmp.Diff(tt.want, tt.config.Capabilities()); diff != "" {
+			t.Errorf("capabilities of %+v (-want +got):\n%s", tt.config, diff)
+		}
+	}
+}

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package impersonate_test
+
+import (
+	"context"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+)
+
+func TestContextCarriesIdentity(t *testing.T) {
+	want := impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers"}, Source: impersonate.SourceGrants}
+	ctx := impersonate.NewContext(t.Context(), want)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	got, ok := impersonate.FromContext(ctx)
+	if !ok {
+		t.Fatal("got no identity; want one")
+	}
+	if diff := cmp.Diff(want, got, equateAddrs); diff != "" {
+		t.Errorf("identity (-want +got):\n%s", diff)
+	}
+}
+
+func TestContextWithoutIdentityCarriesNone(t *testing.T) {
+	if id, ok := impersonate.FromContext(t.Context()); ok {
+		t.Errorf("got identity %+v; want none", id)
+	}
+}
+
+func TestContextWithIdentityWithoutUserCarriesNone(t *testing.T) {
+	ctx := impersonate.NewContext(t.Context(), impersonate.Identity{Groups: []string{"system:masters"}})
+	if id, ok := impersonate.FromContext(ctx); ok {
+		t.Errorf("got identity %+v; want none", id)
+	}
+}

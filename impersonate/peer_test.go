@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package impersonate_test
+
+import (
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"tailscale.com/client/tailscale/apitype"
+	"tailscale.com/tailcfg"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+)
+
+// aUser returns the WhoIs answer for a user's device. Each grant is the JSON of
+// one rule for tailscale.com/cap/kubernetes.
+func aUser(login string, grants ...string) *apitype.WhoIsResponse {
+	return &apitype.WhoIsResponse{
+		Node:        &tailcfg.Node{Name: "laptop.example.ts.net."},
+		UserProfile: &tailcfg.UserProfile{LoginName: login},
+		CapMap:      capMap(grants...),
+	}
+}
+
+// aDevice returns the WhoIs answer for a tagged device, which the control server
+// gives the user "tagged-devices".
+func aDevice(name string, tags []string, grants ...string) *apitype.WhoIsResponse {
+	return &apitype.WhoIsResponse{
+		Node:        &tailcfg.Node{Name: name, Tags: tags},
+		UserProfile: &tailcfg.UserProfile{LoginName: "tagged-devices"},
+		CapMap:      capMap(grants...),
+	}
+}
+
+// sharedIn marks who's device as one from another tailnet.
+func sharedIn(who *apitype.WhoIsResponse) *apitype.WhoIsResponse {
+	who.Node.Hostinfo = (&tailcfg.Hostinfo{ShareeNode: true}).View()
+	return who
+}
+
+func capMap(grants ...string) tailcfg.PeerCapMap {
+	if len(grants) == 0 {
+		return nil
+	}
+	return tailcfg.PeerCapMap{tailcfg.PeerCapabilityKubernetes: raw(grants...)}
+}
+
+func raw(grants ...string) []tailcfg.RawMessage {
+	var messages []tailcfg.RawMessage
+	for _, grant := range grants {
+		messages = append(messages, tailcfg.RawMessage(grant))
+	}
+	return messages
+}
+
+func TestPeerFrom(t *testing.T) {
+	own := aDevice("ci.example.ts.net.", []string{"tag:ci"})
+	own.Node.Hostinfo = (&tailcfg.Hostinfo{}).View()
+	grants := capMap(`{}`)
+
+	for _, tt := range []struct {
+		name string
+		who  *apitype.WhoIsResponse
+		want impersonate.Peer
+	}{
+		{
+			"user's device", aUser("alice@example.com", `{}`),
+			impersonate.Peer{Node: "laptop.example.ts.net", Login: "alice@example.com", Capabilities: grants},
+		},
+		{
+			"tagged device has no login", own,
+			impersonate.Peer{Node: "ci.example.ts.net", Tags: []string{"tag:ci"}},
+		},
+		{
+			"tagged device without a user profile", &apitype.WhoIsResponse{Node: &tailcfg.Node{Name: "ci.example.ts.net.", Tags: []string{"tag:ci"}}},
+			impersonate.Peer{Node: "ci.example.ts.net", Tags: []string{"tag:ci"}},
+		},
+		{
+			"shared-in device", sharedIn(aUser("bob@example.org")),
+			impersonate.Peer{Node: "laptop.example.ts.net", Login: "bob@example.org", Shared: true},
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := impersonate.PeerFrom(tt.who)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("peer (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestAnswerThatNamesNobodyIsAnError(t *testing.T) {
+	for name, who := range map[string]*apitype.WhoIsResponse{
+		"no answer":                         nil,
+		"no node":                           {UserProfile: &tailcfg.UserProfile{LoginName: "alice@example.com"}},
+		"untagged device without a user":    {Node: &tailcfg.Node{Name: "laptop.example.ts.net."}},
+		"empty":                             {},
+		"no node, but grants (Funnel-like)": {CapMap: capMap(`{"impersonate":{"groups":["system:masters"]}}`)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := impersonate.PeerFrom(who)
+			if err == nil {
+				t.Error("got no error; want one")
+			}
+			if diff := cmp.Diff(impersonate.Peer{}, got); diff != "" {
+				t.Errorf("got a peer along with the error (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestPeerDoesNotShareTagsWithTheAnswer(t *testing.T) {
+	who := aDevice("ci.example.ts.net.", []string{"tag:ci"})
+	peer, err := impersonate.PeerFrom(who)
+	if err != nil {
+		t.Fatal(err)
+	}
+	who.Node.Tags[0] = "tag:admin"
+	if got, want := peer.Tags[0], "tag:ci"; got != want {
+		t.Errorf("got tag %q after the answer was changed; want %q", got, want)
+	}
+}
+
+func TestPeerString(t *testing.T) {
+	for _, tt := range []struct {
+		peer impersonate.Peer
+		want string
+	}{
+		{impersonate.Peer{Node: "laptop.example.ts.net", Login: "alice@example.com"}, "alice@example.com"},
+		{impersonate.Peer{Node: "ci.example.ts.net", Tags: []string{"tag:ci"}}, "ci.example.ts.net"},
+		{impersonate.Peer{Node: "laptop.example.ts.net"}, "device laptop.example.ts.net"},
+	} {
+		if got := tt.peer.String(); got != tt.want {
+			t.Errorf("String of %+v: got %q; want %q", tt.peer, got, tt.want)
+		}
+	}
+}

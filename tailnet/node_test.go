@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tailnet
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"tailscale.com/client/tailscale/apitype"
+	"tailscale.com/tailcfg"
+)
+
+// asked is a question to a node.
+type asked struct {
+	remote netip.AddrPort
+	local  netip.Addr
+}
+
+// answering returns a node with the addresses node4 and node6 that gives the same
+// answer to every question, and the questions that it was asked.
+func answering(who *apitype.WhoIsResponse, err error) (*Node, *[]asked) {
+	questions := new([]asked)
+	return &Node{
+		Name:  "k8s",
+		Addrs: func() []netip.Addr { return []netip.Addr{node4, node6} },
+		Ask: func(_ context.Context, remote netip.AddrPort, local netip.Addr) (*apitype.WhoIsResponse, error) {
+			*questions = append(*questions, asked{remote, local})
+			return who, err
+		},
+	}, questions
+}
+
+func TestWhoIsAsksForThePeerOnTheAddressItDialled(t *testing.T) {
+	alice := &apitype.WhoIsResponse{UserProfile: &tailcfg.UserProfile{LoginName: "alice@example.com"}}
+	node, questions := answering(alice, nil)
+	got, err := node.WhoIs(t.Context(), Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != alice {
+		t.Errorf("got %v; want the node's answer", got)
+	}
+	if got, want := *questions, (asked{netip.AddrPortFrom(peer4, 1), node4}); len(got) != 1 || got[0] != want {
+		t.Errorf("got questions %v; want only %v", got, want)
+	}
+}
+
+func TestWhoIsRefusesTheNodeItselfWithoutAsking(t *testing.T) {
+	for _, self := range []netip.Addr{node4, node6} {
+		node, questions := answering(&apitype.WhoIsResponse{}, nil)
+		got, err := node.WhoIs(t.Context(), Conn{Remote: netip.AddrPortFrom(self, 1), Local: node4})
+		if !errors.Is(err, ErrSelf) {
+			t.Errorf("from %v: got error %v; want %v", self, err, ErrSelf)
+		}
+		if got != nil {
+			t.Errorf("from %v: got answer %v; want none", self, got)
+		}
+		if len(*questions) != 0 {
+			t.Errorf("from %v: got questions %v; want none", self, *questions)
+		}
+	}
+}
+
+func TestWhoIsPassesErrorsOn(t *testing.T) {
+	gone := errors.New("LocalAPI is gone")
+	for _, want := range []error{ErrPeerNotFound, gone} {
+		node, _ := answering(nil, want)
+		got, err := node.WhoIs(t.Context(), Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4})
+		if !errors.Is(err, want) {
+			t.Errorf("got error %v; want %v", err, want)
+		}
+		if got != nil {
+			t.Errorf("got answer %v; want none", got)
+		}
+	}
+}
+
+// within fails t unless f returns long before a stuck node would have answered.
+func within(t *testing.T, f func()) {
+	t.Helper()
+	start := time.Now()
+	f()
+	if got, want := time.Since(start), 20*WhoIsTimeout; got > want {
+		t.Errorf("took %v; want at most about %v", got, WhoIsTimeout)
+	}
+}
+
+// bounded fails t unless ctx has a deadline of at most WhoIsTimeout.
+func bounded(t *testing.T, ctx context.Context) {
+	t.Helper()
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		t.Error("the question has no deadline")
+	} else if got := time.Until(deadline); got > WhoIsTimeout {
+		t.Errorf("the question may take %v; want at most %v", got, WhoIsTimeout)
+	}
+}
+
+func TestStuckNodeDoesNotHoldRequestsUp(t *testing.T) {
+	const hangs = 20 * time.Second // if the bound is lost
+	node := &Node{
+		Name:  "k8s",
+		Addrs: func() []netip.Addr { return []netip.Addr{node4} },
+		Ask: func(ctx context.Context, _ netip.AddrPort, _ netip.Addr) (*apitype.WhoIsResponse, error) {
+			bounded(t, ctx)
+			select {
+			case <-ctx.Done():
+			case <-time.After(hangs):
+			}
+			return nil, ctx.Err()
+		},
+		DNSName: func(ctx context.Context) (string, error) {
+			bounded(t, ctx)
+			select {
+			case <-ctx.Done():
+			case <-time.After(hangs):
+			}
+			return "", ctx.Err()
+		},
+	}
+	within(t, func() {
+		if _, err := node.WhoIs(t.Context(), Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4}); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("WhoIs: got error %v; want %v", err, context.DeadlineExceeded)
+		}
+	})
+	within(t, func() {
+		if owns, err := node.Owns(t.Context(), "k8s.example.ts.net"); owns || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Owns: got %v, %v; want false, %v", owns, err, context.DeadlineExceeded)
+		}
+	})
+}
+
+// client-go makes eleven tries, a second apart, before it prints the reason, and
+// its user is to read that within 15 seconds.
+func TestElevenTriesEndWithin15Seconds(t *testing.T) {
+	if got, want := 11*WhoIsTimeout+10*time.Second, 15*time.Second; got > want {
+		t.Errorf("got %v with a timeout of %v; want at most %v", got, WhoIsTimeout, want)
+	}
+}
+
+func TestCancelledRequestCancelsTheQuestion(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	node := &Node{
+		Addrs: func() []netip.Addr { return []netip.Addr{node4} },
+		Ask: func(ctx context.Context, _ netip.AddrPort, _ netip.Addr) (*apitype.WhoIsResponse, error) {
+			return nil, ctx.Err()
+		},
+		DNSName: func(ctx context.Context) (string, error) { return "k8s.example.ts.net", ctx.Err() },
+	}
+	if _, err := node.WhoIs(ctx, Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4}); !errors.Is(err, context.Canceled) {
+		t.Errorf("WhoIs: got error %v; want %v", err, context.Canceled)
+	}
+	if owns, err := node.Owns(ctx, "k8s.example.ts.net"); owns || !errors.Is(err, context.Canceled) {
+		t.Errorf("Owns: got %v, %v; want false, %v", owns, err, context.Canceled)
+	}
+}
+
+func TestIs(t *testing.T) {
+	node := &Node{Addrs: func() []netip.Addr { return []netip.Addr{node4, {}} }}
+	for _, tt := range []struct {
+		addr netip.Addr
+		want bool
+	}{
+		{node4, true},
+		{peer4, false},
+		{node6, false},
+		{netip.MustParseAddr("::ffff:100.64.0.1"), false},
+		// A node without an IPv6 address has the zero Addr in its place.
+		{netip.Addr{}, false},
+	} {
+		if got := node.Is(tt.addr); got != tt.want {
+			t.Errorf("Is(%v): got %v; want %v", tt.addr, got, tt.want)
+		}
+	}
+}
+
+// named returns a node with the addresses node4 and node6 and the tailnet name
+// that name points to, and a counter of the times it was asked for it.
+func named(name *string) (*Node, *int) {
+	asked := new(int)
+	return &Node{
+		Name:  "configured-name",
+		Addrs: func() []netip.Addr { return []netip.Addr{node4, node6} },
+		DNSName: func(context.Context) (string, error) {
+			*asked++
+			return *name, nil
+		},
+	}, asked
+}
+
+func TestOwns(t *testing.T) {
+	for _, tt := range []struct {
+		host string
+		want bool
+	}{
+		{"k8s.example.ts.net", true},
+		{"k8s.example.ts.net:443", true},
+		{"k8s.example.ts.net.", true},
+		{"k8s.example.ts.net.:443", true},
+		{"K8S.Example.TS.net", true},
+		{"k8s", true},
+		{"K8s:8080", true},
+		{"k8s.", true},
+		{"100.64.0.1", true},
+		{"100.64.0.1:80", true},
+		{"fd7a:115c:a1e0::1", true},
+		{"[fd7a:115c:a1e0::1]", true},
+		{"[fd7a:115c:a1e0::1]:80", true},
+		{"[FD7A:115C:A1E0:0::1]:80", true},
+		{"[::ffff:100.64.0.1]:80", true},
+
+		{"", false},
+		{":80", false},
+		{".", false},
+		{"[]", false},
+		{"evil.example", false},
+		{"evil.example:443", false},
+		{"k8s.evil.example", false},
+		{"k8s.example.ts.net.evil.example", false},
+		{"evil-k8s.example.ts.net", false},
+		{"evil.k8s.example.ts.net", false},
+		{"example.ts.net", false},
+		{"k8s.example", false},
+		{"k8", false},
+		{"k8ss", false},
+		{"configured-name", false},
+		{"localhost", false},
+		{"127.0.0.1", false},
+		{"[::1]:80", false},
+		{"100.64.0.2", false},
+		{"[fd7a:115c:a1e0::2]:80", false},
+		{"[fd7a:115c:a1e0::1%eth0]:80", false},
+		{"1681915905", false}, // 100.64.0.1 as browsers also read it
+		{"k8s.example.ts.net@evil.example", false},
+		{"evil.example/k8s.example.ts.net", false},
+	} {
+		name := "k8s.example.ts.net"
+		node, _ := named(&name)
+		// The first time the node is asked for its name, the second it need not be.
+		for range 2 {
+			got, err := node.Owns(t.Context(), tt.host)
+			if err != nil || got != tt.want {
+				t.Errorf("host %q: got %v, %v; want %v", tt.host, got, err, tt.want)
+			}
+		}
+	}
+}
+
+func TestNodeWithoutNameOwnsItsAddressesOnly(t *testing.T) {
+	for _, host := range []string{"", ".", ":80", "k8s", "configured-name", "evil.example"} {
+		name := ""
+		node, _ := named(&name)
+		if got, err := node.Owns(t.Context(), host); got || err != nil {
+			t.Errorf("host %q: got %v, %v; want false", host, got, err)
+		}
+	}
+	name := ""
+	node, _ := named(&name)
+	if got, err := node.Owns(t.Context(), "100.64.0.1"); !got || err != nil {
+		t.Errorf("own address: got %v, %v; want true", got, err)
+	}
+}
+
+func TestNameInUpperCaseIsOwned(t *testing.T) {
+	name := "K8s.Example.TS.net"
+	node, _ := named(&name)
+	for _, host := range []string{"k8s.example.ts.net", "K8S"} {
+		if got, err := node.Owns(t.Context(), host); !got || err != nil {
+			t.Errorf("host %q: got %v, %v; want true", host, got, err)
+		}
+	}
+}
+
+func TestOwnsWithoutKnowingTheNameIsAnError(t *testing.T) {
+	gone := errors.New("LocalAPI is gone")
+	node := &Node{
+		Name:    "k8s",
+		Addrs:   func() []netip.Addr { return []netip.Addr{node4} },
+		DNSName: func(context.Context) (string, error) { return "k8s.example.ts.net", gone },
+	}
+	got, err := node.Owns(t.Context(), "k8s.example.ts.net")
+	if got {
+		t.Error("got true; want false")
+	}
+	if !errors.Is(err, gone) || !strings.Contains(err.Error(), `"k8s"`) {
+		t.Errorf("got error %v; want one that names the node and wraps %v", err, gone)
+	}
+	if got, err := node.Owns(t.Context(), "100.64.0.1"); !got || err != nil {
+		t.Errorf("own address: got %v, %v; want true", got, err)
+	}
+}
+
+func TestNameIsAskedForAgainWhenItDoesNotMatch(t *testing.T) {
+	name := "k8s.example.ts.net"
+	node, asked := named(&name)
+	owns := func(host string, want bool) {
+		t.Helper()
+		if got, err := node.Owns(t.Context(), host); err != nil || got != want {
+			t.Errorf("host %q: got %v, %v; want %v", host, got, err, want)
+		}
+	}
+
+	for range 3 {
+		owns("k8s.example.ts.net", true)
+	}
+	if *asked != 1 {
+		t.Errorf("asked %d times for a name that matches; want once", *asked)
+	}
+	owns("k8s-1.example.ts.net", false)
+
+	name = "k8s-1.example.ts.net"
+	owns("k8s-1.example.ts.net", true)
+	owns("k8s.example.ts.net", false)
+	owns("k8s-1", true)
+}
+
+func TestHostname(t *testing.T) {
+	for host, want := range map[string]string{
+		"":                         "",
+		"k8s.example.ts.net":       "k8s.example.ts.net",
+		"K8S.Example.TS.net.:8443": "k8s.example.ts.net",
+		"k8s:80":                   "k8s",
+		"100.64.0.1:80":            "100.64.0.1",
+		"fd7a:115c:a1e0::1":        "fd7a:115c:a1e0::1",
+		"[fd7a:115c:a1e0::1]":      "fd7a:115c:a1e0::1",
+		"[FD7A:115C:a1e0::1]:80":   "fd7a:115c:a1e0::1",
+		":80":                      "",
+	} {
+		if got := Hostname(host); got != want {
+			t.Errorf("Hostname(%q): got %q; want %q", host, got, want)
+		}
+	}
+}
