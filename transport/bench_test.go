@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package transport
+
+import (
+	"net/http"
+	"testing"
+)
+
+// roundTripFunc is a pool of no connections.
+type roundTripFunc func(*http.Request) (*http.Response, error)
+
+func (f roundTripFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// BenchmarkRoundTrip is what the transport adds to sending a request.
+func BenchmarkRoundTrip(b *testing.B) {
+	s := newAPIServer(b)
+	for name, user := range map[string]map[string]any{
+		"token":      token,
+		"token file": {"tokenFile": writeFile(b, "token", "from-file")},
+	} {
+		b.Run(name, func(b *testing.B) {
+			tr := newTransport(b, trusting(s, user))
+			resp := &http.Response{StatusCode: http.StatusOK, Body: http.NoBody}
+			tr.cluster.multiplexed = roundTripFunc(func(*http.Request) (*http.Response, error) { return resp, nil })
+			r := newRequest(s, "/api/v1/pods", "User-Agent", "kubectl", "Accept", "application/json", "Impersonate-User", "alice@example.com")
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := tr.RoundTrip(r); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package transport
+
+import (
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+)
+
+// withTokenFile returns an API server and a transport to it whose token is in the
+// file at path, with what the token file logs.
+func withTokenFile(t *testing.T, path string) (*apiServer, *Transport, *observer.ObservedLogs) {
+	t.Helper()
+	s := newAPIServer(t)
+	tr := newTransport(t, trusting(s, map[string]any{"tokenFile": path}))
+	core, logs := observer.New(zapcore.InfoLevel)
+	tr.cluster.token.logger = zap.New(core)
+	return s, tr, logs
+}
+
+// expire has the token file read again by the next request.
+func expire(tr *Transport) {
+	tr.cluster.token.mu.Lock()
+	defer tr.cluster.token.mu.Unlock()
+	tr.cluster.token.next = time.Time{}
+}
+
+func rewrite(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// checkToken checks with which Authorization header the next request goes out.
+func checkToken(t *testing.T, s *apiServer, tr *Transport, want string) {
+	t.Helper()
+	if resp := roundTrip(t, tr, newRequest(s, "/api")); resp.StatusCode != http.StatusOK {
+		t.Errorf("answered %s", resp.Status)
+	}
+	if got := s.one(t).Header["Authorization"]; len(got) != 1 || got[0] != want {
+		t.Errorf("got Authorization %q; want %q", got, want)
+	}
+}
+
+// A token that is renewed is used, without a restart.
+func TestTokenRotation(t *testing.T) {
+	path := writeFile(t, "token", "first\n")
+	s, tr, _ := withTokenFile(t, path)
+	checkToken(t, s, tr, "Bearer first")
+	rewrite(t, path, "second")
+	expire(tr)
+	checkToken(t, s, tr, "Bearer second")
+}
+
+// Where there is no token, there is no request: neither without Authorization nor
+// with one that says nothing.
+func TestNoTokenNoRequest(t *testing.T) {
+	for name, content := range map[string]string{"empty": "", "blank": " \n\t\n"} {
+		t.Run(name, func(t *testing.T) {
+			path := writeFile(t, "token", content)
+			s, tr, logs := withTokenFile(t, path)
+			for range 3 {
+				checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable, "no credentials", path, "empty")
+				checkRefused(t, roundTrip(t, tr, newRequest(s, "/api", "Connection", "Upgrade", "Upgrade", "websocket")), http.StatusServiceUnavailable)
+				s.none(t)
+				expire(tr)
+			}
+			if n := logs.FilterLevelExact(zapcore.ErrorLevel).Len(); n != 1 {
+				t.Errorf("logged %d times; want once", n)
+			}
+		})
+	}
+	t.Run("missing, and there later", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "token")
+		s, tr, logs := withTokenFile(t, path)
+		checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable, path)
+		s.none(t)
+		rewrite(t, path, "late")
+		expire(tr)
+		checkToken(t, s, tr, "Bearer late")
+		if n := logs.FilterLevelExact(zapcore.InfoLevel).Len(); n != 1 {
+			t.Errorf("logged %d times that the token can be read; want once", n)
+		}
+	})
+}
+
+// A token whose file is gone stays in use, which is said once, until the API server
+// no longer takes it. That is then the proxy's failure, not the caller's.
+func TestStaleToken(t *testing.T) {
+	for name, spoil := range map[string]func(*testing.T, string){
+		"gone": func(t *testing.T, path string) {
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"empty": func(t *testing.T, path string) { rewrite(t, path, "") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := writeFile(t, "token", "good")
+			s, tr, logs := withTokenFile(t, path)
+			checkToken(t, s, tr, "Bearer good")
+			spoil(t, path)
+			for range 3 {
+				expire(tr)
+				checkToken(t, s, tr, "Bearer good")
+			}
+			if n := logs.FilterLevelExact(zapcore.ErrorLevel).Len(); n != 1 {
+				t.Errorf("logged %d times; want once", n)
+			}
+
+			s.answer(http.StatusUnauthorized)
+			checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable, "no longer accepts", path)
+			s.answer(http.StatusForbidden)
+			if resp := roundTrip(t, tr, newRequest(s, "/api")); resp.StatusCode != http.StatusForbidden {
+				t.Errorf("a 403 was answered with %s", resp.Status)
+			}
+			s.answer(0)
+			s.take()
+
+			rewrite(t, path, "renewed")
+			expire(tr)
+			checkToken(t, s, tr, "Bearer renewed")
+			s.answer(http.StatusUnauthorized)
+			if resp := roundTrip(t, tr, newRequest(s, "/api")); resp.StatusCode != http.StatusUnauthorized {
+				t.Errorf("with a fresh token, a 401 was answered with %s", resp.Status)
+			}
+		})
+	}
+}
+
+// The answer that is not passed on is let go of, and its connection with it.
+func TestDiscardedAnswersAreClosed(t *testing.T) {
+	path := writeFile(t, "token", "good")
+	s, tr, _ := withTokenFile(t, path)
+	checkToken(t, s, tr, "Bearer good")
+	rewrite(t, path, "")
+	expire(tr)
+	body := &closeRecorder{Reader: strings.NewReader("Unauthorized")}
+	tr.cluster.multiplexed = roundTripFunc(func(*http.Request) (*http.Response, error) {
+		return &http.Response{StatusCode: http.StatusUnauthorized, Body: body}, nil
+	})
+	checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable)
+	if !body.closed {
+		t.Error("the API server's answer is left open")
+	}
+}
+
+// A token is read again well within the time that a kubelet leaves before the old
+// one ends, and sooner after a failure.
+func TestWhenTheTokenIsRead(t *testing.T) {
+	path := writeFile(t, "token", "first")
+	synctest.Test(t, func(t *testing.T) {
+		f := &tokenFile{path: path, logger: zap.NewNop()}
+		check := func(want string, stale bool) {
+			t.Helper()
+			token, reason, err := f.get()
+			if err != nil || token != want || (reason != nil) != stale {
+				t.Errorf("after %v: got %q, %v, %v; want %q, stale: %v", time.Now(), token, reason, err, want, stale)
+			}
+		}
+		check("first", false)
+		rewrite(t, path, "second")
+		time.Sleep(tokenPeriod)
+		check("first", false)
+		time.Sleep(time.Nanosecond)
+		check("second", false)
+
+		rewrite(t, path, "")
+		time.Sleep(tokenPeriod + 1)
+		check("second", true)
+		rewrite(t, path, "third")
+		check("second", true)
+		time.Sleep(tokenRetry + 1)
+		check("third", false)
+	})
+	if tokenPeriod > 2*time.Minute {
+		t.Errorf("tokenPeriod is %v, longer than a renewed token's predecessor is sure to live", tokenPeriod)
+	}
+}
