@@ -37,7 +37,7 @@ define build
 	@mkdir -p $(BIN)
 	@echo "==> building $(1) from $(TOOLS)/$(2), once; takes about $(4) when Go has nothing cached"
 	@start=$$(date +%s) && \
-	cd $(TOOLS)/$(2) && go build -ldflags "$(5)" -o ../../.bin/$(1) $(3) && touch ../../.bin/$(1) && \
+	cd $(TOOLS)/$(2) && go build -trimpath -ldflags "$(5)" -o ../../.bin/$(1).new $(3) && mv ../../.bin/$(1).new ../../.bin/$(1) && \
 	echo "==> built $(1) in $$(( $$(date +%s) - start )) s"
 endef
 
@@ -49,7 +49,7 @@ endef
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-components: assets-note $(addprefix $(BIN)/,$(KUBERNETES_PARTS) headscale) ## build what the lab runs (once)
+components: assets-note $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale) ## build what the lab runs (once)
 
 assets-note:
 	@$(if $(ASSETS_NOTE),echo "==> $(ASSETS_NOTE)",:)
@@ -96,6 +96,10 @@ $(BIN)/kube-apiserver: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
 
 $(BIN)/kubectl: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
 	$(call build,kubectl,kubernetes,k8s.io/kubernetes/cmd/kubectl,1 minute,-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION))
+
+# The one controller the lab runs, from Kubernetes' own package.
+$(BIN)/clusterrole-aggregation: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum $(wildcard $(TOOLS)/kubernetes/clusterrole-aggregation/*.go)
+	$(call build,clusterrole-aggregation,kubernetes,./clusterrole-aggregation,10 seconds)
 
 $(BIN)/headscale: $(TOOLS)/headscale/go.mod $(TOOLS)/headscale/go.sum
 	$(call build,headscale,headscale,github.com/juanfont/headscale/cmd/headscale,90 seconds)

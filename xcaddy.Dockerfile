@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# Caddy with this plugin and caddy-tailscale, without root and without file
+# capabilities: tsnet listens in the process, on the tailnet, so even ports 80
+# and 443 need no privilege. Run it from the root of a checkout:
+#
+#	docker build -f xcaddy.Dockerfile -t caddy-tailscale-impersonate .
+#
+# The bases are pinned by tag. Who builds for production should pin them by
+# digest as well (FROM image:tag@sha256:...), with the digests they have verified.
+
+FROM golang:1.26.8-bookworm AS build
+
+ARG CADDY_VERSION=v2.11.9
+# github.com/tailscale/caddy-tailscale has no releases; this is commit 413764819c5e.
+ARG CADDY_TAILSCALE_VERSION=v0.0.0-20251225051618-413764819c5e
+
+ENV CGO_ENABLED=0 GOTOOLCHAIN=local
+# xcaddy v0.4.5, with the checksums of all it is made of.
+COPY lab/tools/xcaddy /tools/xcaddy
+RUN cd /tools/xcaddy && go build -o /usr/local/bin/xcaddy github.com/caddyserver/xcaddy/cmd/xcaddy
+
+COPY . /src
+RUN xcaddy build ${CADDY_VERSION} \
+	--with github.com/tailscale/caddy-tailscale@${CADDY_TAILSCALE_VERSION} \
+	--with github.com/tailscale-impersonate/caddy-tailscale-impersonate@v0.0.0=/src \
+	--output /out/usr/bin/caddy
+# A Caddy that does not start, or lacks a module, is found out here.
+RUN /out/usr/bin/caddy list-modules > /tmp/modules \
+	&& grep -qx http.handlers.tailscale_impersonate /tmp/modules \
+	&& grep -qx http.reverse_proxy.transport.kubernetes /tmp/modules \
+	&& grep -qx tailscale /tmp/modules
+# 65532 is the user "nonroot" of the base below.
+RUN mkdir -p /out/etc/caddy /out/data/config \
+	&& chown -R 65532:65532 /out/data
+
+FROM gcr.io/distroless/static-debian12:nonroot
+
+COPY --from=build /out/usr/bin/caddy /usr/bin/caddy
+COPY --from=build /out/etc/caddy /etc/caddy
+COPY --from=build --chown=65532:65532 /out/data /data
+
+# Caddy's own storage and the tailnet nodes' state: one volume, to be kept, or
+# nodes join anew with every start.
+ENV XDG_CONFIG_HOME=/data/config XDG_DATA_HOME=/data
+VOLUME /data
+
+USER 65532:65532
+WORKDIR /data
+ENTRYPOINT ["/usr/bin/caddy"]
+CMD ["run", "--config", "/etc/caddy/Caddyfile", "--adapter", "caddyfile"]
