@@ -49,7 +49,7 @@ endef
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-components: assets-note $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale) ## build what the lab runs (once)
+components: assets-note $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale helm) ## build what the lab runs (once)
 
 assets-note:
 	@$(if $(ASSETS_NOTE),echo "==> $(ASSETS_NOTE)",:)
@@ -103,6 +103,9 @@ $(BIN)/clusterrole-aggregation: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/g
 
 $(BIN)/headscale: $(TOOLS)/headscale/go.mod $(TOOLS)/headscale/go.sum
 	$(call build,headscale,headscale,github.com/juanfont/headscale/cmd/headscale,90 seconds)
+
+$(BIN)/helm: $(TOOLS)/helm/go.mod $(TOOLS)/helm/go.sum
+	$(call build,helm,helm,helm.sh/helm/v4/cmd/helm,4 minutes)
 
 $(BIN)/xcaddy: $(TOOLS)/xcaddy/go.mod $(TOOLS)/xcaddy/go.sum
 	$(call build,xcaddy,xcaddy,github.com/caddyserver/xcaddy/cmd/xcaddy,10 seconds)

@@ -104,6 +104,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return errors.New("tailscale_impersonate works only inside of an HTTP server")
 	}
 	server.RegisterConnContext(tailnet.ConnContext)
+	warnOfBuffers(h.logger, server)
 
 	app, err := ctx.App("events")
 	if err != nil {
@@ -160,7 +161,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 			zap.String("uri", r.RequestURI))
 		return refusal.Write(w, err)
 	}
-	if len(id.Recorders) > 0 {
+	if id.RecordingWanted {
 		h.logger.Warn("the caller's grants name session recorders, and recording is not supported yet: the session is not recorded",
 			zap.String("user", id.User),
 			zap.Stringer("remote_addr", conn.Remote))
@@ -175,7 +176,24 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	// Trailers arrive behind the body, when headers have long been looked at.
 	// The API server has no use for any.
 	r.Trailer = nil
-	return next.ServeHTTP(w, r)
+	return h.explain(w, r, next.ServeHTTP(w, r))
+}
+
+// explain answers a request that reverse_proxy could not send, or got no answer
+// to, and returns any other error as it is. Caddy would answer with an empty body,
+// and kubectl report an error without a reason.
+func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) error {
+	var failed caddyhttp.HandlerError
+	if !errors.As(err, &failed) {
+		return err
+	}
+	switch failed.StatusCode {
+	case http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+	default:
+		return err
+	}
+	h.logger.Error("the API server cannot be reached", zap.Error(failed.Err), zap.String("uri", r.RequestURI))
+	return refusal.Write(w, refusal.Unavailable("the API server cannot be reached; the proxy's log says why"))
 }
 
 // identify returns the connection that r came on and the identity of the peer at
@@ -208,12 +226,15 @@ func (h *Handler) identify(r *http.Request, asked string) (tailnet.Conn, imperso
 	if err != nil {
 		return refuse(refusal.Forbidden("%v", err))
 	}
-	if err := h.checkHost(r, node); err != nil {
+	// One bound for all that the node is asked.
+	ctx, cancel := context.WithTimeout(r.Context(), tailnet.WhoIsTimeout)
+	defer cancel()
+	if err := h.checkHost(ctx, r, node); err != nil {
 		return refuse(err)
 	}
 
 	// Who is the peer?
-	who, err := node.WhoIs(r.Context(), conn)
+	who, err := node.WhoIs(ctx, conn)
 	switch {
 	case errors.Is(err, tailnet.ErrPeerNotFound):
 		return refuse(refusal.Forbidden("tailnet node %q knows no peer with the address %v", node.Name, conn.Remote.Addr()))
@@ -284,11 +305,11 @@ func (h *Handler) checkOrigin(r *http.Request) *apierrors.StatusError {
 // A web page whose name is made to resolve to the node's address (DNS rebinding)
 // counts as the same origin in a browser, so that checkOrigin does not see it.
 // With TLS the certificate does not match.
-func (h *Handler) checkHost(r *http.Request, node *tailnet.Node) *apierrors.StatusError {
+func (h *Handler) checkHost(ctx context.Context, r *http.Request, node *tailnet.Node) *apierrors.StatusError {
 	if r.TLS != nil || slices.Contains(h.AllowHosts, tailnet.Hostname(r.Host)) {
 		return nil
 	}
-	owns, err := node.Owns(r.Context(), r.Host)
+	owns, err := node.Owns(ctx, r.Host)
 	if err != nil {
 		return refusal.TryAgain("cannot tell whether host %q is this server: %v", r.Host, err)
 	}

@@ -1633,7 +1633,11 @@ func TestNodesComeFromTheListeners(t *testing.T) {
 			var names []string
 			for _, server := range app.(*caddyhttp.App).Servers {
 				for _, h := range handlersOf(server) {
-					<-h.ready
+					select {
+					case <-h.ready:
+					default:
+						t.Fatal("the config has started, and the handler does not know")
+					}
 					for _, n := range h.nodes {
 						names = append(names, n.Name)
 					}
@@ -1643,6 +1647,14 @@ func TestNodesComeFromTheListeners(t *testing.T) {
 				t.Errorf("nodes differ (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// A Caddyfile with an option that is misspelled is not one without it.
+func TestUnknownOptionsAreRefused(t *testing.T) {
+	_, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte("http:// {\ntailscale_impersonate {\nallow_origin https://a.example.com\n}\n}"), nil)
+	if err == nil || !strings.Contains(err.Error(), `"allow_origin"`) {
+		t.Errorf("got error %v; want one that names the option", err)
 	}
 }
 

@@ -10,6 +10,7 @@ package caddyfile
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"net/url"
 	"strings"
 
@@ -110,8 +111,11 @@ func checkOrigin(origin string) error {
 	if u.Host != strings.ToLower(u.Host) {
 		return errors.New("must be in lower case, as browsers send it")
 	}
-	if strings.ContainsAny(u.Host, "*") {
-		return errors.New("must name one origin, without wildcards")
+	if strings.HasSuffix(u.Host, ":") {
+		return errors.New("the port is missing")
+	}
+	if err := checkHost(u.Hostname()); err != nil {
+		return err
 	}
 	if (u.Scheme == "https" && u.Port() == "443") || (u.Scheme == "http" && u.Port() == "80") {
 		return errors.New("must leave out the scheme's own port, as browsers do")
@@ -119,14 +123,17 @@ func checkOrigin(origin string) error {
 	return nil
 }
 
-// checkHost returns an error unless host is a name or address as [tailnet.Hostname]
-// returns it.
+// checkHost returns an error unless host is a name or address as
+// [tailnet.Hostname] returns it from a request.
 func checkHost(host string) error {
+	if _, err := netip.ParseAddr(host); err == nil {
+		return nil
+	}
 	if host == "" || tailnet.Hostname(host) != host {
 		return errors.New("must be a host name in lower case, or an address, without a port and without a final dot")
 	}
-	if strings.ContainsAny(host, "*/ ") {
-		return errors.New("must name one host, without wildcards")
+	if strings.TrimLeft(host, "abcdefghijklmnopqrstuvwxyz0123456789-._") != "" {
+		return errors.New("must name one host, in letters, digits, hyphens and dots (punycode for others), without wildcards")
 	}
 	return nil
 }

@@ -23,27 +23,36 @@ func (c *Config) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		return d.Errf("unexpected argument %q: options go into a block", d.Val())
 	}
 	for d.NextBlock(0) {
-		var err error
-		switch option := d.Val(); option {
-		case "capability":
-			err = single(d, &c.Capability)
-		case "client_impersonation":
-			err = single(d, &c.ClientImpersonation)
-		case "allow_origins":
-			err = list(d, &c.AllowOrigins)
-		case "allow_hosts":
-			err = list(d, &c.AllowHosts)
-		default:
-			err = d.Errf("unknown option %q", option)
-		}
+		known, err := c.UnmarshalOption(d)
 		if err != nil {
 			return err
+		}
+		if !known {
+			return d.Errf("unknown option %q", d.Val())
 		}
 	}
 	if err := c.Validate(); err != nil {
 		return d.WrapErr(err)
 	}
 	return nil
+}
+
+// UnmarshalOption sets c from the option that d is at and its arguments. It
+// reports whether the option is one of a Config's.
+func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error) {
+	switch d.Val() {
+	case "capability":
+		err = single(d, &c.Capability)
+	case "client_impersonation":
+		err = single(d, &c.ClientImpersonation)
+	case "allow_origins":
+		err = list(d, &c.AllowOrigins)
+	case "allow_hosts":
+		err = list(d, &c.AllowHosts)
+	default:
+		return false, nil
+	}
+	return true, err
 }
 
 // single sets value to the one argument of the option that d is at.

@@ -19,12 +19,14 @@ const bearerProtocolPrefix = "base64url.bearer.authorization.k8s.io."
 // credentials to the API server: Impersonate-*, X-Remote-* (front-proxy
 // authentication), Authorization, and the bearer token of
 // Sec-WebSocket-Protocol. It returns the name of an impersonation header that it
-// removed, empty if there was none.
+// removed, the first in alphabetical order, empty if there was none.
 func StripProtected(h http.Header) (impersonation string) {
 	for name := range h {
 		switch {
 		case foldedPrefix(name, "impersonate-"):
-			impersonation = name
+			if impersonation == "" || name < impersonation {
+				impersonation = name
+			}
 			delete(h, name)
 		case foldedPrefix(name, "x-remote-"), foldedEqual(name, "authorization"):
 			delete(h, name)
@@ -33,6 +35,16 @@ func StripProtected(h http.Header) (impersonation string) {
 		}
 	}
 	return impersonation
+}
+
+// StripFrontProxy removes X-Remote-* from h, which name a caller to an API server
+// that trusts the sender to have authenticated it.
+func StripFrontProxy(h http.Header) {
+	for name := range h {
+		if foldedPrefix(name, "x-remote-") {
+			delete(h, name)
+		}
+	}
 }
 
 // StripClient removes from h, the headers of a request as it was received, what
@@ -61,10 +73,11 @@ func StripClient(h http.Header) (impersonation string) {
 	return impersonation
 }
 
-// SetHeaders writes id into h. Impersonation headers that h holds already must
-// have been removed.
+// SetHeaders writes id into h. Other impersonation headers that h holds must have
+// been removed.
 func (id Identity) SetHeaders(h http.Header) {
 	h[transport.ImpersonateUserHeader] = []string{id.User}
+	delete(h, transport.ImpersonateGroupHeader)
 	if len(id.Groups) > 0 {
 		// A copy, because header operations further on edit values in place.
 		h[transport.ImpersonateGroupHeader] = slices.Clone(id.Groups)

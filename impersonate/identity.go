@@ -4,7 +4,6 @@ package impersonate
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 
@@ -42,9 +41,9 @@ type Identity struct {
 	Source Source
 	// Node is the tailnet name of the device that the caller used.
 	Node string
-	// Recorders are the addresses that the grants want sessions recorded to.
-	// Recording them is optional: grants that insist are an error.
-	Recorders []netip.AddrPort
+	// RecordingWanted reports whether the grants name recorders for sessions,
+	// without insisting: grants that insist are an error.
+	RecordingWanted bool
 }
 
 // Identity returns who the API server is to be told that p is.
@@ -71,7 +70,11 @@ func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, error) 
 		if rule.EnforceRecorder {
 			return Identity{}, fmt.Errorf("the grants of %s say enforceRecorder, and session recording is not supported yet", p)
 		}
-		id.Recorders = append(id.Recorders, rule.RecorderAddrs...)
+		// The control server turns the names of recorders into addresses; one
+		// that does not leaves the wish standing all the same.
+		if len(rule.Recorders) > 0 || len(rule.RecorderAddrs) > 0 {
+			id.RecordingWanted = true
+		}
 		if rule.Impersonate == nil {
 			continue
 		}
@@ -89,7 +92,7 @@ func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, error) 
 	// people who have no say in this one.
 	if id.Source == SourceNone && p.Tagged() && !p.Shared {
 		for _, tag := range p.Tags {
-			if err := checkName("tag", tag); err != nil {
+			if err := checkTag(tag); err != nil {
 				return Identity{}, err
 			}
 		}
@@ -123,6 +126,18 @@ func checkUser(user string) error {
 	}
 	if strings.HasPrefix(user, "system:") {
 		return fmt.Errorf("user %q starts with system:, which is reserved for the cluster's own components", user)
+	}
+	return nil
+}
+
+// checkTag reports whether tag may be impersonated as a group. Its prefix is what
+// keeps a tag from being called system:masters.
+func checkTag(tag string) error {
+	if err := checkName("tag", tag); err != nil {
+		return err
+	}
+	if !strings.HasPrefix(tag, "tag:") {
+		return fmt.Errorf("tag %q does not start with tag:", tag)
 	}
 	return nil
 }

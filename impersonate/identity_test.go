@@ -319,21 +319,26 @@ func TestGrantThatInsistsOnRecordingIsNoIdentity(t *testing.T) {
 	}
 }
 
-func TestRecordersOfAllGrantsAreReturned(t *testing.T) {
-	id, err := identityOf(aUser("alice@example.com",
-		`{"impersonate":{"groups":["tailnet-readers"]},"recorderAddrs":["100.64.0.9:80"],"enforceRecorder":false}`,
-		`{"recorder":["tag:recorder"],"recorderAddrs":["[fd7a:115c:a1e0::9]:80","100.64.0.8:80"]}`))
-	if err != nil {
-		t.Fatal(err)
+func TestGrantThatWantsRecordingIsReported(t *testing.T) {
+	for grant, want := range map[string]bool{
+		`{"recorderAddrs":["100.64.0.9:80"],"enforceRecorder":false}`:                     true,
+		`{"recorder":["tag:recorder"],"recorderAddrs":["[fd7a:115c:a1e0::9]:80"]}`:        true,
+		`{"recorder":["tag:recorder"]}`:                                                   true,
+		`{"impersonate":{"groups":["tailnet-readers"]},"recorder":[],"recorderAddrs":[]}`: false,
+	} {
+		id, err := identityOf(aUser("alice@example.com", `{}`, grant))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if id.RecordingWanted != want {
+			t.Errorf("%s: RecordingWanted is %t; want %t", grant, id.RecordingWanted, want)
+		}
 	}
-	want := []netip.AddrPort{
-		netip.MustParseAddrPort("100.64.0.9:80"),
-		netip.MustParseAddrPort("[fd7a:115c:a1e0::9]:80"),
-		netip.MustParseAddrPort("100.64.0.8:80"),
-	}
-	if diff := cmp.Diff(want, id.Recorders, equateAddrs); diff != "" {
-		t.Errorf("recorders (-want +got):\n%s", diff)
-	}
+}
+
+func TestTagThatIsNoneIsNoIdentity(t *testing.T) {
+	id, err := identityOf(aDevice("ci.example.ts.net.", []string{"tag:ci", "system:masters"}))
+	refused(t, id, err, "system:masters", "does not start with tag:")
 }
 
 func TestErrorsNameThePeer(t *testing.T) {

@@ -38,7 +38,7 @@ func PeerFrom(who *apitype.WhoIsResponse) (Peer, error) {
 	p := Peer{
 		Node:         strings.TrimSuffix(who.Node.Name, "."),
 		Tags:         slices.Clone(who.Node.Tags),
-		Shared:       who.Node.Hostinfo.Valid() && who.Node.Hostinfo.ShareeNode(),
+		Shared:       who.Node.Sharer != 0 || (who.Node.Hostinfo.Valid() && who.Node.Hostinfo.ShareeNode()),
 		Capabilities: who.CapMap,
 	}
 	if p.Tagged() {

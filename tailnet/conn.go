@@ -68,8 +68,11 @@ func accepted(c net.Conn) (Conn, error) {
 		case *tls.Conn:
 			c = layer.NetConn()
 		default:
-			inner, ok := embedded(c, "Conn").(net.Conn)
-			if !ok || !isCaddys(c) {
+			var inner net.Conn
+			if isCaddys(c) {
+				inner, _ = embedded(c, "Conn").(net.Conn)
+			}
+			if inner == nil {
 				return Conn{}, fmt.Errorf("the connection from %v was not accepted by a tailnet node (it is a %T)", outermost.RemoteAddr(), c)
 			}
 			c = inner
@@ -78,11 +81,11 @@ func accepted(c net.Conn) (Conn, error) {
 }
 
 func tailnetConn(c net.Conn) (Conn, error) {
-	remote, err := netip.ParseAddrPort(c.RemoteAddr().String())
+	remote, err := addrPort(c.RemoteAddr())
 	if err != nil {
 		return Conn{}, fmt.Errorf("remote address of a tailnet connection: %w", err)
 	}
-	local, err := netip.ParseAddrPort(c.LocalAddr().String())
+	local, err := addrPort(c.LocalAddr())
 	if err != nil {
 		return Conn{}, fmt.Errorf("local address of a tailnet connection: %w", err)
 	}
@@ -92,6 +95,16 @@ func tailnetConn(c net.Conn) (Conn, error) {
 		Remote: netip.AddrPortFrom(remote.Addr().Unmap(), remote.Port()),
 		Local:  local.Addr().Unmap(),
 	}, nil
+}
+
+// addrPort returns the address and port that a is. It is an error if there is
+// none: a connection that its peer has reset by now no longer has a remote
+// address, and a panic here, in the server's accept loop, would end Caddy.
+func addrPort(a net.Addr) (netip.AddrPort, error) {
+	if a == nil {
+		return netip.AddrPort{}, errors.New("the connection has ended already")
+	}
+	return netip.ParseAddrPort(a.String())
 }
 
 // isCaddys reports whether v's type is one that Caddy's HTTP server wraps
@@ -116,9 +129,5 @@ func embedded(v any, name string) any {
 	if !ok || !f.Anonymous {
 		return nil
 	}
-	field := s.FieldByIndex(f.Index)
-	if !field.CanInterface() {
-		return nil
-	}
-	return field.Interface()
+	return s.FieldByIndex(f.Index).Interface()
 }

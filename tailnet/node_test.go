@@ -90,7 +90,7 @@ func within(t *testing.T, f func()) {
 }
 
 // bounded fails t unless ctx has a deadline of at most WhoIsTimeout.
-func bounded(t *testing.T, ctx context.Context) {
+func bounded(ctx context.Context, t *testing.T) {
 	t.Helper()
 	deadline, ok := ctx.Deadline()
 	if !ok {
@@ -106,7 +106,7 @@ func TestStuckNodeDoesNotHoldRequestsUp(t *testing.T) {
 		Name:  "k8s",
 		Addrs: func() []netip.Addr { return []netip.Addr{node4} },
 		Ask: func(ctx context.Context, _ netip.AddrPort, _ netip.Addr) (*apitype.WhoIsResponse, error) {
-			bounded(t, ctx)
+			bounded(ctx, t)
 			select {
 			case <-ctx.Done():
 			case <-time.After(hangs):
@@ -114,7 +114,7 @@ func TestStuckNodeDoesNotHoldRequestsUp(t *testing.T) {
 			return nil, ctx.Err()
 		},
 		DNSName: func(ctx context.Context) (string, error) {
-			bounded(t, ctx)
+			bounded(ctx, t)
 			select {
 			case <-ctx.Done():
 			case <-time.After(hangs):

@@ -22,7 +22,7 @@ func BenchmarkRoundTrip(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			tr := newTransport(b, trusting(s, user))
 			resp := &http.Response{StatusCode: http.StatusOK, Body: http.NoBody}
-			tr.cluster.multiplexed = roundTripFunc(func(*http.Request) (*http.Response, error) { return resp, nil })
+			tr.cluster.http1 = roundTripFunc(func(*http.Request) (*http.Response, error) { return resp, nil })
 			r := newRequest(s, "/api/v1/pods", "User-Agent", "kubectl", "Accept", "application/json", "Impersonate-User", "alice@example.com")
 			b.ReportAllocs()
 			for b.Loop() {

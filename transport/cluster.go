@@ -31,6 +31,8 @@ type clusterConfig struct {
 	rest *rest.Config
 	// tokenFile is the path of the bearer token's file, empty if there is none.
 	tokenFile string
+	// userErr is why the credentials cannot be used to impersonate anybody.
+	userErr error
 }
 
 // inCluster returns the configuration of the cluster whose pod this is.
@@ -47,7 +49,7 @@ func inCluster() (clusterConfig, error) {
 	}
 	tokenFile := config.BearerTokenFile
 	config.BearerToken, config.BearerTokenFile = "", ""
-	return clusterConfig{config, tokenFile}, nil
+	return clusterConfig{rest: config, tokenFile: tokenFile}, nil
 }
 
 // fromKubeconfig returns the configuration of a context of the kubeconfig file at
@@ -76,9 +78,8 @@ func fromKubeconfig(path, contextName string) (clusterConfig, error) {
 	if !ok {
 		return fail(fmt.Errorf("it has no user %q, whom context %q names", kubeContext.AuthInfo, contextName))
 	}
-	if user.Impersonate != "" || user.ImpersonateUID != "" || len(user.ImpersonateGroups) > 0 || len(user.ImpersonateUserExtra) > 0 {
-		return fail(fmt.Errorf("user %q impersonates (as:), and a request can impersonate only one identity: the caller's", kubeContext.AuthInfo))
-	}
+	impersonates := user.Impersonate != "" || user.ImpersonateUID != "" || len(user.ImpersonateGroups) > 0 || len(user.ImpersonateUserExtra) > 0
+	user.Impersonate, user.ImpersonateUID, user.ImpersonateGroups, user.ImpersonateUserExtra = "", "", nil, nil
 	tokenFile := user.TokenFile
 	user.TokenFile = ""
 	if tokenFile != "" {
@@ -88,10 +89,25 @@ func fromKubeconfig(path, contextName string) (clusterConfig, error) {
 	if err != nil {
 		return fail(err)
 	}
-	if err := checkCredentials(config, tokenFile); err != nil {
-		return fail(fmt.Errorf("user %q: %w", kubeContext.AuthInfo, err))
+	out := clusterConfig{rest: config, tokenFile: tokenFile}
+	if impersonates {
+		out.userErr = errors.New("it impersonates (as:), and a request can impersonate only one identity: the caller's")
+	} else {
+		out.userErr = checkCredentials(config, tokenFile)
 	}
-	return clusterConfig{config, tokenFile}, nil
+	if out.userErr != nil {
+		out.userErr = fmt.Errorf("kubeconfig %s: user %q: %w", path, kubeContext.AuthInfo, out.userErr)
+	}
+	return out, nil
+}
+
+// checkUser returns an error if the credentials in c cannot be used to impersonate
+// callers.
+func (c clusterConfig) checkUser() error { return c.userErr }
+
+// anonymous returns the configuration of the same cluster without any credentials.
+func (c clusterConfig) anonymous() clusterConfig {
+	return clusterConfig{rest: rest.AnonymousClientConfig(c.rest)}
 }
 
 // checkCredentials returns an error unless config holds credentials of exactly
@@ -132,13 +148,23 @@ type cluster struct {
 	token *tokenFile
 	// bearer is a bearer token that never changes, empty if there is none.
 	bearer string
-	// multiplexed speaks HTTP/2 where the server does. upgradable never does,
-	// as neither SPDY nor a WebSocket can ride on it.
-	multiplexed, upgradable http.RoundTripper
+	// http2 speaks HTTP/2 where the server does, http1 never.
+	http1, http2 http.RoundTripper
 }
 
-// connect returns the cluster that c configures. It opens no connection.
-func (c clusterConfig) connect(logger *zap.Logger) (*cluster, error) {
+// The pools of connections.
+const (
+	// idleConns is how many unused connections to one API server are kept:
+	// as many as there may be callers at once without dialling anew.
+	idleConns = 512
+	// idleTimeout is how long an unused connection is kept. It is below the 90
+	// seconds after which the API server closes it, so that it is not closed
+	// just when a request is on its way.
+	idleTimeout = 60 * time.Second
+)
+
+// base returns the URL of the API server.
+func (c clusterConfig) base() (*url.URL, error) {
 	base, _, err := rest.DefaultServerUrlFor(c.rest)
 	if err != nil {
 		return nil, fmt.Errorf("cluster address %q: %w", c.rest.Host, err)
@@ -147,8 +173,18 @@ func (c clusterConfig) connect(logger *zap.Logger) (*cluster, error) {
 		return nil, fmt.Errorf("cluster address %q: must be https, as credentials go there", c.rest.Host)
 	}
 	base.Path = strings.TrimSuffix(base.Path, "/")
+	base.RawPath = ""
+	return base, nil
+}
+
+// connect returns the cluster that c configures. It opens no connection.
+func (c clusterConfig) connect(logger *zap.Logger) (*cluster, error) {
+	base, err := c.base()
+	if err != nil {
+		return nil, err
+	}
 	if c.rest.Insecure {
-		logger.Warn("the cluster configuration says insecure-skip-tls-verify: whoever answers at the cluster's address is given the proxy's credentials", zap.Stringer("cluster", base))
+		logger.Warn("the cluster configuration says insecure-skip-tls-verify: whoever answers at the cluster's address is given the credentials", zap.Stringer("cluster", base))
 	}
 
 	out := &cluster{base: base, bearer: strings.TrimSpace(c.rest.BearerToken)}
@@ -164,14 +200,75 @@ func (c clusterConfig) connect(logger *zap.Logger) (*cluster, error) {
 		// name it has to prove is the cluster's.
 		config.ServerName = base.Hostname()
 	}
-	if out.multiplexed, err = rest.TransportFor(config); err != nil {
+	if out.http2, err = newPool(config); err != nil {
 		return nil, fmt.Errorf("cluster %s: %w", base, err)
 	}
 	config.NextProtos = []string{"http/1.1"}
-	if out.upgradable, err = rest.TransportFor(config); err != nil {
+	if out.http1, err = newPool(config); err != nil {
 		return nil, fmt.Errorf("cluster %s: %w", base, err)
 	}
 	return out, nil
+}
+
+// newPool returns a pool of connections for config.
+func newPool(config *rest.Config) (http.RoundTripper, error) {
+	pool, err := rest.TransportFor(config)
+	if err != nil {
+		return nil, err
+	}
+	// client-go offers no other way to these two than to look below what it
+	// wraps around the connections. They are set before the first request.
+	for layer := pool; ; {
+		switch l := layer.(type) {
+		case *http.Transport:
+			l.MaxIdleConnsPerHost = idleConns
+			l.IdleConnTimeout = idleTimeout
+			return pool, nil
+		case utilnet.RoundTripperWrapper:
+			layer = l.WrappedRoundTripper()
+		default:
+			return nil, fmt.Errorf("[unexpected] no http.Transport below a %T", layer)
+		}
+	}
+}
+
+// request returns a copy of r, which reverse_proxy has directed at an upstream,
+// that is for the cluster. Its headers can be changed without changing r's.
+func (c *cluster) request(r *http.Request) *http.Request {
+	out := r.WithContext(r.Context())
+	u := *r.URL
+	u.Scheme = c.base.Scheme
+	if c.base.Path != "" {
+		if u.RawPath != "" {
+			u.RawPath = c.base.EscapedPath() + u.RawPath
+		}
+		u.Path = c.base.Path + u.Path
+	}
+	out.URL = &u
+	out.Host = c.base.Host
+	out.Trailer = nil
+	out.Header = r.Header.Clone()
+	return out
+}
+
+// send sends a request over the connections that suit it.
+//
+// An upgrade needs HTTP/1.1: neither SPDY nor a WebSocket can ride on HTTP/2. So
+// do short requests, which cost less over it (BenchmarkPools). Those that stay
+// open share a few HTTP/2 connections, or a thousand watches would hold a
+// thousand connections.
+func (c *cluster) send(r *http.Request) (*http.Response, error) {
+	if !isUpgrade(r.Header) && staysOpen(r.URL) {
+		return c.http2.RoundTrip(r)
+	}
+	return c.http1.RoundTrip(r)
+}
+
+// staysOpen reports whether a request for u looks like one that is answered for as
+// long as there is something to tell: a watch, or a log that is followed. That it
+// is only a guess costs nothing but the better connection.
+func staysOpen(u *url.URL) bool {
+	return strings.Contains(u.RawQuery, "watch=") || strings.Contains(u.RawQuery, "follow=") || strings.Contains(u.Path, "/watch/")
 }
 
 // dial connects to an upstream that reverse_proxy has chosen. Its errors tell
@@ -182,14 +279,6 @@ func dial(ctx context.Context, network, address string) (net.Conn, error) {
 		return nil, reverseproxy.NewDialError(err)
 	}
 	return conn, nil
-}
-
-// pool returns the connections to send a request over.
-func (c *cluster) pool(upgrade bool) http.RoundTripper {
-	if upgrade {
-		return c.upgradable
-	}
-	return c.multiplexed
 }
 
 // authorization returns the value of the Authorization header, empty if the
@@ -209,8 +298,15 @@ func (c *cluster) authorization() (value string, stale, err error) {
 	return "Bearer " + token, stale, nil
 }
 
+// renew makes the next request read the token's file, if there is one.
+func (c *cluster) renew() {
+	if c.token != nil {
+		c.token.expire()
+	}
+}
+
 // close closes the connections that no request uses.
 func (c *cluster) close() {
-	utilnet.CloseIdleConnectionsFor(c.multiplexed)
-	utilnet.CloseIdleConnectionsFor(c.upgradable)
+	utilnet.CloseIdleConnectionsFor(c.http1)
+	utilnet.CloseIdleConnectionsFor(c.http2)
 }

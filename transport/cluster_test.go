@@ -60,7 +60,7 @@ func TestKubeconfigErrors(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			path := tt.kubeconfig.write(t)
-			_, err := provision(t, &Transport{Kubeconfig: path, Context: tt.context})
+			_, err := provision(t, &Transport{Source: Source{Kubeconfig: path, Context: tt.context}})
 			if err == nil {
 				t.Fatal("no error")
 			}
@@ -72,7 +72,7 @@ func TestKubeconfigErrors(t *testing.T) {
 		})
 	}
 	t.Run("no current context", func(t *testing.T) {
-		_, err := provision(t, &Transport{Kubeconfig: writeFile(t, "kubeconfig", `{"apiVersion": "v1", "kind": "Config"}`)})
+		_, err := provision(t, &Transport{Source: Source{Kubeconfig: writeFile(t, "kubeconfig", `{"apiVersion": "v1", "kind": "Config"}`)}})
 		if err == nil || !strings.Contains(err.Error(), "no current context") {
 			t.Errorf("got error %v; want one that says what is missing", err)
 		}
@@ -85,7 +85,7 @@ func TestKubeconfigErrors(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := writeFile(t, "kubeconfig", content)
-			_, err := provision(t, &Transport{Kubeconfig: path})
+			_, err := provision(t, &Transport{Source: Source{Kubeconfig: path}})
 			if err == nil || !strings.Contains(err.Error(), path) {
 				t.Errorf("got error %v; want one that names the file", err)
 			}
@@ -93,7 +93,7 @@ func TestKubeconfigErrors(t *testing.T) {
 	}
 	t.Run("missing file", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "missing")
-		_, err := provision(t, &Transport{Kubeconfig: path})
+		_, err := provision(t, &Transport{Source: Source{Kubeconfig: path}})
 		if err == nil || !strings.Contains(err.Error(), path) {
 			t.Errorf("got error %v; want one that names the file", err)
 		}
@@ -114,9 +114,10 @@ func TestOnlyHTTPS(t *testing.T) {
 func TestContradictingOptions(t *testing.T) {
 	path := kubeconfig{server: "https://127.0.0.1:6443", user: token}.write(t)
 	for _, tr := range []*Transport{
-		{InCluster: true, Kubeconfig: path},
-		{InCluster: true, Context: "c"},
-		{Context: "c"},
+		{Source: Source{InCluster: true, Kubeconfig: path}},
+		{Source: Source{InCluster: true, Context: "c"}},
+		{Source: Source{Context: "c"}},
+		{Source: Source{Kubeconfig: path}, Credentials: "both"},
 	} {
 		if _, err := provision(t, tr); err == nil {
 			t.Errorf("%+v: no error", tr)
@@ -129,7 +130,7 @@ func TestContextOption(t *testing.T) {
 	s := newAPIServer(t)
 	k := trusting(s, token)
 	k.current = "gone"
-	tr, err := provision(t, &Transport{Kubeconfig: k.write(t), Context: "c"})
+	tr, err := provision(t, &Transport{Source: Source{Kubeconfig: k.write(t), Context: "c"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,7 +144,7 @@ func TestRelativePaths(t *testing.T) {
 	path := kubeconfig{server: s.URL, cluster: map[string]any{"certificate-authority": "ca"}, user: map[string]any{"tokenFile": "token"}}.write(t)
 	rewrite(t, filepath.Join(filepath.Dir(path), "ca"), string(s.ca()))
 	rewrite(t, filepath.Join(filepath.Dir(path), "token"), "from-file")
-	tr, err := provision(t, &Transport{Kubeconfig: path})
+	tr, err := provision(t, &Transport{Source: Source{Kubeconfig: path}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -155,11 +156,11 @@ func TestRelativePaths(t *testing.T) {
 func TestKubeconfigPlaceholders(t *testing.T) {
 	path := kubeconfig{server: "https://127.0.0.1:6443", user: token}.write(t)
 	t.Setenv("TRANSPORT_TEST_DIR", filepath.Dir(path))
-	if _, err := provision(t, &Transport{Kubeconfig: "{env.TRANSPORT_TEST_DIR}/kubeconfig"}); err != nil {
+	if _, err := provision(t, &Transport{Source: Source{Kubeconfig: "{env.TRANSPORT_TEST_DIR}/kubeconfig"}}); err != nil {
 		t.Error(err)
 	}
 	for _, path := range []string{"{env.TRANSPORT_TEST_UNSET}", "{no.such.placeholder}/kubeconfig"} {
-		if _, err := provision(t, &Transport{Kubeconfig: path}); err == nil || !strings.Contains(err.Error(), path) {
+		if _, err := provision(t, &Transport{Source: Source{Kubeconfig: path}}); err == nil || !strings.Contains(err.Error(), path) {
 			t.Errorf("%s: got error %v; want one that names it", path, err)
 		}
 	}
@@ -175,7 +176,7 @@ func TestOutsideOfAPod(t *testing.T) {
 			if _, err := provision(t, &Transport{}); err == nil || !strings.Contains(err.Error(), "kubeconfig <path>") {
 				t.Errorf("default: got error %v; want one that says what to do", err)
 			}
-			tr, err := provision(t, &Transport{InCluster: true})
+			tr, err := provision(t, &Transport{Source: Source{InCluster: true}})
 			if err != nil {
 				t.Fatalf("in_cluster: %v", err)
 			}

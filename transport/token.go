@@ -50,6 +50,15 @@ func (f *tokenFile) get() (token string, stale, err error) {
 	return f.token, f.err, nil
 }
 
+// expire makes the next get read the file, unless it was just tried.
+func (f *tokenFile) expire() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err == nil {
+		f.next = time.Time{}
+	}
+}
+
 // read reads the file. The caller holds f.mu.
 func (f *tokenFile) read(now time.Time) {
 	token, err := readToken(f.path)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -146,13 +147,27 @@ func TestDiscardedAnswersAreClosed(t *testing.T) {
 	rewrite(t, path, "")
 	expire(tr)
 	body := &closeRecorder{Reader: strings.NewReader("Unauthorized")}
-	tr.cluster.multiplexed = roundTripFunc(func(*http.Request) (*http.Response, error) {
+	tr.cluster.http1 = roundTripFunc(func(*http.Request) (*http.Response, error) {
 		return &http.Response{StatusCode: http.StatusUnauthorized, Body: body}, nil
 	})
 	checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable)
 	if !body.closed {
 		t.Error("the API server's answer is left open")
 	}
+}
+
+// Requests ask for the token all at once.
+func TestTokenIsSafeForConcurrentUse(t *testing.T) {
+	f := &tokenFile{path: writeFile(t, "token", "good"), logger: zap.NewNop()}
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			if token, _, err := f.get(); token != "good" || err != nil {
+				t.Errorf("got %q, %v; want good", token, err)
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // A token is read again well within the time that a kubelet leaves before the old

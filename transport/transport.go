@@ -13,13 +13,12 @@
 package transport
 
 import (
-	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
 	"strings"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"go.uber.org/zap"
 	"golang.org/x/net/http/httpguts"
@@ -32,38 +31,41 @@ func init() {
 	caddy.RegisterModule(new(Transport))
 }
 
+// Whose credentials go with a request: what Transport.Credentials can be.
+const (
+	Proxy  = "proxy"
+	Client = "client"
+)
+
 // Transport is a transport of `reverse_proxy` that sends requests to a Kubernetes
 // API server as the identity that the `tailscale_impersonate` handler found. It
 // refuses requests that the handler did not see.
 //
 // Certificate authority, TLS server name and credentials come from the cluster
 // configuration and always belong together: the address that `reverse_proxy`
-// dials has to present the certificate of that cluster. If neither `in_cluster`
-// nor `kubeconfig` is given, the pod's service account is used; outside of a pod
-// that is an error.
+// dials has to present the certificate of that cluster.
+//
+// An active health check of `reverse_proxy` may GET `/livez`, `/readyz` and
+// `/healthz`. As it has no caller it is sent without any credentials, which needs
+// a cluster that lets anybody read these paths, as clusters do by default
+// (anonymous authentication and the ClusterRole `system:public-info-viewer`).
 type Transport struct {
-	// Use the service account of the pod that Caddy runs in. Outside of a pod
-	// such a config can be validated, but answers every request with 503.
-	//
-	// Default: true where `kubeconfig` is not given and a service account is
-	// present.
-	InCluster bool `json:"in_cluster,omitempty"`
+	Source
 
-	// The path of a kubeconfig file. Placeholders such as `{env.HOME}` are
-	// expanded when the config is loaded. Its user needs credentials (a token,
-	// a token file, a client certificate or an exec plugin) that may
-	// impersonate users and groups, and must not impersonate by itself.
+	// Whose credentials go with a request:
 	//
-	// Default: none.
-	Kubeconfig string `json:"kubeconfig,omitempty"`
+	// - `proxy` (the default): those of the cluster configuration, together with
+	//   the identity of the caller that they impersonate.
+	// - `client`: those that the client sends, if any. The cluster configuration
+	//   provides the way to the cluster and nothing else, and
+	//   `tailscale_impersonate`, which removes a client's credentials, must not
+	//   stand in front.
+	Credentials string `json:"credentials,omitempty"`
 
-	// The context of the kubeconfig file to use.
-	//
-	// Default: the file's current context.
-	Context string `json:"context,omitempty"`
-
-	logger  *zap.Logger
-	cluster *cluster
+	logger *zap.Logger
+	// cluster is where requests with the proxy's credentials go, anonymous where
+	// those without go.
+	cluster, anonymous *cluster
 	// unusable is why there is no cluster, if there is none.
 	unusable error
 }
@@ -79,50 +81,43 @@ func (*Transport) CaddyModule() caddy.ModuleInfo {
 // Provision reads the cluster configuration. It does not connect.
 func (t *Transport) Provision(ctx caddy.Context) error {
 	t.logger = ctx.Logger()
-	if err := t.validate(); err != nil {
+	if err := t.Validate(); err != nil {
 		return err
 	}
-	config, err := t.load()
-	switch {
-	case errors.Is(err, errNotInPod) && t.InCluster:
-		// A config that is meant for a pod is often validated outside of one.
-		t.logger.Error("every request will be refused", zap.Error(err))
-		t.unusable = err
+	config, unusable, err := t.load(t.logger)
+	if err != nil || unusable != nil {
+		t.unusable = unusable
+		return err
+	}
+	if t.anonymous, err = config.anonymous().connect(t.logger); err != nil {
+		return err
+	}
+	if t.Credentials == Client {
 		return nil
-	case err != nil:
+	}
+	if err := config.checkUser(); err != nil {
 		return err
 	}
 	t.cluster, err = config.connect(t.logger)
 	return err
 }
 
-// validate returns an error if the options contradict each other.
-func (t *Transport) validate() error {
-	if t.InCluster && t.Kubeconfig != "" {
-		return errors.New("in_cluster and kubeconfig exclude each other")
+// Validate returns an error if the options cannot be used.
+func (t *Transport) Validate() error {
+	switch t.Credentials {
+	case "", Proxy, Client:
+	default:
+		return fmt.Errorf("credentials %q: must be %s or %s", t.Credentials, Proxy, Client)
 	}
-	if t.Context != "" && t.Kubeconfig == "" {
-		return fmt.Errorf("context %q: only a kubeconfig has contexts", t.Context)
-	}
-	return nil
-}
-
-// load reads the configuration of the cluster that t names.
-func (t *Transport) load() (clusterConfig, error) {
-	if t.Kubeconfig == "" {
-		return inCluster()
-	}
-	path, err := caddy.NewReplacer().ReplaceOrErr(t.Kubeconfig, true, true)
-	if err != nil {
-		return clusterConfig{}, fmt.Errorf("kubeconfig %q: %w", t.Kubeconfig, err)
-	}
-	return fromKubeconfig(path, t.Context)
+	return t.Source.Validate()
 }
 
 // Cleanup closes connections that nothing uses any more.
 func (t *Transport) Cleanup() error {
-	if t.cluster != nil {
-		t.cluster.close()
+	for _, c := range []*cluster{t.cluster, t.anonymous} {
+		if c != nil {
+			c.close()
+		}
 	}
 	return nil
 }
@@ -130,39 +125,59 @@ func (t *Transport) Cleanup() error {
 // RoundTrip sends r to the API server as the identity in r's context. It answers
 // requests that it does not send with a Kubernetes Status object.
 func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
-	id, ok := impersonate.FromContext(r.Context())
-	if !ok {
+	id, identified := impersonate.FromContext(r.Context())
+	check := isHealthCheck(r)
+	switch {
+	case check:
+	case t.Credentials == Client && identified:
+		return refusal.Response(r, refusal.Forbidden("credentials client takes the caller's own credentials, which tailscale_impersonate in front of it has removed"))
+	case t.Credentials != Client && !identified:
 		return refusal.Response(r, refusal.Forbidden("the request has no identity: it reached transport kubernetes without passing tailscale_impersonate"))
 	}
-	upgrade, ok := upgradable(r.Header)
-	if !ok {
+	if !upgradeAllowed(r.Header) {
 		return refusal.Response(r, refusal.BadRequest("cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", r.Header["Upgrade"]))
 	}
 	if t.unusable != nil {
 		return refusal.Response(r, refusal.Unavailable("no cluster: %v", t.unusable))
 	}
+
+	switch {
+	case check:
+		out := t.anonymous.request(r)
+		impersonate.StripProtected(out.Header)
+		return t.anonymous.send(out)
+	case t.Credentials == Client:
+		out := t.anonymous.request(r)
+		impersonate.StripFrontProxy(out.Header)
+		return t.anonymous.send(out)
+	default:
+		return t.impersonate(r, id)
+	}
+}
+
+// impersonate sends r with the proxy's credentials, as id.
+func (t *Transport) impersonate(r *http.Request, id impersonate.Identity) (*http.Response, error) {
 	authorization, stale, err := t.cluster.authorization()
 	if err != nil {
 		return refusal.Response(r, refusal.Unavailable("no credentials for the cluster: %v", err))
 	}
-
-	out := r.WithContext(r.Context())
-	out.URL = t.cluster.url(r.URL)
-	out.Host = t.cluster.base.Host
-	out.Trailer = nil
+	out := t.cluster.request(r)
 	// From here to the wire nothing else touches the headers.
-	out.Header = r.Header.Clone()
 	impersonate.StripProtected(out.Header)
 	id.SetHeaders(out.Header)
 	if authorization != "" {
 		out.Header["Authorization"] = []string{authorization}
 	}
-
-	resp, err := t.cluster.pool(upgrade).RoundTrip(out)
+	resp, err := t.cluster.send(out)
 	if err != nil {
 		return nil, err
 	}
-	if resp.StatusCode == http.StatusUnauthorized && stale != nil {
+	if resp.StatusCode != http.StatusUnauthorized {
+		return resp, nil
+	}
+	// The token may have been renewed since it was read.
+	t.cluster.renew()
+	if stale != nil {
 		// Passed on, a 401 would tell the caller to log in, who is not the one
 		// that has to.
 		_ = resp.Body.Close()
@@ -171,16 +186,36 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// upgradable reports whether a request with the headers h asks to upgrade its
-// connection, and whether it may: to a protocol that the API server streams
-// over. Any other would turn the connection, which is authenticated as the
-// proxy, into something that nobody looks at.
-func upgradable(h http.Header) (upgrade, ok bool) {
-	if !httpguts.HeaderValuesContainsToken(h["Connection"], "upgrade") {
-		return false, true
+// isHealthCheck reports whether r is one of reverse_proxy's own active health
+// checks, which have no caller: a request that no server has received, for a path
+// that says nothing but whether the API server is well.
+func isHealthCheck(r *http.Request) bool {
+	if r.Context().Value(http.ServerContextKey) != nil || r.Context().Value(caddyhttp.VarsCtxKey) != nil {
+		return false
+	}
+	switch r.URL.Path {
+	case "/livez", "/readyz", "/healthz":
+		return r.Method == http.MethodGet && (r.URL.RawPath == "" || r.URL.RawPath == r.URL.Path)
+	}
+	return false
+}
+
+// isUpgrade reports whether a request with the headers h asks to upgrade its
+// connection.
+func isUpgrade(h http.Header) bool {
+	return httpguts.HeaderValuesContainsToken(h["Connection"], "upgrade")
+}
+
+// upgradeAllowed reports whether a request with the headers h asks for no upgrade,
+// or for one to a protocol that the API server streams over. Any other would turn
+// the connection, which is authenticated as the proxy, into something that nobody
+// looks at.
+func upgradeAllowed(h http.Header) bool {
+	if !isUpgrade(h) {
+		return true
 	}
 	protocols := h["Upgrade"]
-	return true, len(protocols) == 1 && (strings.EqualFold(protocols[0], "SPDY/3.1") || strings.EqualFold(protocols[0], "websocket"))
+	return len(protocols) == 1 && (strings.EqualFold(protocols[0], "SPDY/3.1") || strings.EqualFold(protocols[0], "websocket"))
 }
 
 // TLSEnabled implements reverseproxy.TLSTransport: a cluster that is not spoken
@@ -190,20 +225,6 @@ func (*Transport) TLSEnabled() bool { return true }
 // EnableTLS implements reverseproxy.TLSTransport. All about TLS comes from the
 // cluster configuration.
 func (*Transport) EnableTLS(*reverseproxy.TLSConfig) error { return nil }
-
-// url returns where to send a request for u, whose host reverse_proxy has set to
-// the upstream to dial.
-func (c *cluster) url(u *url.URL) *url.URL {
-	out := *u
-	out.Scheme = c.base.Scheme
-	if c.base.Path != "" {
-		if out.RawPath != "" {
-			out.RawPath = c.base.EscapedPath() + out.RawPath
-		}
-		out.Path = c.base.Path + out.Path
-	}
-	return &out
-}
 
 // Interface guards
 var (

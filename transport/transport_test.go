@@ -179,7 +179,7 @@ func provision(t testing.TB, tr *Transport) (*Transport, error) {
 // newTransport returns a transport to the cluster of k.
 func newTransport(t testing.TB, k kubeconfig) *Transport {
 	t.Helper()
-	tr, err := provision(t, &Transport{Kubeconfig: k.write(t)})
+	tr, err := provision(t, &Transport{Source: Source{Kubeconfig: k.write(t)}})
 	if err != nil {
 		t.Fatalf("provisioning: %v", err)
 	}
@@ -549,7 +549,7 @@ func TestConnectionsHoldNoToken(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newAPIServer(t)
 			tr := newTransport(t, trusting(s, user))
-			for _, pool := range []http.RoundTripper{tr.cluster.multiplexed, tr.cluster.upgradable} {
+			for _, pool := range []http.RoundTripper{tr.cluster.http1, tr.cluster.http2} {
 				r := newRequest(s, "/api")
 				r.URL.Scheme = "https"
 				resp, err := pool.RoundTrip(r)
@@ -582,24 +582,28 @@ func TestNoCompressionIsAskedFor(t *testing.T) {
 	}
 }
 
-// Neither SPDY nor a WebSocket can ride on HTTP/2; everything else gains from it.
-func TestUpgradesGoOverHTTP1(t *testing.T) {
+// Neither SPDY nor a WebSocket can ride on HTTP/2, and short requests cost less
+// over HTTP/1.1. What stays open shares connections.
+func TestWhatGoesOverWhichProtocol(t *testing.T) {
 	s := newAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
+	const pods = "/api/v1/namespaces/default/pods"
 	for _, tt := range []struct {
-		upgrade    string
-		proto      string
-		wantStatus int
+		path, upgrade string
+		proto         string
+		wantStatus    int
 	}{
-		{"", "HTTP/2.0", http.StatusOK},
-		{"SPDY/3.1", "HTTP/1.1", http.StatusSwitchingProtocols},
-		{"spdy/3.1", "HTTP/1.1", http.StatusSwitchingProtocols},
-		{"websocket", "HTTP/1.1", http.StatusSwitchingProtocols},
-		{"WebSocket", "HTTP/1.1", http.StatusSwitchingProtocols},
-		{"", "HTTP/2.0", http.StatusOK},
+		{pods, "", "HTTP/1.1", http.StatusOK},
+		{pods + "?watch=true", "", "HTTP/2.0", http.StatusOK},
+		{pods + "/web/log?follow=true", "", "HTTP/2.0", http.StatusOK},
+		{"/api/v1/watch/namespaces/default/pods", "", "HTTP/2.0", http.StatusOK},
+		{pods + "/web/exec?command=sh", "SPDY/3.1", "HTTP/1.1", http.StatusSwitchingProtocols},
+		{pods + "/web/exec?command=sh", "spdy/3.1", "HTTP/1.1", http.StatusSwitchingProtocols},
+		{pods + "/web/exec?command=sh", "websocket", "HTTP/1.1", http.StatusSwitchingProtocols},
+		{pods + "?watch=true", "WebSocket", "HTTP/1.1", http.StatusSwitchingProtocols},
 	} {
-		t.Run(tt.upgrade, func(t *testing.T) {
-			r := newRequest(s, "/api")
+		t.Run(tt.path+" "+tt.upgrade, func(t *testing.T) {
+			r := newRequest(s, tt.path)
 			if tt.upgrade != "" {
 				r.Header["Connection"], r.Header["Upgrade"] = []string{"Upgrade"}, []string{tt.upgrade}
 			}
@@ -732,7 +736,7 @@ func TestNoGoroutinesAreLeft(t *testing.T) {
 	round := func() {
 		for _, path := range paths {
 			ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
-			tr := &Transport{Kubeconfig: path}
+			tr := &Transport{Source: Source{Kubeconfig: path}}
 			if err := tr.Provision(ctx); err != nil {
 				t.Fatal(err)
 			}
@@ -777,9 +781,9 @@ func TestUnmarshalCaddyfile(t *testing.T) {
 		wantErr string
 	}{
 		{"kubernetes", Transport{}, ""},
-		{"kubernetes {\nin_cluster\n}", Transport{InCluster: true}, ""},
-		{"kubernetes {\nkubeconfig /a/b\n}", Transport{Kubeconfig: "/a/b"}, ""},
-		{"kubernetes {\nkubeconfig /a/b c\n}", Transport{Kubeconfig: "/a/b", Context: "c"}, ""},
+		{"kubernetes {\nin_cluster\n}", Transport{Source: Source{InCluster: true}}, ""},
+		{"kubernetes {\nkubeconfig /a/b\n}", Transport{Source: Source{Kubeconfig: "/a/b"}}, ""},
+		{"kubernetes {\nkubeconfig /a/b c\n}", Transport{Source: Source{Kubeconfig: "/a/b", Context: "c"}}, ""},
 
 		{"kubernetes x", Transport{}, `unexpected argument "x"`},
 		{"kubernetes {\ntls_insecure_skip_verify\n}", Transport{}, `unknown option "tls_insecure_skip_verify"`},
