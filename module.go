@@ -20,6 +20,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"strings"
@@ -167,12 +168,15 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 			zap.Stringer("remote_addr", conn.Remote))
 	}
 
-	id.SetHeaders(r.Header)
 	setPlaceholders(r, id)
 	// The identity travels in the context as well: transport kubernetes takes
 	// it from there and writes the headers anew, so that no handler and no
 	// header_up between here and there has a say in it.
 	r = r.WithContext(impersonate.NewContext(r.Context(), id))
+	// A map of its own, so that identity does not remain on the request that
+	// handle_errors would start over with.
+	r.Header = maps.Clone(r.Header)
+	id.SetHeaders(r.Header)
 	// Trailers arrive behind the body, when headers have long been looked at.
 	// The API server has no use for any.
 	r.Trailer = nil

@@ -5,12 +5,20 @@ package tailscaleimpersonate
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	_ "github.com/caddyserver/caddy/v2/modules/caddyhttp/encode"
+	_ "github.com/caddyserver/caddy/v2/modules/caddyhttp/encode/gzip"
+	_ "github.com/caddyserver/caddy/v2/modules/caddyhttp/encode/zstd"
+	_ "github.com/caddyserver/caddy/v2/modules/logging"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
@@ -39,6 +47,39 @@ func TestAnUpstreamThatIsAwayIsExplained(t *testing.T) {
 		entries := logs.TakeAll()
 		if len(entries) != 1 || !strings.Contains(entries[0].ContextMap()["error"].(string), "connection refused") {
 			t.Errorf("%d: logged %v; want the cause", status, entries)
+		}
+	}
+}
+
+// The caller is not taken for somebody who asks to be somebody else: what the
+// handler wrote for the first try is not found by the second.
+func TestAnErrorRouteCanAskForIdentityAgain(t *testing.T) {
+	up := newUpstream(t)
+	s := startSite(t, up, false, "", `
+		tailscale_impersonate
+		handle_errors {
+			tailscale_impersonate
+			reverse_proxy $UPSTREAM {
+				$HTTP
+			}
+		}
+		error 404`, aliceNode())
+	s.http1(t, aliceAddr, "GET /api HTTP/1.1\r\nHost: k8s\r\n\r\n")
+	up.checkSeen(t, http.Header{"Impersonate-User": {"alice@example.com"}, "Impersonate-Group": {"tailnet-readers"}})
+}
+
+func TestConnectionThatAConfigSetsDoesNotNameIdentity(t *testing.T) {
+	for _, ops := range []string{
+		"header_up Connection Impersonate-User",
+		"header_up Connection \"Upgrade, Impersonate-User\"\nheader_up Upgrade websocket",
+	} {
+		up := newUpstream(t)
+		s := startSite(t, up, false, "", "tailscale_impersonate\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n"+ops+"\n}", aliceNode())
+		s.http1(t, aliceAddr, "GET /api HTTP/1.1\r\nHost: k8s\r\n\r\n")
+		for _, r := range up.take() {
+			if c := r.Header["Connection"]; len(c) > 0 && (len(c) != 1 || c[0] != "Upgrade") {
+				t.Errorf("%s: sent with Connection %q next to %q", ops, c, r.Header["Authorization"])
+			}
 		}
 	}
 }
@@ -84,5 +125,38 @@ func TestBuffersInTheWayOfStreamsAreWarnedAbout(t *testing.T) {
 				t.Errorf("warned because of %q; want %q", got, tt.want)
 			}
 		})
+	}
+}
+
+// The configured routes are only there while the config is being provisioned; that
+// they are there then is Caddy's to keep.
+func TestTheWarningIsLoggedWhenAConfigIsLoaded(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	config := adapt(t, fmt.Sprintf(`{
+		admin off
+		persist_config off
+		auto_https off
+		storage file_system %s
+		log {
+			output file %s
+		}
+	}
+	http://127.0.0.1:%d {
+		encode
+		tailscale_impersonate
+		reverse_proxy 127.0.0.1:9
+	}`, t.TempDir(), log, freePort(t)))
+	if err := caddy.Load(config, true); err != nil {
+		t.Fatal(err)
+	}
+	if err := caddy.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	content, err := os.ReadFile(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(content), `"because_of":["encode"]`) {
+		t.Errorf("the log has no warning of encode:\n%s", content)
 	}
 }

@@ -57,12 +57,20 @@ func StripFrontProxy(h http.Header) {
 // there was none.
 func StripClient(h http.Header) (impersonation string) {
 	impersonation = StripProtected(h)
-	upgrade := false
-	for name, values := range h {
-		switch {
-		case foldedEqual(name, "x-real-ip"):
+	for name := range h {
+		if foldedEqual(name, "x-real-ip") {
 			delete(h, name)
-		case foldedEqual(name, "connection"):
+		}
+	}
+	ReduceConnection(h)
+	return impersonation
+}
+
+// ReduceConnection leaves of h's Connection only what asks for an upgrade, and
+// reports whether it asks for one.
+func ReduceConnection(h http.Header) (upgrade bool) {
+	for name, values := range h {
+		if foldedEqual(name, "connection") {
 			upgrade = upgrade || httpguts.HeaderValuesContainsToken(values, "upgrade")
 			delete(h, name)
 		}
@@ -70,7 +78,7 @@ func StripClient(h http.Header) (impersonation string) {
 	if upgrade {
 		h["Connection"] = []string{"Upgrade"}
 	}
-	return impersonation
+	return upgrade
 }
 
 // SetHeaders writes id into h. Other impersonation headers that h holds must have

@@ -13,6 +13,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/google/go-cmp/cmp"
+	"k8s.io/client-go/rest"
 )
 
 // requestingCertificates is an API server that a client can show a certificate to.
@@ -193,4 +194,37 @@ func provisionUpstreams(t *testing.T, u *Upstreams) {
 	if err := u.Provision(ctx); err != nil {
 		t.Fatal(err)
 	}
+}
+
+func TestBlankTokenIsNoCredentials(t *testing.T) {
+	k := kubeconfig{server: "https://127.0.0.1:6443", user: map[string]any{"token": "  "}}
+	if _, err := provision(t, &Transport{Source: Source{Kubeconfig: k.write(t)}}); err == nil || !strings.Contains(err.Error(), "no credentials") {
+		t.Errorf("got error %v; want one that says that there are no credentials", err)
+	}
+}
+
+func TestServiceAccountWithoutAuthorityIsAnError(t *testing.T) {
+	if _, err := ofServiceAccount(&rest.Config{Host: "https://192.0.2.1", BearerTokenFile: "/token"}); err == nil || !strings.Contains(err.Error(), "ca.crt") {
+		t.Errorf("got error %v; want one that names ca.crt", err)
+	}
+}
+
+func TestServiceAccountsTokenIsReadFromItsFileOnly(t *testing.T) {
+	config, err := ofServiceAccount(&rest.Config{Host: "https://192.0.2.1", BearerToken: "read-once", BearerTokenFile: "/token", TLSClientConfig: rest.TLSClientConfig{CAFile: "/ca.crt"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if config.tokenFile != "/token" || config.rest.BearerToken != "" || config.rest.BearerTokenFile != "" {
+		t.Errorf("got token file %q, and client-go %q and %q; want the file alone, to be read by us", config.tokenFile, config.rest.BearerToken, config.rest.BearerTokenFile)
+	}
+}
+
+// Header maps can hold names that no server would have put there.
+func TestUpgradesInAnySpellingAreLookedAt(t *testing.T) {
+	s := newAPIServer(t)
+	tr := newTransport(t, trusting(s, token))
+	r := newRequest(s, "/api")
+	r.Header["connection"], r.Header["UPGRADE"] = []string{"upgrade"}, []string{"h2c"}
+	checkRefused(t, roundTrip(t, tr, r), http.StatusBadRequest, "h2c")
+	s.none(t)
 }

@@ -18,6 +18,8 @@ import (
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
 
 // errNotInPod is returned by inCluster outside of a pod that has a service
@@ -44,6 +46,11 @@ func inCluster() (clusterConfig, error) {
 	if err != nil {
 		return clusterConfig{}, fmt.Errorf("in_cluster: %w", err)
 	}
+	return ofServiceAccount(config)
+}
+
+// ofServiceAccount returns the configuration that client-go found in a pod.
+func ofServiceAccount(config *rest.Config) (clusterConfig, error) {
 	if config.CAFile == "" {
 		return clusterConfig{}, errors.New("in_cluster: the service account has no readable ca.crt, without which nothing proves that the API server is the cluster's")
 	}
@@ -82,13 +89,11 @@ func fromKubeconfig(path, contextName string) (clusterConfig, error) {
 	user.Impersonate, user.ImpersonateUID, user.ImpersonateGroups, user.ImpersonateUserExtra = "", "", nil, nil
 	tokenFile := user.TokenFile
 	user.TokenFile = ""
-	if tokenFile != "" {
-		user.Token = ""
-	}
 	config, err := clientcmd.NewNonInteractiveClientConfig(*raw, contextName, &clientcmd.ConfigOverrides{}, nil).ClientConfig()
 	if err != nil {
 		return fail(err)
 	}
+	config.BearerToken = strings.TrimSpace(config.BearerToken)
 	out := clusterConfig{rest: config, tokenFile: tokenFile}
 	if impersonates {
 		out.userErr = errors.New("it impersonates (as:), and a request can impersonate only one identity: the caller's")
@@ -99,6 +104,13 @@ func fromKubeconfig(path, contextName string) (clusterConfig, error) {
 		out.userErr = fmt.Errorf("kubeconfig %s: user %q: %w", path, kubeContext.AuthInfo, out.userErr)
 	}
 	return out, nil
+}
+
+// warnIfInsecure warns of a cluster that anybody can pretend to be.
+func (c clusterConfig) warnIfInsecure(logger *zap.Logger) {
+	if c.rest.Insecure {
+		logger.Warn("the cluster configuration says insecure-skip-tls-verify: whoever answers at the cluster's address is given the credentials", zap.String("cluster", c.rest.Host))
+	}
 }
 
 // checkUser returns an error if the credentials in c cannot be used to impersonate
@@ -183,11 +195,7 @@ func (c clusterConfig) connect(logger *zap.Logger) (*cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	if c.rest.Insecure {
-		logger.Warn("the cluster configuration says insecure-skip-tls-verify: whoever answers at the cluster's address is given the credentials", zap.Stringer("cluster", base))
-	}
-
-	out := &cluster{base: base, bearer: strings.TrimSpace(c.rest.BearerToken)}
+	out := &cluster{base: base, bearer: c.rest.BearerToken}
 	if c.tokenFile != "" {
 		out.token = &tokenFile{path: c.tokenFile, logger: logger}
 	}
@@ -217,7 +225,9 @@ func newPool(config *rest.Config) (http.RoundTripper, error) {
 		return nil, err
 	}
 	// client-go offers no other way to these two than to look below what it
-	// wraps around the connections. They are set before the first request.
+	// wraps around the connections. They are set before the first request, and on
+	// nobody else's connections: client-go shares those of equal configurations
+	// only, and each of ours has a Dial of its own.
 	for layer := pool; ; {
 		switch l := layer.(type) {
 		case *http.Transport:
@@ -248,6 +258,9 @@ func (c *cluster) request(r *http.Request) *http.Request {
 	out.Host = c.base.Host
 	out.Trailer = nil
 	out.Header = r.Header.Clone()
+	// A config can set Connection as well as a client can. What it names is removed
+	// by whatever stands between here and the API server.
+	impersonate.ReduceConnection(out.Header)
 	return out
 }
 
@@ -258,7 +271,7 @@ func (c *cluster) request(r *http.Request) *http.Request {
 // open share a few HTTP/2 connections, or a thousand watches would hold a
 // thousand connections.
 func (c *cluster) send(r *http.Request) (*http.Response, error) {
-	if !isUpgrade(r.Header) && staysOpen(r.URL) {
+	if r.Header["Connection"] == nil && staysOpen(r.URL) {
 		return c.http2.RoundTrip(r)
 	}
 	return c.http1.RoundTrip(r)

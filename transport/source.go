@@ -49,9 +49,6 @@ func (s Source) Validate() error {
 // load reads the configuration. A config that is meant for a pod is often
 // validated outside of one: then unusable is why it cannot be used here.
 func (s Source) load(logger *zap.Logger) (config clusterConfig, unusable, err error) {
-	if err := s.Validate(); err != nil {
-		return clusterConfig{}, nil, err
-	}
 	if s.Kubeconfig != "" {
 		path, err := caddy.NewReplacer().ReplaceOrErr(s.Kubeconfig, true, true)
 		if err != nil {

@@ -89,6 +89,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 		t.unusable = unusable
 		return err
 	}
+	config.warnIfInsecure(t.logger)
 	if t.anonymous, err = config.anonymous().connect(t.logger); err != nil {
 		return err
 	}
@@ -134,11 +135,11 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	case t.Credentials != Client && !identified:
 		return refusal.Response(r, refusal.Forbidden("the request has no identity: it reached transport kubernetes without passing tailscale_impersonate"))
 	}
-	if !upgradeAllowed(r.Header) {
-		return refusal.Response(r, refusal.BadRequest("cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", r.Header["Upgrade"]))
-	}
 	if t.unusable != nil {
 		return refusal.Response(r, refusal.Unavailable("no cluster: %v", t.unusable))
+	}
+	if protocols, ok := upgradeAllowed(r.Header); !ok {
+		return refusal.Response(r, refusal.BadRequest("cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", protocols))
 	}
 
 	switch {
@@ -200,22 +201,24 @@ func isHealthCheck(r *http.Request) bool {
 	return false
 }
 
-// isUpgrade reports whether a request with the headers h asks to upgrade its
-// connection.
-func isUpgrade(h http.Header) bool {
-	return httpguts.HeaderValuesContainsToken(h["Connection"], "upgrade")
-}
-
-// upgradeAllowed reports whether a request with the headers h asks for no upgrade,
-// or for one to a protocol that the API server streams over. Any other would turn
-// the connection, which is authenticated as the proxy, into something that nobody
-// looks at.
-func upgradeAllowed(h http.Header) bool {
-	if !isUpgrade(h) {
-		return true
+// upgradeAllowed returns the protocols to which a request with the headers h asks
+// to upgrade its connection, and whether it may: to none, or to one that the API
+// server streams over. Any other would turn the connection, which is authenticated
+// as the proxy, into something that nobody looks at.
+func upgradeAllowed(h http.Header) (protocols []string, ok bool) {
+	asks := false
+	for name, values := range h {
+		switch {
+		case strings.EqualFold(name, "Connection"):
+			asks = asks || httpguts.HeaderValuesContainsToken(values, "upgrade")
+		case strings.EqualFold(name, "Upgrade"):
+			protocols = append(protocols, values...)
+		}
 	}
-	protocols := h["Upgrade"]
-	return len(protocols) == 1 && (strings.EqualFold(protocols[0], "SPDY/3.1") || strings.EqualFold(protocols[0], "websocket"))
+	if !asks {
+		return nil, true
+	}
+	return protocols, len(protocols) == 1 && (strings.EqualFold(protocols[0], "SPDY/3.1") || strings.EqualFold(protocols[0], "websocket"))
 }
 
 // TLSEnabled implements reverseproxy.TLSTransport: a cluster that is not spoken

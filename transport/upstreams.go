@@ -36,6 +36,9 @@ func (*Upstreams) CaddyModule() caddy.ModuleInfo {
 
 // Provision reads the cluster configuration.
 func (u *Upstreams) Provision(ctx caddy.Context) error {
+	if err := u.Validate(); err != nil {
+		return err
+	}
 	config, unusable, err := u.load(ctx.Logger())
 	if err != nil || unusable != nil {
 		u.unusable = unusable
