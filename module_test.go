@@ -244,11 +244,11 @@ func TestNoIdentityNoRequest(t *testing.T) {
 		want  refusedWith
 		words []string
 	}{
-		{"connection not over a tailnet", []*tailnet.Node{silentNode(t)}, httptest.NewRequest("GET", url, nil), forbidden, nil},
+		{"connection not over a tailnet", []*tailnet.Node{silentNode(t)}, httptest.NewRequest(http.MethodGet, url, nil), forbidden, nil},
 		{"no node owns the address", []*tailnet.Node{elsewhere()}, newRequest("GET", url), forbidden, []string{nodeAddr}},
 		{"no nodes at all", nil, newRequest("GET", url), forbidden, []string{nodeAddr}},
 		{"two nodes own the address", []*tailnet.Node{silentNode(t), otherNode()}, newRequest("GET", url), forbidden, []string{`"k8s"`, `"twin"`, nodeAddr}},
-		{"the node itself", []*tailnet.Node{silentNode(t)}, fromPeer(httptest.NewRequest("GET", url, nil), nodeAddr), forbidden, []string{`"k8s"`, "itself"}},
+		{"the node itself", []*tailnet.Node{silentNode(t)}, fromPeer(httptest.NewRequest(http.MethodGet, url, nil), nodeAddr), forbidden, []string{`"k8s"`, "itself"}},
 		{"unknown peer", []*tailnet.Node{newNode(nil, tailnet.ErrPeerNotFound)}, newRequest("GET", url), forbidden, []string{`"k8s"`, aliceAddr}},
 		{"WhoIs fails", []*tailnet.Node{newNode(nil, errors.New("no LocalAPI"))}, newRequest("GET", url), unavailable, []string{`"k8s"`, aliceAddr, "no LocalAPI"}},
 		{"WhoIs fails with half an answer", []*tailnet.Node{newNode(whoIs(readers), errors.New("no LocalAPI"))}, newRequest("GET", url), unavailable, []string{"no LocalAPI"}},
@@ -616,8 +616,8 @@ func TestRequestsWaitForTheConfigToStart(t *testing.T) {
 				go func() { done <- h.ServeHTTP(rec, r.WithContext(mergeCancel(r.Context(), ctx)), n) }()
 				synctest.Wait()
 				select {
-				case <-done:
-					t.Fatalf("the request was answered before the config has started: %v", rec.Result().Status)
+				case err := <-done:
+					t.Fatalf("the request was answered before the config has started: %v, %v", rec.Result().Status, err)
 				default:
 				}
 				tt.release(h, cancel)

@@ -6,8 +6,8 @@
 #
 #	docker build -f xcaddy.Dockerfile -t caddy-tailscale-impersonate .
 #
-# The bases are pinned by tag. Who builds for production should pin them by
-# digest as well (FROM image:tag@sha256:...), with the digests they have verified.
+# The base is pinned by tag. Who builds for production should pin it by digest as
+# well (FROM image:tag@sha256:...), with the digest they have verified.
 
 FROM golang:1.26.8-bookworm AS build
 
@@ -30,12 +30,13 @@ RUN /out/usr/bin/caddy list-modules > /tmp/modules \
 	&& grep -qx http.handlers.tailscale_impersonate /tmp/modules \
 	&& grep -qx http.reverse_proxy.transport.kubernetes /tmp/modules \
 	&& grep -qx tailscale /tmp/modules
-# 65532 is the user "nonroot" of the base below.
-RUN mkdir -p /out/etc/caddy /out/data/config \
-	&& chown -R 65532:65532 /out/data
+RUN mkdir -p /out/etc/caddy /out/data/config
 
-FROM gcr.io/distroless/static-debian12:nonroot
+# Nothing but Caddy and the certificates of public authorities: no shell, no user
+# database, nothing to escalate with.
+FROM scratch
 
+COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY --from=build /out/usr/bin/caddy /usr/bin/caddy
 COPY --from=build /out/etc/caddy /etc/caddy
 COPY --from=build --chown=65532:65532 /out/data /data

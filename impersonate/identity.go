@@ -137,7 +137,7 @@ func checkTag(tag string) error {
 		return err
 	}
 	if !strings.HasPrefix(tag, "tag:") {
-		return fmt.Errorf("tag %q does not start with tag:", tag)
+		return fmt.Errorf("tag %q lacks the prefix tag: of one", tag)
 	}
 	return nil
 }

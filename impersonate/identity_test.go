@@ -338,7 +338,7 @@ func TestGrantThatWantsRecordingIsReported(t *testing.T) {
 
 func TestTagThatIsNoneIsNoIdentity(t *testing.T) {
 	id, err := identityOf(aDevice("ci.example.ts.net.", []string{"tag:ci", "system:masters"}))
-	refused(t, id, err, "system:masters", "does not start with tag:")
+	refused(t, id, err, "system:masters", "lacks the prefix")
 }
 
 func TestErrorsNameThePeer(t *testing.T) {

@@ -16,6 +16,7 @@ import (
 	// The modules that the lab's Caddyfiles use.
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
+	// The module that the lab is for.
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
 )

@@ -61,7 +61,7 @@ func BenchmarkPools(b *testing.B) {
 				for range callers {
 					wg.Go(func() {
 						for range (b.N + callers - 1) / callers {
-							r, err := http.NewRequestWithContext(b.Context(), "GET", url, nil)
+							r, err := http.NewRequestWithContext(b.Context(), http.MethodGet, url, nil)
 							if err != nil {
 								b.Error(err)
 								return

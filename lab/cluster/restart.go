@@ -6,13 +6,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 )
+
+// restartGrace is how long the API server may take to stop when it is going to be
+// started again.
+const restartGrace = 2 * time.Second
 
 // WithoutAPIServer stops the API server, calls f while it is away, and starts it
 // again at the same address, with the same certificates and the same content. It
 // returns once the API server can be used, also when f ends its goroutine, as a
 // test that fails does.
 func (c *Cluster) WithoutAPIServer(ctx context.Context, f func()) (err error) {
+	// It no longer listens from the moment that it is told to stop, but waits a
+	// minute for watches to end by themselves.
+	kill := time.AfterFunc(restartGrace, c.apiServer.kill)
+	defer kill.Stop()
 	if err := c.plane.APIServer.Stop(); err != nil {
 		return fmt.Errorf("stop kube-apiserver: %w", err)
 	}

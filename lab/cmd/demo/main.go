@@ -104,13 +104,8 @@ func caddyfile(l *lab.Lab) string {
 https://k8s.tailnet.example {
 	bind tailscale/k8s
 	tls internal
-	tailscale_impersonate
-	reverse_proxy ` + l.Cluster.Host() + ` {
-		transport kubernetes {
-			kubeconfig ` + l.Kubeconfig() + `
-		}
-		flush_interval -1
-		stream_close_delay 1h
+	tailscale_kubernetes {
+		kubeconfig ` + l.Kubeconfig() + `
 	}
 }
 `
