@@ -148,9 +148,9 @@ func contains(lines []string, prefix string) bool {
 }
 
 // replaceOnce replaces the one occurrence of old in s.
-func replaceOnce(s, old, new string) string {
+func replaceOnce(s, old, replacement string) string {
 	if strings.Count(s, old) != 1 {
 		panic(fmt.Sprintf("%q does not occur exactly once", old))
 	}
-	return strings.Replace(s, old, new, 1)
+	return strings.Replace(s, old, replacement, 1)
 }
