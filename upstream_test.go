@@ -160,3 +160,26 @@ func TestTheWarningIsLoggedWhenAConfigIsLoaded(t *testing.T) {
 		t.Errorf("the log has no warning of encode:\n%s", content)
 	}
 }
+
+// One API server of several that cannot be dialled costs no request: the transport
+// tells reverse_proxy that nothing was sent, which may then try the next, also with
+// a request that must not be sent twice.
+func TestAnAPIServerThatIsAwayIsPassedOver(t *testing.T) {
+	up := newUpstream(t)
+	s := startSite(t, up, false, "", fmt.Sprintf(`
+		tailscale_impersonate
+		reverse_proxy 127.0.0.1:%d $UPSTREAM {
+			lb_policy first
+			lb_try_duration 5s
+			fail_duration 1m
+			$KUBERNETES
+		}`, freePort(t)), aliceNode())
+	for _, method := range []string{"POST", "GET"} {
+		if resp := s.http1(t, aliceAddr, method+" /api HTTP/1.1\r\nHost: k8s\r\nContent-Length: 2\r\n\r\n{}"); resp.StatusCode != http.StatusOK {
+			t.Errorf("%s: %s; want 200", method, resp.Status)
+		}
+		if n := len(up.take()); n != 1 {
+			t.Errorf("%s: the API server that answers saw %d requests; want 1", method, n)
+		}
+	}
+}

@@ -21,7 +21,7 @@ import (
 // WhoIsTimeout bounds one question to a node. A node answers from memory within
 // a tenth of a millisecond; one that does not is stuck. The bound is short
 // because client-go asks eleven times, a second apart, before it tells its user why.
-const WhoIsTimeout = 300 * time.Millisecond
+const WhoIsTimeout = 250 * time.Millisecond
 
 var (
 	// ErrPeerNotFound is returned by [Node.WhoIs] for an address that is no

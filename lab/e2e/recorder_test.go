@@ -6,8 +6,10 @@ import (
 	"encoding/pem"
 	"net/http"
 	"net/http/httptest"
+	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/clientcmd/api"
@@ -28,12 +30,7 @@ type recorder struct {
 
 func newRecorder(tls bool) (*recorder, error) {
 	r := &recorder{}
-	r.server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.requests = append(r.requests, req.Clone(req.Context()))
-		w.Header().Set("X-Recorded", "yes")
-	}))
+	r.server = httptest.NewUnstartedServer(r)
 	if tls {
 		r.server.EnableHTTP2 = true
 		r.server.StartTLS()
@@ -42,6 +39,30 @@ func newRecorder(tls bool) (*recorder, error) {
 	}
 	r.addr = strings.TrimPrefix(strings.TrimPrefix(r.server.URL, "https://"), "http://")
 	return r, nil
+}
+
+// ServeHTTP answers 200, unless the request says otherwise in its path or query:
+// /status/CODE?location=URL has another status and perhaps a Location, and
+// ?after=DURATION has the answer wait.
+func (r *recorder) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	r.mu.Lock()
+	r.requests = append(r.requests, req.Clone(req.Context()))
+	r.mu.Unlock()
+	query := req.URL.Query()
+	if after, err := time.ParseDuration(query.Get("after")); err == nil {
+		select {
+		case <-time.After(after):
+		case <-req.Context().Done():
+			return
+		}
+	}
+	w.Header().Set("X-Recorded", "yes")
+	if location := query.Get("location"); location != "" {
+		w.Header().Set("Location", location)
+	}
+	if code, err := strconv.Atoi(strings.TrimPrefix(req.URL.Path, "/status/")); err == nil {
+		w.WriteHeader(code)
+	}
 }
 
 // take returns the requests since the last call.

@@ -28,6 +28,8 @@ const (
 	portTwoNodes         = "8007" // on two nodes
 	portSameAddress      = "8008" // on two nodes of two tailnets with the same address
 	portOrigins          = "8009" // allow_origins and allow_hosts
+	portHTTP3            = "8443" // TLS with HTTP/3
+	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
 
 // portMixed is the port of the site that listens on the tailnet and on loopback.
@@ -51,6 +53,8 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 			allow 100.64.0.0/10
 		}
 	}
+}`, "servers tailscale/"+lab.ProxyName+":"+portHTTP3+` {
+	protocols h1 h2 h3
 }`)
 	nodes := fmt.Sprintf(`
 	tailscale {
@@ -94,10 +98,12 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 	)
 	impersonate := "\ttailscale_impersonate\n"
 	return globals +
-		site("https://"+name, k8s, "\ttls internal\n"+impersonate+toCluster) +
+		site("https://"+name, k8s, "\ttls internal\n\ttailscale_kubernetes {\n\t\tkubeconfig "+l.Kubeconfig()+"\n\t\tstream_close_delay 1m\n\t}\n") +
+		site("http://:"+portNoAuth, k8s, fmt.Sprintf("\treverse_proxy {\n\t\tdynamic kubernetes {\n\t\t\tkubeconfig %[1]s\n\t\t}\n\t\ttransport kubernetes {\n\t\t\tkubeconfig %[1]s\n\t\t\tcredentials client\n\t\t}\n\t}\n", l.AdminKubeconfig())) +
 		site("http://", k8s, impersonate+toCluster) +
 		site("http://:"+portHTTPTransport, k8s, impersonate+toPlain) +
 		site("https://"+name+":"+portHTTPTransportTLS, k8s, "\ttls internal\n"+impersonate+toPlain) +
+		site("https://"+name+":"+portHTTP3, k8s, "\ttls internal\n"+impersonate+toPlain) +
 		site("http://:"+portRecorded, k8s, impersonate+toRecorder("")) +
 		site("https://"+name+":"+portRecordedTLS, k8s, "\ttls internal\n"+impersonate+toRecorder("")) +
 		site("http://:"+portUnprotected, k8s, toRecorder("")) +

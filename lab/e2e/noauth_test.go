@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+)
+
+// The kubeconfig of the site is the administrator's, with a client certificate of
+// system:masters. None of that may come to a caller's help.
+func TestWithClientCredentialsACallerIsWhoItsCredentialsSay(t *testing.T) {
+	const review = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
+	const body = `{"apiVersion":"authentication.k8s.io/v1","kind":"SelfSubjectReview"}`
+	secrets := get("/api/v1/namespaces/default/secrets")
+
+	if resp := send(t, "alice", portNoAuth, secrets); resp.StatusCode != http.StatusUnauthorized &&
+		!(resp.StatusCode == http.StatusForbidden && strings.Contains(resp.body, "system:anonymous")) {
+		t.Errorf("without credentials: %s %s; want 401, or 403 for system:anonymous", resp.Status, resp.body)
+	}
+	if resp := send(t, "alice", portNoAuth, get("/api/v1/namespaces/default/secrets", "X-Remote-User: system:admin", "X-Remote-Group: system:masters")); resp.StatusCode == http.StatusOK {
+		t.Errorf("with X-Remote-User: %s; want a refusal", resp.Status)
+	}
+	token, err := theLab.Cluster.ServiceAccountToken(t.Context(), "tailscale-impersonate", "proxy", time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp := send(t, "dave", portNoAuth, request("POST", review, body, "Content-Type: application/json", "Authorization: Bearer "+token))
+	if want := `"username":"system:serviceaccount:tailscale-impersonate:proxy"`; resp.StatusCode != http.StatusCreated || !strings.Contains(resp.body, want) {
+		t.Errorf("with a token: %s %s; want it to be %s", resp.Status, resp.body, want)
+	}
+	// A caller's own impersonation is between it and the API server.
+	resp = send(t, "dave", portNoAuth, request("POST", review, body, "Content-Type: application/json", "Authorization: Bearer "+token, "Impersonate-User: erin@example.com"))
+	if want := `"username":"erin@example.com"`; resp.StatusCode != http.StatusCreated || !strings.Contains(resp.body, want) {
+		t.Errorf("with a token and Impersonate-User: %s %s; want it to be %s", resp.Status, resp.body, want)
+	}
+}
