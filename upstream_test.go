@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -181,5 +182,33 @@ func TestAnAPIServerThatIsAwayIsPassedOver(t *testing.T) {
 		if n := len(up.take()); n != 1 {
 			t.Errorf("%s: the API server that answers saw %d requests; want 1", method, n)
 		}
+	}
+}
+
+// reverse_proxy's own health checks reach the API server, as nobody.
+func TestActiveHealthChecksAreNobodys(t *testing.T) {
+	up := newUpstream(t)
+	s := startSite(t, up, false, "", `
+		tailscale_impersonate
+		reverse_proxy $UPSTREAM {
+			health_uri /readyz
+			health_interval 50ms
+			$KUBERNETES
+		}`, aliceNode())
+	var checks []*http.Request
+	for deadline := time.Now().Add(10 * time.Second); len(checks) < 2 && time.Now().Before(deadline); {
+		checks = append(checks, up.take()...)
+		time.Sleep(10 * time.Millisecond) // between two looks
+	}
+	if len(checks) < 2 {
+		t.Fatalf("%d health checks arrived; want more", len(checks))
+	}
+	for _, r := range checks {
+		if h := protected(r.Header); r.URL.Path != "/readyz" || len(h) > 0 {
+			t.Errorf("a health check of %s arrived with %v; want /readyz with nothing", r.URL.Path, h)
+		}
+	}
+	if resp := s.http1(t, aliceAddr, "GET /api HTTP/1.1\r\nHost: k8s\r\n\r\n"); resp.StatusCode != http.StatusOK {
+		t.Errorf("a request beside the checks: %s; want 200", resp.Status)
 	}
 }

@@ -233,6 +233,7 @@ func (*Transport) EnableTLS(*reverseproxy.TLSConfig) error { return nil }
 var (
 	_ caddy.Module              = (*Transport)(nil)
 	_ caddy.Provisioner         = (*Transport)(nil)
+	_ caddy.Validator           = (*Transport)(nil)
 	_ caddy.CleanerUpper        = (*Transport)(nil)
 	_ http.RoundTripper         = (*Transport)(nil)
 	_ reverseproxy.TLSTransport = (*Transport)(nil)
