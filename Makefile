@@ -65,9 +65,9 @@ demo: assets-note $(DEMO_PARTS) ## bring the lab up and show who may do what; ON
 test: components ## run every test with the race detector
 	@failed=; \
 	echo "==> go test -race ./..."; \
-	go test -race ./... || failed="$$failed root"; \
+	go test -race -ldflags="-s -w" ./... || failed="$$failed root"; \
 	echo "==> (in lab) go test -race -count=1 -timeout $(LAB_TEST_TIMEOUT) ./..."; \
-	(cd lab && go test -race -count=1 -timeout $(LAB_TEST_TIMEOUT) ./...) || failed="$$failed lab"; \
+	(cd lab && go test -race -count=1 -ldflags="-s -w" -timeout $(LAB_TEST_TIMEOUT) ./...) || failed="$$failed lab"; \
 	if [ -n "$$failed" ]; then echo "==> tests failed in:$$failed"; exit 1; fi; \
 	echo "==> all tests passed"
 
@@ -109,7 +109,7 @@ $(BIN)/headscale: $(TOOLS)/headscale/go.mod $(TOOLS)/headscale/go.sum
 	$(call build,headscale,headscale,github.com/juanfont/headscale/cmd/headscale,90 seconds)
 
 $(BIN)/helm: $(TOOLS)/helm/go.mod $(TOOLS)/helm/go.sum
-	$(call build,helm,helm,helm.sh/helm/v4/cmd/helm,4 minutes)
+	$(call build,helm,helm,helm.sh/helm/v4/cmd/helm,1 minute)
 
 $(BIN)/xcaddy: $(TOOLS)/xcaddy/go.mod $(TOOLS)/xcaddy/go.sum
 	$(call build,xcaddy,xcaddy,github.com/caddyserver/xcaddy/cmd/xcaddy,10 seconds)

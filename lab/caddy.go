@@ -53,6 +53,9 @@ func (l *Lab) Globals(authKey string, further ...string) string {
 	servers {
 		protocols h1 h2
 		max_header_size 1MiB
+		timeouts {
+			write_idle -1s
+		}
 	}
 `, filepath.Join(l.Dir, "caddy"), l.Log("caddy"), l.Headscale.URL(), authKey, filepath.Join(l.Dir, "nodes"))
 	for _, option := range further {

@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+)
+
+// session is a kubectl that goes on until it is told to end. It is stopped with
+// the test at the latest.
+type session struct {
+	what   string
+	cmd    *exec.Cmd
+	stdin  io.WriteCloser
+	lines  chan string // of its standard output; closed at its end
+	stderr lockedBuffer
+	cancel context.CancelFunc
+	ended  chan struct{} // closed when kubectl has ended
+	err    error         // how it ended; set before ended is closed
+}
+
+// startKubectl starts a kubectl with a kubeconfig and further environment
+// variables.
+func startKubectl(t *testing.T, kubeconfig string, env []string, args ...string) *session {
+	t.Helper()
+	// Not the test's context, which is over before its cleanup runs: kubectl is
+	// to be there until then.
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	cmd, err := lab.Kubectl(ctx, kubeconfig, args...)
+	if err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	s := &session{
+		what: "kubectl " + strings.Join(args, " "), cmd: cmd, cancel: cancel,
+		lines: make(chan string, 1000), ended: make(chan struct{}),
+	}
+	cmd.Env = append(cmd.Env, env...)
+	cmd.Stderr = &s.stderr
+	if s.stdin, err = cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(s.ended)
+		defer close(s.lines)
+		for scanner := bufio.NewScanner(stdout); scanner.Scan(); {
+			select {
+			case s.lines <- scanner.Text():
+			case <-ctx.Done():
+			}
+		}
+		s.err = cmd.Wait()
+	}()
+	t.Cleanup(func() {
+		s.stop()
+		if t.Failed() {
+			t.Logf("%s: %v: %s", s.what, s.err, s.stderr.String())
+		}
+	})
+	return s
+}
+
+// say types a line.
+func (s *session) say(t *testing.T, line string) {
+	t.Helper()
+	if _, err := io.WriteString(s.stdin, line+"\n"); err != nil {
+		t.Fatalf("%s: writing to it: %v", s.what, err)
+	}
+}
+
+// line returns the next line that kubectl prints, waiting 30 seconds for it.
+func (s *session) line(t *testing.T) string {
+	t.Helper()
+	timeout := time.NewTimer(30 * time.Second)
+	defer timeout.Stop()
+	select {
+	case line, ok := <-s.lines:
+		if !ok {
+			<-s.ended
+			t.Fatalf("%s has ended (%v), having printed %s", s.what, s.err, s.stderr.String())
+		}
+		return line
+	case <-timeout.C:
+		t.Fatalf("%s prints nothing for 30 s; standard error: %s", s.what, s.stderr.String())
+	}
+	return ""
+}
+
+// want reads lines until one has the prefix and returns it.
+func (s *session) want(t *testing.T, prefix string) string {
+	t.Helper()
+	for {
+		if line := s.line(t); strings.HasPrefix(line, prefix) {
+			return line
+		}
+	}
+}
+
+// echoes fails the test unless a line that is typed comes back.
+func (s *session) echoes(t *testing.T, line string) {
+	t.Helper()
+	s.say(t, line)
+	if got := s.line(t); got != line {
+		t.Fatalf("%s: %q came back; want %q", s.what, got, line)
+	}
+}
+
+// silentUntil fails the test if kubectl prints something, or ends, before then.
+func (s *session) silentUntil(t *testing.T, then time.Time) {
+	t.Helper()
+	timeout := time.NewTimer(time.Until(then))
+	defer timeout.Stop()
+	select {
+	case <-timeout.C:
+	case <-s.ended:
+	}
+	select {
+	case <-s.ended:
+		t.Fatalf("%s has ended (%v): %s", s.what, s.err, s.stderr.String())
+	default:
+	}
+	select {
+	case line := <-s.lines:
+		t.Fatalf("%s printed %q in what was to be silence", s.what, line)
+	default:
+	}
+}
+
+// stop kills kubectl.
+func (s *session) stop() {
+	s.cancel()
+	<-s.ended
+}
+
+// lockedBuffer is a buffer that may be read while a process writes to it.
+type lockedBuffer struct {
+	mu     sync.Mutex
+	buffer bytes.Buffer
+}
+
+// Write implements [io.Writer].
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buffer.Write(p)
+}
+
+// String returns what has been written.
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buffer.String()
+}
+
+// protocol is what kubectl streams over.
+type protocol struct {
+	name    string
+	upgrade string // the header of that name
+	env     []string
+}
+
+var protocols = []protocol{
+	{"WebSocket", "websocket", []string{"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=true", "KUBECTL_PORT_FORWARD_WEBSOCKETS=true"}},
+	{"SPDY", "SPDY/3.1", []string{"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false", "KUBECTL_PORT_FORWARD_WEBSOCKETS=false"}},
+}
+
+// forEachProtocol runs f for each protocol and makes sure that it is the one that
+// was used: kubectl tries the other when one fails.
+func forEachProtocol(t *testing.T, f func(t *testing.T, p protocol)) {
+	t.Helper()
+	for _, p := range protocols {
+		t.Run(p.name, func(t *testing.T) {
+			onlyUpgradesTo(t, p)
+			f(t, p)
+		})
+	}
+}
+
+// onlyUpgradesTo fails the test unless, at its end, all upgrades since this call
+// were to one protocol and succeeded, and there was one.
+func onlyUpgradesTo(t *testing.T, p protocol) {
+	t.Helper()
+	log := tail(t, theLab.Log("caddy"))
+	t.Cleanup(func() { // after the sessions have ended, and with them their requests
+		if t.Failed() {
+			return
+		}
+		upgrades := 0
+		eventually(t, "Caddy logs an upgrade", func() error {
+			for _, request := range accessLog(t, log) {
+				upgrade := request.Request.Headers.Get("Upgrade")
+				if upgrade == "" {
+					continue
+				}
+				upgrades++
+				if upgrade != p.upgrade || request.Status != http.StatusSwitchingProtocols {
+					t.Errorf("%s was upgraded to %q with status %d; want %q and 101", request.Request.URI, upgrade, request.Status, p.upgrade)
+				}
+			}
+			if upgrades == 0 {
+				return errors.New("no request was upgraded")
+			}
+			return nil
+		})
+	})
+}
+
+// accessEntry is a request in Caddy's log, written at its end.
+type accessEntry struct {
+	Request struct {
+		Proto   string
+		Method  string
+		URI     string
+		Headers http.Header
+	}
+	Status int
+}
+
+// accessLog returns the requests in what has been logged since the last call.
+func accessLog(t *testing.T, log *tailed) (entries []accessEntry) {
+	t.Helper()
+	for _, line := range log.lines(t) {
+		if !strings.Contains(line, `"handled request"`) {
+			continue
+		}
+		var entry accessEntry
+		if err := json.Unmarshal([]byte(line), &entry); err != nil {
+			t.Fatalf("in Caddy's log: %v: %s", err, line)
+		}
+		entries = append(entries, entry)
+	}
+	return entries
+}
+
+// tailed is a file that grows.
+type tailed struct {
+	path   string
+	offset int64
+}
+
+// tail returns the file from its end on.
+func tail(t *testing.T, path string) *tailed {
+	t.Helper()
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &tailed{path, info.Size()}
+}
+
+// lines returns the whole lines that have been added since the last call.
+func (f *tailed) lines(t *testing.T) []string {
+	t.Helper()
+	file, err := os.Open(f.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	added, err := io.ReadAll(io.NewSectionReader(file, f.offset, 1<<40))
+	if err != nil {
+		t.Fatal(err)
+	}
+	end := bytes.LastIndexByte(added, '\n') + 1
+	f.offset += int64(end)
+	return strings.Split(strings.TrimSuffix(string(added[:end]), "\n"), "\n")
+}
+
+// runPod runs a pod of the test's own in the namespace default.
+func runPod(t *testing.T, name, script string) {
+	t.Helper()
+	if err := theLab.Cluster.RunPod(t.Context(), "default", name, []string{"sh", "-c", script}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if _, stderr, err := runKubectl(t, theLab.AdminKubeconfig(), nil, "delete", "pod", name, "--now"); err != nil {
+			t.Errorf("deleting pod %s: %v %s", name, err, stderr)
+		}
+	})
+}
+
+// within is eventually with a time of its own.
+func within(t *testing.T, d time.Duration, what string, f func() error) {
+	t.Helper()
+	deadline := time.Now().Add(d)
+	for {
+		err := f()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within %v: %v", what, d, err)
+		}
+		time.Sleep(50 * time.Millisecond) // between two looks at the condition
+	}
+}
+
+// exitCode returns the exit code of a command that has ended with err, or -1 if
+// it has not ended by itself.
+func exitCode(err error) int {
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &exit):
+		return exit.ExitCode()
+	}
+	return -1
+}

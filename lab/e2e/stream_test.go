@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/creack/pty"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+)
+
+// All of this goes through the https site, which offers HTTP/2 as well: kubectl
+// uses it for everything else, and a connection of its own for what it streams.
+
+func TestATerminalIsOneToTheCommand(t *testing.T) {
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		const script = `while read -r line; do case $line in exit) exit 7;; *) stty size;; esac; done`
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		cmd, err := theLab.Callers["alice"].Kubectl(ctx, "exec", "-it", lab.Pod, "--", "sh", "-c", script)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd.Env = append(cmd.Env, p.env...)
+		terminal, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 30, Cols: 100})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var screen lockedBuffer
+		read := make(chan struct{})
+		go func() {
+			defer close(read)
+			_, _ = io.Copy(&screen, terminal) // ends with EIO when kubectl does
+		}()
+		defer func() {
+			cancel()
+			_ = cmd.Wait() // killed, or waited for already
+			<-read
+			_ = terminal.Close()
+		}()
+		enter := func(line string) error {
+			_, err := io.WriteString(terminal, line+"\r")
+			return err
+		}
+		// The command may be asked before it has been told the size.
+		sees := func(size string) {
+			t.Helper()
+			eventually(t, "the command sees a terminal of "+size, func() error {
+				if err := enter("size"); err != nil {
+					return err
+				}
+				if !strings.Contains(screen.String(), size) {
+					return fmt.Errorf("on the screen is %q", screen.String())
+				}
+				return nil
+			})
+		}
+		sees("30 100")
+		if err := pty.Setsize(terminal, &pty.Winsize{Rows: 41, Cols: 123}); err != nil {
+			t.Fatal(err)
+		}
+		sees("41 123")
+		if err := enter("exit"); err != nil {
+			t.Fatal(err)
+		}
+		if code := exitCode(cmd.Wait()); code != 7 {
+			t.Errorf("kubectl exec -it exits with %d; want 7, as the command does; on the screen is %q", code, screen.String())
+		}
+	})
+}
+
+func TestWithoutATerminalThereIsNone(t *testing.T) {
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		stdout, stderr, err := runKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env,
+			"exec", lab.Pod, "--", "sh", "-c", "if [ -t 0 ] || [ -t 1 ]; then echo terminal; else echo none; fi; echo problem >&2; exit 42")
+		if code := exitCode(err); code != 42 {
+			t.Errorf("kubectl exec exits with %d (%v); want 42, as the command does", code, err)
+		}
+		if stdout != "none\n" {
+			t.Errorf("on standard output is %q; want none", stdout)
+		}
+		if !strings.HasPrefix(stderr, "problem\n") {
+			t.Errorf("on standard error is %q; want problem", stderr)
+		}
+	})
+}
+
+func TestAttachTalksToWhatRuns(t *testing.T) {
+	const pod = "attached"
+	runPod(t, pod, `while read -r line; do echo "heard $line"; done`)
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		s := startKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env, "attach", "-i", pod)
+		for _, word := range []string{"one", "two"} {
+			s.say(t, word)
+			if got := s.line(t); got != "heard "+word {
+				t.Fatalf("kubectl attach printed %q; want %q", got, "heard "+word)
+			}
+		}
+	})
+}
+
+func TestCpCopiesBothWays(t *testing.T) {
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		content := noise(5 << 20)
+		dir := t.TempDir()
+		from, back := filepath.Join(dir, "from"), filepath.Join(dir, "back")
+		if err := os.WriteFile(from, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		there := lab.Pod + ":copied-" + p.name
+		for _, args := range [][]string{{from, there}, {there, back}} {
+			// Retries would hide a stream that breaks off.
+			stdout, stderr, err := runKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env, append([]string{"cp", "--retries=0"}, args...)...)
+			if err != nil {
+				t.Fatalf("kubectl cp %q: %v: %s%s", args, err, stdout, stderr)
+			}
+		}
+		got, err := os.ReadFile(back)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if sha256.Sum256(got) != sha256.Sum256(content) {
+			t.Errorf("%d other bytes came back; want the %d that were copied", len(got), len(content))
+		}
+	})
+}
+
+func TestOnePortForwardCarriesSeveralConnectionsAtOnce(t *testing.T) {
+	const connections, size = 5, 3 << 20
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		address, _ := portForward(t, p, echoServer(t))
+		// All are open before any is done.
+		var ready, done sync.WaitGroup
+		ready.Add(connections)
+		for i := range connections {
+			done.Go(func() {
+				conn, err := net.Dial("tcp", address)
+				ready.Done()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer conn.Close()
+				ready.Wait()
+				if err := roundTrip(conn, noise(size)); err != nil {
+					t.Errorf("connection %d: %v", i, err)
+				}
+			})
+		}
+		done.Wait()
+	})
+}
+
+// Half-closing is where proxies lose the end of a stream: cat prints the last of
+// it when its standard input has long been closed.
+func TestAPipeLosesNoByte(t *testing.T) {
+	rounds := 2
+	if *long {
+		rounds = 10
+	}
+	content := noise(50 << 20)
+	want := sha256.Sum256(content)
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		for round := range rounds {
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+			defer cancel()
+			cmd, err := theLab.Callers["alice"].Kubectl(ctx, "exec", "-i", lab.Pod, "--", "cat")
+			if err != nil {
+				t.Fatal(err)
+			}
+			hash := sha256.New()
+			var stdout counter
+			var stderr bytes.Buffer
+			cmd.Env = append(cmd.Env, p.env...)
+			cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(content), io.MultiWriter(hash, &stdout), &stderr
+			start := time.Now()
+			if err := cmd.Run(); err != nil {
+				t.Fatalf("round %d: %v: %s", round, err, stderr.String())
+			}
+			if [sha256.Size]byte(hash.Sum(nil)) != want {
+				t.Errorf("round %d: %d other bytes came back; want the %d that were piped in; standard error: %s", round, stdout, len(content), stderr.String())
+			}
+			t.Logf("round %d: %d MB there and back in %.1f s", round, len(content)>>20, time.Since(start).Seconds())
+		}
+	})
+}
+
+// counter counts what is written to it.
+type counter int
+
+// Write implements [io.Writer].
+func (c *counter) Write(p []byte) (int, error) {
+	*c += counter(len(p))
+	return len(p), nil
+}
+
+// noise returns n bytes that do not compress and do not repeat, the same ones on
+// every call.
+func noise(n int) []byte {
+	b := make([]byte, n)
+	_, _ = rand.NewChaCha8([32]byte{1}).Read(b) // never fails
+	return b
+}
+
+// echoServer runs a server on loopback that sends back what it gets, and returns
+// its port.
+func echoServer(t *testing.T) (port string) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ln.Close() })
+	go func() {
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				return // closed with the test
+			}
+			go func() {
+				defer conn.Close()
+				_, _ = io.Copy(conn, conn) // the test sees what is missing
+			}()
+		}
+	}()
+	_, port, err = net.SplitHostPort(ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return port
+}
+
+// portForward runs kubectl port-forward to a port and returns the address that it
+// listens on.
+func portForward(t *testing.T, p protocol, port string) (address string, s *session) {
+	t.Helper()
+	s = startKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env, "port-forward", "--address=127.0.0.1", lab.Pod, ":"+port)
+	line := s.want(t, "Forwarding from ")
+	return strings.Fields(line)[2], s
+}
+
+// dialLocal connects to an address on loopback. The connection is closed with the
+// test.
+func dialLocal(t *testing.T, address string) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// roundTrip writes content to conn while it reads it back, and returns an error
+// unless what comes back is the same.
+func roundTrip(conn net.Conn, content []byte) error {
+	if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		return err
+	}
+	written := make(chan error, 1)
+	go func() {
+		_, err := conn.Write(content)
+		written <- err
+	}()
+	back := make([]byte, len(content))
+	n, readErr := io.ReadFull(conn, back)
+	if err := errors.Join(readErr, <-written); err != nil {
+		return fmt.Errorf("after %d of %d bytes: %w", n, len(content), err)
+	}
+	if !bytes.Equal(back, content) {
+		return fmt.Errorf("%d other bytes came back", len(back))
+	}
+	return nil
+}
