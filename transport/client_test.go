@@ -178,6 +178,23 @@ func TestUpstreamIsTheCluster(t *testing.T) {
 	}
 }
 
+func TestUpstreamsAreNotShared(t *testing.T) {
+	u := &Upstreams{Source: Source{Kubeconfig: kubeconfig{server: "https://192.0.2.1", user: token}.write(t)}}
+	provisionUpstreams(t, u)
+	r := httptest.NewRequest("GET", "/", nil)
+	first, err := u.GetUpstreams(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := u.GetUpstreams(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if first[0] == second[0] {
+		t.Error("two requests share an upstream, into which reverse_proxy writes")
+	}
+}
+
 func TestWithoutAClusterThereIsNoUpstream(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
 	u := &Upstreams{Source: Source{InCluster: true}}

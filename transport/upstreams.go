@@ -21,8 +21,9 @@ func init() {
 type Upstreams struct {
 	Source
 
-	upstreams []*reverseproxy.Upstream
-	// unusable is why there are none, if there are none.
+	// dial is the address of the API server.
+	dial string
+	// unusable is why there is none, if there is none.
 	unusable error
 }
 
@@ -52,16 +53,17 @@ func (u *Upstreams) Provision(ctx caddy.Context) error {
 	if port == "" {
 		port = "443"
 	}
-	u.upstreams = []*reverseproxy.Upstream{{Dial: net.JoinHostPort(base.Hostname(), port)}}
+	u.dial = net.JoinHostPort(base.Hostname(), port)
 	return nil
 }
 
-// GetUpstreams returns the address of the API server, whatever the request.
+// GetUpstreams returns the address of the API server, whatever the request. It is
+// a new upstream every time, since reverse_proxy writes into what it gets.
 func (u *Upstreams) GetUpstreams(*http.Request) ([]*reverseproxy.Upstream, error) {
 	if u.unusable != nil {
 		return nil, fmt.Errorf("no cluster: %w", u.unusable)
 	}
-	return u.upstreams, nil
+	return []*reverseproxy.Upstream{{Dial: u.dial}}, nil
 }
 
 // Interface guards
