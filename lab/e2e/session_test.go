@@ -233,7 +233,7 @@ func onlyUpgradesTo(t *testing.T, p protocol) {
 type accessEntry struct {
 	TS       float64 // when it ended, in seconds
 	Duration float64 // in seconds
-	Request struct {
+	Request  struct {
 		Proto   string
 		Method  string
 		URI     string

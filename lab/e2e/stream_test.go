@@ -167,47 +167,58 @@ func TestOnePortForwardCarriesSeveralConnectionsAtOnce(t *testing.T) {
 
 // Half-closing is where proxies lose the end of a stream: cat prints the last of
 // it when its standard input has long been closed.
+//
+// The command does not end before all has arrived. When it ends, Kubernetes cuts
+// off what a reader that is not fast enough has not taken yet, several MB of it,
+// also without a proxy (kubernetes/kubernetes#124571); and with the race detector,
+// nothing here is fast enough.
 func TestAPipeLosesNoByte(t *testing.T) {
-	rounds := 2
+	rounds := 1
 	if *long {
 		rounds = 10
 	}
 	content := noise(50 << 20)
 	want := sha256.Sum256(content)
 	forEachProtocol(t, func(t *testing.T, p protocol) {
-		if p.name == "SPDY" && !*long {
-			t.Skip("with the machine under load, one round of SPDY has come back 64 KiB short, and it is not known yet who cuts the connection: run with -long")
-		}
 		for round := range rounds {
+			complete := filepath.Join(t.TempDir(), "complete")
 			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 			defer cancel()
-			cmd, err := theLab.Callers["alice"].Kubectl(ctx, "exec", "-i", lab.Pod, "--", "cat")
+			cmd, err := theLab.Callers["alice"].Kubectl(ctx, "exec", "-i", lab.Pod, "--", "sh", "-c", `cat; until [ -e "$1" ]; do sleep 0.1; done`, "sh", complete)
 			if err != nil {
 				t.Fatal(err)
 			}
 			hash := sha256.New()
-			var stdout counter
+			stdout := &counter{want: len(content), complete: func() error { return os.WriteFile(complete, nil, 0o600) }}
 			var stderr bytes.Buffer
 			cmd.Env = append(cmd.Env, p.env...)
-			cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(content), io.MultiWriter(hash, &stdout), &stderr
+			cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(content), io.MultiWriter(hash, stdout), &stderr
 			start := time.Now()
 			if err := cmd.Run(); err != nil {
-				t.Fatalf("round %d: %v: %s", round, err, stderr.String())
+				t.Fatalf("round %d: after %d of %d bytes: %v: %s", round, stdout.n, len(content), err, stderr.String())
 			}
 			if [sha256.Size]byte(hash.Sum(nil)) != want {
-				t.Errorf("round %d: %d other bytes came back; want the %d that were piped in; standard error: %s", round, stdout, len(content), stderr.String())
+				t.Errorf("round %d: %d other bytes came back; want the %d that were piped in; standard error: %s", round, stdout.n, len(content), stderr.String())
 			}
 			t.Logf("round %d: %d MB there and back in %.1f s", round, len(content)>>20, time.Since(start).Seconds())
 		}
 	})
 }
 
-// counter counts what is written to it.
-type counter int
+// counter counts what is written to it and calls complete when it is as much as
+// is wanted.
+type counter struct {
+	n, want  int
+	complete func() error
+}
 
 // Write implements [io.Writer].
 func (c *counter) Write(p []byte) (int, error) {
-	*c += counter(len(p))
+	before := c.n
+	c.n += len(p)
+	if before < c.want && c.n >= c.want {
+		return len(p), c.complete()
+	}
 	return len(p), nil
 }
 
