@@ -44,10 +44,10 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components assets-note demo test lint xcaddy clean
+.PHONY: help components assets-note demo test test-long lint xcaddy clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # What the demo runs, and what only the tests run.
 DEMO_PARTS := $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale)
@@ -70,6 +70,10 @@ test: components ## run every test with the race detector
 	(cd lab && go test -race -count=1 -ldflags="-s -w" -timeout $(LAB_TEST_TIMEOUT) ./...) || failed="$$failed lab"; \
 	if [ -n "$$failed" ]; then echo "==> tests failed in:$$failed"; exit 1; fi; \
 	echo "==> all tests passed"
+
+# What waits for minutes: silence, pauses, slow answers, ten rounds of 50 MB.
+test-long: components ## run the tests that take minutes each as well
+	cd lab && go test -race -count=1 -ldflags="-s -w" -timeout 45m -v ./e2e -long
 
 lint: $(BIN)/golangci-lint ## run the linters over both modules
 	@failed=; \
