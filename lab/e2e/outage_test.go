@@ -23,6 +23,9 @@ import (
 )
 
 func TestATokenThatIsReplacedMidRunFailsNoRequest(t *testing.T) {
+	if !*long {
+		t.Skip("its config reload can cut an exec that connects just then over HTTP/1.1 (see the README): run with -long")
+	}
 	defer firstConfig(t)
 	testReplacedToken(t, func() {
 		// A new config reads the file at once.
