@@ -37,7 +37,7 @@ define build
 	@mkdir -p $(BIN)
 	@echo "==> building $(1) from $(TOOLS)/$(2), once; takes about $(4) when Go has nothing cached"
 	@start=$$(date +%s) && \
-	cd $(TOOLS)/$(2) && go build -trimpath -ldflags "$(5)" -o ../../.bin/$(1).new $(3) && mv ../../.bin/$(1).new ../../.bin/$(1) && \
+	cd $(TOOLS)/$(2) && go build -trimpath -gcflags=all=-dwarf=false -ldflags "-w $(5)" -o ../../.bin/$(1).new $(3) && mv ../../.bin/$(1).new ../../.bin/$(1) && \
 	echo "==> built $(1) in $$(( $$(date +%s) - start )) s"
 endef
 
@@ -61,19 +61,23 @@ assets-note:
 demo: assets-note $(DEMO_PARTS) ## bring the lab up and show who may do what; ONCE=1 stops after the table
 	cd lab && go run ./cmd/demo $(if $(filter-out 0,$(ONCE)),-once)
 
+# Most of a first run is compiling. Debugger information, and vet on every
+# dependency, are a good part of that and of no use here: make lint vets.
+GO_TEST := go test -race -vet=off -gcflags=all=-dwarf=false -ldflags=-w
+
 # The lab's outcomes depend on processes that Go's test cache knows nothing about.
 test: components ## run every test with the race detector
 	@failed=; \
-	echo "==> go test -race ./..."; \
-	go test -race -ldflags="-s -w" ./... || failed="$$failed root"; \
-	echo "==> (in lab) go test -race -count=1 -timeout $(LAB_TEST_TIMEOUT) ./..."; \
-	(cd lab && go test -race -count=1 -ldflags="-s -w" -timeout $(LAB_TEST_TIMEOUT) ./...) || failed="$$failed lab"; \
+	echo "==> $(GO_TEST) ./..."; \
+	$(GO_TEST) ./... || failed="$$failed root"; \
+	echo "==> (in lab) $(GO_TEST) -count=1 -timeout $(LAB_TEST_TIMEOUT) ./..."; \
+	(cd lab && $(GO_TEST) -count=1 -timeout $(LAB_TEST_TIMEOUT) ./...) || failed="$$failed lab"; \
 	if [ -n "$$failed" ]; then echo "==> tests failed in:$$failed"; exit 1; fi; \
 	echo "==> all tests passed"
 
 # What waits for minutes: silence, pauses, slow answers, ten rounds of 50 MB.
 test-long: components ## run the tests that take minutes each as well
-	cd lab && go test -race -count=1 -ldflags="-s -w" -timeout 45m -v ./e2e -long
+	cd lab && $(GO_TEST) -count=1 -timeout 45m -v ./e2e -long
 
 lint: $(BIN)/golangci-lint ## run the linters over both modules
 	@failed=; \

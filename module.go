@@ -9,8 +9,10 @@
 // Each question on it is answered by a package of its own:
 //
 //	which node accepted the connection?  tailnet
+//	was it asked a moment ago?           cache
 //	who is the peer, which groups?       impersonate
 //	which headers?                       impersonate
+//	is it still so, in a long request?   recheck
 //	which credentials?                   transport
 //	what does a refused client read?     refusal
 //	what can be configured?              caddyfile, transport
@@ -20,11 +22,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/http"
+	"net/netip"
 	"slices"
-	"strings"
 	"sync"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
@@ -33,8 +35,10 @@ import (
 	"go.uber.org/zap"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/cache"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 
@@ -79,6 +83,12 @@ type Handler struct {
 
 	logger *zap.Logger
 
+	// decisions are those of a moment ago.
+	decisions *cache.Cache[*decision]
+	// site is where open requests are recorded, sites all those of the config.
+	site  *recheck.Site
+	sites *recheck.Config
+
 	// nodes are the tailnet nodes that the server listens on. They may be read
 	// once ready is closed.
 	nodes   tailnet.Nodes
@@ -106,12 +116,32 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	server.RegisterConnContext(tailnet.ConnContext)
 	warnOfBuffers(h.logger, server)
-
+	countRevocations(ctx.GetMetricsRegistry())
 	app, err := ctx.App("events")
 	if err != nil {
 		return fmt.Errorf("getting the events app: %w", err)
 	}
+	if err := h.setUp(recheck.ConfigOf(app), server.Listen); err != nil {
+		return err
+	}
 	return app.(*caddyevents.App).On("started", started{h, server})
+}
+
+// setUp makes h ready for requests at the addresses listeners, but for the nodes
+// that it has to ask.
+func (h *Handler) setUp(sites *recheck.Config, listeners []string) (err error) {
+	h.ready = make(chan struct{})
+	if h.decisions, err = cache.New(h.TTL(), h.decide); err != nil {
+		return fmt.Errorf("making a cache: %w", err)
+	}
+	h.sites = sites
+	h.site = sites.NewSite(listeners, h.Config, recheck.Rules{
+		Interval: h.Interval(),
+		Grace:    h.Grace(),
+		Identify: h.recheck,
+		Ended:    h.accessWithdrawn,
+	})
+	return nil
 }
 
 // started is what happens once all of the config has been started. Only then is
@@ -125,6 +155,7 @@ type started struct {
 // Handle implements caddyevents.Handler.
 func (s started) Handle(context.Context, caddy.Event) error {
 	s.handler.setReady(tailnet.FromListeners(s.server.Listeners()))
+	s.handler.sites.Run()
 	return nil
 }
 
@@ -151,7 +182,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	// nothing that the client says about itself is left to be believed.
 	asked := impersonate.StripClient(r.Header)
 
-	conn, id, err := h.identify(r, asked)
+	conn, decided, err := h.identify(r, asked)
 	if err != nil {
 		h.logger.Warn("request refused",
 			zap.String("reason", err.ErrStatus.Message),
@@ -162,21 +193,25 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 			zap.String("uri", r.RequestURI))
 		return refusal.Write(w, err)
 	}
+	id := &decided.identity
 	if id.RecordingWanted {
 		h.logger.Warn("the caller's grants name session recorders, and recording is not supported yet: the session is not recorded",
 			zap.String("user", id.User),
 			zap.Stringer("remote_addr", conn.Remote))
 	}
+	decided.setPlaceholders(r)
 
-	setPlaceholders(r, id)
+	// From here on the caller can lose what it had, and the request ends.
+	request := h.site.Open(conn, id)
+	defer request.Close()
+
 	// The identity travels in the context as well: transport kubernetes takes
 	// it from there and writes the headers anew, so that no handler and no
 	// header_up between here and there has a say in it.
 	r = r.WithContext(impersonate.NewContext(r.Context(), id))
-	// A map of its own, so that identity does not remain on the request that
-	// handle_errors would start over with.
-	r.Header = maps.Clone(r.Header)
 	id.SetHeaders(r.Header)
+	// It must not remain on the request that handle_errors starts over with.
+	defer impersonate.RemoveHeaders(r.Header)
 	// Trailers arrive behind the body, when headers have long been looked at.
 	// The API server has no use for any.
 	r.Trailer = nil
@@ -200,67 +235,119 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 	return refusal.Write(w, refusal.Unavailable("the API server cannot be reached; the proxy's log says why"))
 }
 
-// identify returns the connection that r came on and the identity of the peer at
-// its other end, or the reason to refuse r. asked is the impersonation header
-// that the client sent, empty if none.
-func (h *Handler) identify(r *http.Request, asked string) (tailnet.Conn, impersonate.Identity, *apierrors.StatusError) {
-	refuse := func(err *apierrors.StatusError) (tailnet.Conn, impersonate.Identity, *apierrors.StatusError) {
-		return tailnet.Conn{}, impersonate.Identity{}, err
-	}
-
+// identify returns the connection that r came on and what was decided about the
+// peer at its other end, or the reason to refuse r. asked is the impersonation
+// header that the client sent, empty if none.
+func (h *Handler) identify(r *http.Request, asked string) (*tailnet.Conn, *decision, *apierrors.StatusError) {
 	// What kind of request?
 	if err := checkProtocol(r); err != nil {
-		return refuse(err)
+		return nil, nil, err
 	}
 	if err := h.checkOrigin(r); err != nil {
-		return refuse(err)
+		return nil, nil, err
 	}
 
 	// Which node accepted the connection?
 	select {
 	case <-h.ready:
 	case <-r.Context().Done():
-		return refuse(refusal.TryAgain("the server is starting"))
+		return nil, nil, refusal.TryAgain("the server is starting")
 	}
 	conn, err := tailnet.ConnFrom(r.Context())
 	if err != nil {
-		return refuse(refusal.Forbidden("%v", err))
+		return nil, nil, refusal.Forbidden("%v", err)
 	}
-	node, err := h.nodes.Accepting(conn.Local)
-	if err != nil {
-		return refuse(refusal.Forbidden("%v", err))
+	node, refused := h.accepting(conn.Local)
+	if refused != nil {
+		return nil, nil, refused
 	}
-	// One bound for all that the node is asked.
-	ctx, cancel := context.WithTimeout(r.Context(), tailnet.WhoIsTimeout)
-	defer cancel()
-	if err := h.checkHost(ctx, r, node); err != nil {
-		return refuse(err)
+	if err := h.checkHost(r, node); err != nil {
+		return nil, nil, err
 	}
 
-	// Who is the peer?
-	who, err := node.WhoIs(ctx, conn)
+	// Who is the peer, and which user and groups?
+	key := cache.Key{Node: node, Remote: conn.Remote.Addr(), Local: conn.Local}
+	decided, refused := h.decisionOn(r.Context(), key, conn.Accepted)
+	if refused != nil {
+		return nil, nil, refused
+	}
+	if asked != "" && h.ClientImpersonation != caddyfile.Strip {
+		return nil, nil, refusal.Forbidden("%s may not act as somebody else: the request asks for it with the header %s, as kubectl --as does", decided.identity.User, asked)
+	}
+	return conn, decided, nil
+}
+
+// accepting returns the node that owns the address local.
+func (h *Handler) accepting(local netip.Addr) (*tailnet.Node, *apierrors.StatusError) {
+	node, err := h.nodes.Accepting(local)
+	switch {
+	case errors.Is(err, tailnet.ErrNotConnected):
+		return nil, refusal.TryAgain("%v", err)
+	case err != nil:
+		return nil, refusal.Forbidden("%v", err)
+	}
+	return node, nil
+}
+
+// decisionOn returns what is decided about the peer of key, as found out at since
+// or later.
+func (h *Handler) decisionOn(ctx context.Context, key cache.Key, since time.Time) (*decision, *apierrors.StatusError) {
+	decided, err := h.decisions.Get(ctx, key, since)
+	if err == nil {
+		return decided, nil
+	}
+	var refused *apierrors.StatusError
+	if !errors.As(err, &refused) {
+		refused = refusal.TryAgain("tailnet node %q does not say who %v is: %v", key.Node.Name, key.Remote, err)
+	}
+	return nil, refused
+}
+
+// decide finds out who the peer of key is, and decides which user and groups.
+func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) {
+	who, err := key.Node.WhoIs(ctx, key.Remote, key.Local)
 	switch {
 	case errors.Is(err, tailnet.ErrPeerNotFound):
-		return refuse(refusal.Forbidden("tailnet node %q knows no peer with the address %v", node.Name, conn.Remote.Addr()))
+		return nil, refusal.Forbidden("tailnet node %q knows no peer with the address %v", key.Node.Name, key.Remote)
 	case errors.Is(err, tailnet.ErrSelf):
-		return refuse(refusal.Forbidden("the request comes from tailnet node %q itself, which is no caller", node.Name))
+		return nil, refusal.Forbidden("the request comes from tailnet node %q itself, which is no caller", key.Node.Name)
 	case err != nil:
-		return refuse(refusal.TryAgain("tailnet node %q does not say who %v is: %v", node.Name, conn.Remote.Addr(), err))
+		return nil, err
 	}
 	peer, err := impersonate.PeerFrom(who)
 	if err != nil {
-		return refuse(refusal.Forbidden("no identity for %v: %v", conn.Remote.Addr(), err))
+		return nil, refusal.Forbidden("no identity for %v: %v", key.Remote, err)
 	}
-
-	// Which user and groups?
 	id, err := peer.Identity(h.Capabilities())
 	if err != nil {
-		return refuse(refusal.Forbidden("no identity for %s: %v", peer, err))
+		return nil, refusal.Forbidden("no identity for %s: %v", peer, err)
 	}
-	if asked != "" && h.ClientImpersonation != caddyfile.Strip {
-		return refuse(refusal.Forbidden("%s may not act as somebody else: the request asks for it with the header %s, as kubectl --as does", peer, asked))
+	return newDecision(id), nil
+}
+
+// recheck returns who the peer at remote is that dialled local, as found out at
+// since or later.
+func (h *Handler) recheck(ctx context.Context, remote, local netip.Addr, since time.Time) (*impersonate.Identity, error) {
+	<-h.ready
+	node, refused := h.accepting(local)
+	if refused != nil {
+		return nil, refused
 	}
-	return conn, id, nil
+	decided, refused := h.decisionOn(ctx, cache.Key{Node: node, Remote: remote, Local: local}, since)
+	if refused != nil {
+		return nil, refused
+	}
+	return &decided.identity, nil
+}
+
+// accessWithdrawn reports that a caller's requests were ended.
+func (h *Handler) accessWithdrawn(e *recheck.Ended) {
+	revocations.WithLabelValues(string(e.Reason)).Add(float64(e.Requests))
+	h.logger.Warn("open requests ended",
+		zap.String("reason", e.Detail),
+		zap.String("user", e.User),
+		zap.Stringer("remote_addr", e.Remote),
+		zap.Int("requests", e.Requests))
 }
 
 // checkProtocol refuses what would hide from the checks that follow.
@@ -309,11 +396,11 @@ func (h *Handler) checkOrigin(r *http.Request) *apierrors.StatusError {
 // A web page whose name is made to resolve to the node's address (DNS rebinding)
 // counts as the same origin in a browser, so that checkOrigin does not see it.
 // With TLS the certificate does not match.
-func (h *Handler) checkHost(ctx context.Context, r *http.Request, node *tailnet.Node) *apierrors.StatusError {
+func (h *Handler) checkHost(r *http.Request, node *tailnet.Node) *apierrors.StatusError {
 	if r.TLS != nil || slices.Contains(h.AllowHosts, tailnet.Hostname(r.Host)) {
 		return nil
 	}
-	owns, err := node.Owns(ctx, r.Host)
+	owns, err := node.Owns(r.Context(), r.Host)
 	if err != nil {
 		return refusal.TryAgain("cannot tell whether host %q is this server: %v", r.Host, err)
 	}
@@ -321,20 +408,6 @@ func (h *Handler) checkHost(ctx context.Context, r *http.Request, node *tailnet.
 		return refusal.Forbidden("host %q is neither the name nor an address of tailnet node %q; if it is meant for this server, name it in allow_hosts or use https", r.Host, node.Name)
 	}
 	return nil
-}
-
-// setPlaceholders tells the config and the access log who the caller is. The
-// values are set and never expanded: a group named {env.SECRET} stays that.
-func setPlaceholders(r *http.Request, id impersonate.Identity) {
-	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
-	if !ok {
-		return
-	}
-	repl.Set("http.auth.user.id", id.User)
-	repl.Set("http.tailscale_impersonate.user", id.User)
-	repl.Set("http.tailscale_impersonate.groups", strings.Join(id.Groups, ","))
-	repl.Set("http.tailscale_impersonate.node", id.Node)
-	repl.Set("http.tailscale_impersonate.source", string(id.Source))
 }
 
 func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {

@@ -57,6 +57,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 )
 
@@ -89,9 +90,9 @@ const readers = `{"impersonate":{"groups":["tailnet-readers"]}}`
 func newNode(who *apitype.WhoIsResponse, err error) *tailnet.Node {
 	return &tailnet.Node{
 		Name:    "k8s",
-		Addrs:   func() []netip.Addr { return []netip.Addr{netip.MustParseAddr(nodeAddr)} },
+		Addrs:   func() (ip4, ip6 netip.Addr) { return netip.MustParseAddr(nodeAddr), netip.Addr{} },
 		DNSName: func(context.Context) (string, error) { return "k8s.example.ts.net", nil },
-		Ask: func(_ context.Context, remote netip.AddrPort, local netip.Addr) (*apitype.WhoIsResponse, error) {
+		Ask: func(_ context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
 			if local != netip.MustParseAddr(nodeAddr) {
 				return nil, fmt.Errorf("asked with the local address %v; want %v", local, nodeAddr)
 			}
@@ -106,7 +107,7 @@ func aliceNode() *tailnet.Node { return newNode(whoIs(readers), nil) }
 // silentNode is a node that must not be asked who somebody is.
 func silentNode(t *testing.T) *tailnet.Node {
 	n := aliceNode()
-	n.Ask = func(context.Context, netip.AddrPort, netip.Addr) (*apitype.WhoIsResponse, error) {
+	n.Ask = func(context.Context, netip.Addr, netip.Addr) (*apitype.WhoIsResponse, error) {
 		t.Error("the node was asked who the peer is")
 		return nil, errors.New("must not be asked")
 	}
@@ -116,11 +117,21 @@ func silentNode(t *testing.T) *tailnet.Node {
 // newHandler returns a handler that is ready to serve, without a Caddy around it.
 func newHandler(t testing.TB, cfg caddyfile.Config, nodes ...*tailnet.Node) *Handler {
 	t.Helper()
-	h := &Handler{Config: cfg, logger: zap.NewNop(), ready: make(chan struct{})}
+	h := unstarted(t, cfg)
+	h.setReady(nodes)
+	return h
+}
+
+// unstarted returns a handler whose config has not started yet.
+func unstarted(t testing.TB, cfg caddyfile.Config) *Handler {
+	t.Helper()
+	h := &Handler{Config: cfg, logger: zap.NewNop()}
 	if err := h.Validate(); err != nil {
 		t.Fatal(err)
 	}
-	h.setReady(nodes)
+	if err := h.setUp(new(recheck.Config), []string{t.Name()}); err != nil {
+		t.Fatal(err)
+	}
 	return h
 }
 
@@ -147,7 +158,7 @@ func fromPeer(r *http.Request, peer string) *http.Request {
 type next struct{ got *http.Request }
 
 func (n *next) ServeHTTP(w http.ResponseWriter, r *http.Request) error {
-	n.got = r
+	n.got = r.Clone(r.Context())
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
@@ -225,7 +236,7 @@ func TestNoIdentityNoRequest(t *testing.T) {
 	otherNode := func() *tailnet.Node { n := aliceNode(); n.Name = "twin"; return n }
 	elsewhere := func() *tailnet.Node {
 		n := aliceNode()
-		n.Addrs = func() []netip.Addr { return []netip.Addr{netip.MustParseAddr("100.64.0.9")} }
+		n.Addrs = func() (ip4, ip6 netip.Addr) { return netip.MustParseAddr("100.64.0.9"), netip.Addr{} }
 		return n
 	}
 	tagged := func(name string, tags ...string) *tailnet.Node {
@@ -457,7 +468,7 @@ func TestOtherHostsAreRefusedOverPlainHTTP(t *testing.T) {
 func TestSilentNodeIsAnError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		node := aliceNode()
-		node.Ask = func(ctx context.Context, _ netip.AddrPort, _ netip.Addr) (*apitype.WhoIsResponse, error) {
+		node.Ask = func(ctx context.Context, _, _ netip.Addr) (*apitype.WhoIsResponse, error) {
 			<-ctx.Done()
 			return nil, ctx.Err()
 		}
@@ -523,7 +534,7 @@ func TestIdentityIsPassedOn(t *testing.T) {
 		t.Errorf("the request keeps the trailers %v", got.Trailer)
 	}
 	id, ok := impersonate.FromContext(got.Context())
-	wantID := impersonate.Identity{User: "alice@example.com", Groups: groups, Source: impersonate.SourceGrants, Node: "laptop.example.ts.net"}
+	wantID := &impersonate.Identity{User: "alice@example.com", Groups: groups, Source: impersonate.SourceGrants, Node: "laptop.example.ts.net"}
 	if diff := cmp.Diff(wantID, id); !ok || diff != "" {
 		t.Errorf("identity in the context (ok = %v) differs (-want +got):\n%s", ok, diff)
 	}
@@ -608,7 +619,7 @@ func TestRequestsWaitForTheConfigToStart(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := &Handler{logger: zap.NewNop(), ready: make(chan struct{})}
+				h := unstarted(t, caddyfile.Config{})
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				r := newRequest("GET", "http://k8s/api")
@@ -1416,8 +1427,8 @@ func TestOwnNodeIsRefused(t *testing.T) {
 func TestPlainSocketsAreRefused(t *testing.T) {
 	up := newUpstream(t)
 	nodes := tailnet.Nodes{aliceNode()}
-	nodes[0].Addrs = func() []netip.Addr {
-		return []netip.Addr{netip.MustParseAddr(nodeAddr), netip.MustParseAddr("127.0.0.1")}
+	nodes[0].Addrs = func() (ip4, ip6 netip.Addr) {
+		return netip.MustParseAddr(nodeAddr), netip.MustParseAddr("127.0.0.1")
 	}
 	nodesOfTest.Store(&nodes)
 	for _, bind := range []string{"127.0.0.1", "127.0.0.1 tailnettest/k8s"} {

@@ -13,7 +13,9 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"tailscale.com/tailcfg"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
@@ -64,6 +66,57 @@ type Config struct {
 	//
 	// Default: none.
 	AllowHosts []string `json:"allow_hosts,omitempty"`
+
+	// How long the answer to who a caller is, is used for further requests on
+	// the same connection. That is how long a grant can still count after it was
+	// withdrawn, for requests that begin then. With 0 every request asks. A new
+	// connection always does.
+	//
+	// Default: `1s`.
+	CacheTTL *caddy.Duration `json:"cache_ttl,omitempty"`
+
+	// The time between two checks whether the callers of requests that are still
+	// open, such as a watch, a followed log or a shell, still have the groups
+	// that they began them with. The connections of a caller that does not are
+	// closed. All requests of one caller together cost one question to its
+	// tailnet node.
+	//
+	// Default: `5s`.
+	RecheckInterval *caddy.Duration `json:"recheck_interval,omitempty"`
+
+	// How long such requests may go on when their caller cannot be checked, since
+	// the last check that succeeded. With 0 the first that fails ends them.
+	//
+	// Default: `30s`.
+	RecheckGrace *caddy.Duration `json:"recheck_grace,omitempty"`
+}
+
+// The defaults of durations.
+const (
+	defaultCacheTTL        = time.Second
+	defaultRecheckInterval = 5 * time.Second
+	defaultRecheckGrace    = 30 * time.Second
+)
+
+// minRecheckInterval keeps a slip of the unit from keeping the nodes busy.
+const minRecheckInterval = 100 * time.Millisecond
+
+// TTL returns for how long identities are kept.
+func (c *Config) TTL() time.Duration { return orDefault(c.CacheTTL, defaultCacheTTL) }
+
+// Interval returns the time between two checks of a caller.
+func (c *Config) Interval() time.Duration {
+	return orDefault(c.RecheckInterval, defaultRecheckInterval)
+}
+
+// Grace returns for how long a caller may go on that cannot be checked.
+func (c *Config) Grace() time.Duration { return orDefault(c.RecheckGrace, defaultRecheckGrace) }
+
+func orDefault(d *caddy.Duration, otherwise time.Duration) time.Duration {
+	if d == nil {
+		return otherwise
+	}
+	return time.Duration(*d)
 }
 
 // Validate returns an error that names the option and the reason if c cannot be
@@ -76,6 +129,15 @@ func (c *Config) Validate() error {
 	case "", Reject, Strip:
 	default:
 		return fmt.Errorf("client_impersonation %q: must be %s or %s", c.ClientImpersonation, Reject, Strip)
+	}
+	if c.TTL() < 0 {
+		return fmt.Errorf("cache_ttl %v: must not be negative", c.TTL())
+	}
+	if c.Interval() < minRecheckInterval {
+		return fmt.Errorf("recheck_interval %v: must be at least %v", c.Interval(), minRecheckInterval)
+	}
+	if c.Grace() < 0 {
+		return fmt.Errorf("recheck_grace %v: must not be negative", c.Grace())
 	}
 	for _, origin := range c.AllowOrigins {
 		if err := checkOrigin(origin); err != nil {

@@ -3,6 +3,7 @@
 package caddyfile
 
 import (
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 )
 
@@ -13,6 +14,9 @@ import (
 //	    client_impersonation reject|strip
 //	    allow_origins        <origin...>
 //	    allow_hosts          <host...>
+//	    cache_ttl            <duration>
+//	    recheck_interval     <duration>
+//	    recheck_grace        <duration>
 //	}
 //
 // All options may be left out, and the block with them. allow_origins and
@@ -49,10 +53,35 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = list(d, &c.AllowOrigins)
 	case "allow_hosts":
 		err = list(d, &c.AllowHosts)
+	case "cache_ttl":
+		err = duration(d, &c.CacheTTL)
+	case "recheck_interval":
+		err = duration(d, &c.RecheckInterval)
+	case "recheck_grace":
+		err = duration(d, &c.RecheckGrace)
 	default:
 		return false, nil
 	}
 	return true, err
+}
+
+// duration sets value to the duration that is the one argument of the option that
+// d is at.
+func duration(d *caddyfile.Dispenser, value **caddy.Duration) error {
+	option := d.Val()
+	if *value != nil {
+		return d.Errf("%s is given twice", option)
+	}
+	if !d.NextArg() || d.Val() == "" {
+		return d.Errf("%s has no value", option)
+	}
+	parsed, err := caddy.ParseDuration(d.Val())
+	if err != nil {
+		return d.Errf("%s %q: must be a duration, such as 5s", option, d.Val())
+	}
+	*value = new(caddy.Duration)
+	**value = caddy.Duration(parsed)
+	return end(d, option)
 }
 
 // single sets value to the one argument of the option that d is at.

@@ -12,7 +12,7 @@ import (
 )
 
 func TestContextCarriesIdentity(t *testing.T) {
-	want := impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers"}, Source: impersonate.SourceGrants}
+	want := &impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers"}, Source: impersonate.SourceGrants}
 	ctx := impersonate.NewContext(t.Context(), want)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -32,7 +32,7 @@ func TestContextWithoutIdentityCarriesNone(t *testing.T) {
 }
 
 func TestContextWithIdentityWithoutUserCarriesNone(t *testing.T) {
-	ctx := impersonate.NewContext(t.Context(), impersonate.Identity{Groups: []string{"system:masters"}})
+	ctx := impersonate.NewContext(t.Context(), &impersonate.Identity{Groups: []string{"system:masters"}})
 	if id, ok := impersonate.FromContext(ctx); ok {
 		t.Errorf("got identity %+v; want none", id)
 	}

@@ -4,7 +4,6 @@ package impersonate
 
 import (
 	"net/http"
-	"slices"
 	"strings"
 
 	"golang.org/x/net/http/httpguts"
@@ -83,13 +82,22 @@ func ReduceConnection(h http.Header) (upgrade bool) {
 
 // SetHeaders writes id into h. Other impersonation headers that h holds must have
 // been removed.
-func (id Identity) SetHeaders(h http.Header) {
-	h[transport.ImpersonateUserHeader] = []string{id.User}
+func (id *Identity) SetHeaders(h http.Header) {
+	// Values of its own, because header operations further on edit them in place.
+	values := make([]string, 1+len(id.Groups))
+	values[0] = id.User
+	copy(values[1:], id.Groups)
+	h[transport.ImpersonateUserHeader] = values[:1:1]
 	delete(h, transport.ImpersonateGroupHeader)
 	if len(id.Groups) > 0 {
-		// A copy, because header operations further on edit values in place.
-		h[transport.ImpersonateGroupHeader] = slices.Clone(id.Groups)
+		h[transport.ImpersonateGroupHeader] = values[1:]
 	}
+}
+
+// RemoveHeaders removes from h what SetHeaders writes.
+func RemoveHeaders(h http.Header) {
+	delete(h, transport.ImpersonateUserHeader)
+	delete(h, transport.ImpersonateGroupHeader)
 }
 
 // stripBearerProtocol removes bearer tokens from the list of subprotocols in

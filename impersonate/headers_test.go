@@ -289,7 +289,7 @@ func TestSetHeadersWritesExactlyTheIdentity(t *testing.T) {
 
 func TestSetHeadersReplacesAndDoesNotAdd(t *testing.T) {
 	h := http.Header{"Impersonate-User": {"system:admin"}, "Impersonate-Group": {"system:masters"}}
-	impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers"}}.SetHeaders(h)
+	(&impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers"}}).SetHeaders(h)
 	want := http.Header{"Impersonate-User": {"alice@example.com"}, "Impersonate-Group": {"tailnet-readers"}}
 	if diff := cmp.Diff(want, h); diff != "" {
 		t.Errorf("headers (-want +got):\n%s", diff)

@@ -4,6 +4,7 @@ package impersonate
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -30,10 +31,13 @@ type Peer struct {
 }
 
 // PeerFrom returns the peer that a WhoIs answer describes. It is an error if the
-// answer leaves out who that is.
+// answer leaves out who that is, or if the peer's key has expired.
 func PeerFrom(who *apitype.WhoIsResponse) (Peer, error) {
 	if who == nil || who.Node == nil {
 		return Peer{}, errors.New("the tailnet node's answer names no peer")
+	}
+	if who.Node.Expired {
+		return Peer{}, fmt.Errorf("the key of device %s has expired", strings.TrimSuffix(who.Node.Name, "."))
 	}
 	p := Peer{
 		Node:         strings.TrimSuffix(who.Node.Name, "."),

@@ -4,16 +4,19 @@ package lab
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net"
 	"net/url"
 	"os"
 	"path/filepath"
+	"time"
 
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/clientcmd/api"
+	"tailscale.com/net/socks5"
 	"tailscale.com/tsnet"
 )
 
@@ -30,7 +33,8 @@ type Caller struct {
 
 	lab   *Lab
 	log   *os.File
-	proxy *url.URL
+	socks net.Listener
+	proxy *url.URL // with the password
 }
 
 // Join connects a further caller to the tailnet. It is stopped with the lab.
@@ -66,13 +70,23 @@ func (c *Caller) join(ctx context.Context) error {
 	if _, err := c.Server.Up(ctx); err != nil {
 		return err
 	}
-	addr, password, _, err := c.Server.Loopback()
-	if err != nil {
+	if err := c.serveProxy(logf); err != nil {
 		return err
 	}
-	c.proxy = &url.URL{Scheme: "socks5", User: url.UserPassword("tsnet", password), Host: addr}
 	c.Kubeconfig = filepath.Join(c.lab.Dir, c.Name+".kubeconfig")
 	return c.WriteKubeconfig(c.Kubeconfig, "https://"+ProxyName+"."+Domain)
+}
+
+// serveProxy opens the way for kubectl: a SOCKS proxy on loopback.
+func (c *Caller) serveProxy(logf func(string, ...any)) (err error) {
+	if c.socks, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+		return err
+	}
+	password := rand.Text()
+	proxy := &socks5.Server{Logf: logf, Dialer: c.Dial, Username: c.Name, Password: password}
+	go func() { _ = proxy.Serve(c.socks) }() // until the listener is closed
+	c.proxy = &url.URL{Scheme: "socks5", User: url.UserPassword(c.Name, password), Host: c.socks.Addr().String()}
+	return nil
 }
 
 // key returns a key for joining as what the caller is.
@@ -88,7 +102,28 @@ func (c *Caller) key(ctx context.Context) (string, error) {
 
 // Dial connects to an address of the tailnet as this caller.
 func (c *Caller) Dial(ctx context.Context, network, address string) (net.Conn, error) {
-	return c.Server.Dial(ctx, network, address)
+	return Dial(ctx, c.Server, network, address)
+}
+
+// dialAttempt is how long Dial waits for an answer before it tries another port.
+const dialAttempt = 3 * time.Second
+
+// Dial connects to an address of the tailnet as node.
+//
+// Every attempt is from another port. For a minute after a connection that the
+// server has closed, the network stack of a tsnet server drops whatever comes from
+// the same port of the client: it waits for leftovers, and a new connection would
+// need a listening socket in that stack, which tsnet's listeners are not. Clients
+// choose their ports at random, so among some thousand connections it happens.
+func Dial(ctx context.Context, node *tsnet.Server, network, address string) (net.Conn, error) {
+	for {
+		attempt, cancel := context.WithTimeout(ctx, dialAttempt)
+		conn, err := node.Dial(attempt, network, address)
+		cancel()
+		if err == nil || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
+			return conn, err
+		}
+	}
 }
 
 // REST returns a client configuration for the API server as this caller.
@@ -126,6 +161,9 @@ func (c *Caller) Stop() error {
 	var errs []error
 	if c.Server != nil {
 		errs = append(errs, c.Server.Close())
+	}
+	if c.socks != nil {
+		errs = append(errs, c.socks.Close())
 	}
 	if c.log != nil {
 		errs = append(errs, c.log.Close())

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"reflect"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 )
@@ -20,13 +21,27 @@ type Conn struct {
 	Remote netip.AddrPort
 	// Local is the address that the peer dialled: one of the accepting node's.
 	Local netip.Addr
+	// Accepted is when the connection was accepted. What was known about Remote
+	// before may be about another peer.
+	Accepted time.Time
+
+	// end is what End does.
+	end func(cause error)
+}
+
+// End ends every request on the connection, whose contexts say cause, and closes
+// it. It does not wait.
+func (c *Conn) End(cause error) {
+	if c.end != nil {
+		c.end(cause)
+	}
 }
 
 type connKey struct{}
 
 // connOrError is what [ConnContext] leaves in a connection's context.
 type connOrError struct {
-	conn Conn
+	conn *Conn
 	err  error
 }
 
@@ -34,21 +49,39 @@ type connOrError struct {
 // [net/http.Server.ConnContext], which sees a connection before anything is read
 // from it, so nothing that a client sends can change the result.
 func ConnContext(ctx context.Context, c net.Conn) context.Context {
+	if _, done := ctx.Value(connKey{}).(connOrError); done {
+		return ctx // by another handler of the same server
+	}
 	conn, err := accepted(c)
-	return context.WithValue(ctx, connKey{}, connOrError{conn, err})
+	if err != nil {
+		return context.WithValue(ctx, connKey{}, connOrError{err: err})
+	}
+	conn.Accepted = time.Now()
+	// Nobody has to call cancel for a connection that ends by itself: the
+	// server's context, which ctx comes from, is never done and so keeps no list
+	// of those that wait for it.
+	ctx, cancel := context.WithCancelCause(ctx)
+	conn.end = func(cause error) {
+		cancel(cause)
+		// TLS takes leave of its peer, who may not be reading.
+		go func() { _ = c.Close() }()
+	}
+	return context.WithValue(ctx, connKey{}, connOrError{conn: conn})
 }
 
-// WithConn returns a copy of ctx in which conn is the accepted connection.
+// WithConn returns a copy of ctx in which conn is the accepted connection. conn's
+// End does what ends the returned context.
 func WithConn(ctx context.Context, conn Conn) context.Context {
-	return context.WithValue(ctx, connKey{}, connOrError{conn: conn})
+	ctx, conn.end = context.WithCancelCause(ctx)
+	return context.WithValue(ctx, connKey{}, connOrError{conn: &conn})
 }
 
 // ConnFrom returns the tailnet connection that a request with this context came
 // on. It is an error if the connection came in any other way.
-func ConnFrom(ctx context.Context) (Conn, error) {
+func ConnFrom(ctx context.Context) (*Conn, error) {
 	v, ok := ctx.Value(connKey{}).(connOrError)
 	if !ok {
-		return Conn{}, errors.New("the connection was accepted by a server that does not record where connections come from")
+		return nil, errors.New("the connection was accepted by a server that does not record where connections come from")
 	}
 	return v.conn, v.err
 }
@@ -59,7 +92,7 @@ func ConnFrom(ctx context.Context) (Conn, error) {
 // addresses on as they are. Any other layer might not: the PROXY protocol's
 // reports the remote address that its client wrote. Such a connection is
 // refused, as is one that ends in a socket of the host.
-func accepted(c net.Conn) (Conn, error) {
+func accepted(c net.Conn) (*Conn, error) {
 	outermost := c
 	for {
 		switch layer := c.(type) {
@@ -73,25 +106,25 @@ func accepted(c net.Conn) (Conn, error) {
 				inner, _ = embedded(c, "Conn").(net.Conn)
 			}
 			if inner == nil {
-				return Conn{}, fmt.Errorf("the connection from %v was not accepted by a tailnet node (it is a %T)", outermost.RemoteAddr(), c)
+				return nil, fmt.Errorf("the connection from %v was not accepted by a tailnet node (it is a %T)", outermost.RemoteAddr(), c)
 			}
 			c = inner
 		}
 	}
 }
 
-func tailnetConn(c net.Conn) (Conn, error) {
+func tailnetConn(c net.Conn) (*Conn, error) {
 	remote, err := addrPort(c.RemoteAddr())
 	if err != nil {
-		return Conn{}, fmt.Errorf("remote address of a tailnet connection: %w", err)
+		return nil, fmt.Errorf("remote address of a tailnet connection: %w", err)
 	}
 	local, err := addrPort(c.LocalAddr())
 	if err != nil {
-		return Conn{}, fmt.Errorf("local address of a tailnet connection: %w", err)
+		return nil, fmt.Errorf("local address of a tailnet connection: %w", err)
 	}
 	// An IPv4-mapped IPv6 address is the IPv4 address: nodes and WhoIs know
 	// only that form.
-	return Conn{
+	return &Conn{
 		Remote: netip.AddrPortFrom(remote.Addr().Unmap(), remote.Port()),
 		Local:  local.Addr().Unmap(),
 	}, nil

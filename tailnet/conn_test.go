@@ -19,19 +19,24 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	_ "github.com/caddyserver/caddy/v2/modules/filestorage"
 	"github.com/google/go-cmp/cmp"
-	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/pires/go-proxyproto"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"tailscale.com/ipn"
 )
 
-var equateConns = cmpopts.EquateComparable(Conn{})
+// equateConns compares where connections come from, not when.
+var equateConns = cmp.Comparer(func(a, b *Conn) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return a.Remote == b.Remote && a.Local == b.Local
+})
 
 // refusedConn fails t unless c is refused with an error that mentions mention.
 func refusedConn(t *testing.T, c net.Conn, mention string) {
 	t.Helper()
 	got, err := ConnFrom(ConnContext(t.Context(), c))
-	if diff := cmp.Diff(Conn{}, got, equateConns); diff != "" {
+	if diff := cmp.Diff((*Conn)(nil), got, equateConns); diff != "" {
 		t.Errorf("got a tailnet connection; want the zero one (-want +got):\n%s", diff)
 	}
 	if err == nil {
@@ -51,7 +56,7 @@ func TestTailnetConnectionIsAccepted(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dialled, accepted := connect(t, tt.peer, tt.node)
-			want := Conn{
+			want := &Conn{
 				Remote: netip.MustParseAddrPort(dialled.LocalAddr().String()),
 				Local:  tt.node,
 			}
@@ -183,14 +188,14 @@ func TestConnectionThatWasNotLookedAtIsRefused(t *testing.T) {
 	if err == nil {
 		t.Error("got no error; want one")
 	}
-	if diff := cmp.Diff(Conn{}, got, equateConns); diff != "" {
+	if diff := cmp.Diff((*Conn)(nil), got, equateConns); diff != "" {
 		t.Errorf("connection (-want +got):\n%s", diff)
 	}
 }
 
 func TestWithConn(t *testing.T) {
-	want := Conn{Remote: netip.MustParseAddrPort("100.64.0.2:1"), Local: node4}
-	got, err := ConnFrom(WithConn(t.Context(), want))
+	want := &Conn{Remote: netip.MustParseAddrPort("100.64.0.2:1"), Local: node4}
+	got, err := ConnFrom(WithConn(t.Context(), *want))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -207,7 +212,7 @@ func TestMappedAddressesAreUnmapped(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4}
+			want := &Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4}
 			if diff := cmp.Diff(want, got, equateConns); diff != "" {
 				t.Errorf("from %s to %s: connection (-want +got):\n%s", remote, local, diff)
 			}
@@ -226,7 +231,7 @@ func TestConnectionWithoutUsableAddressIsRefused(t *testing.T) {
 		if err == nil {
 			t.Errorf("from %q to %q: got no error; want one", c.remote, c.local)
 		}
-		if diff := cmp.Diff(Conn{}, got, equateConns); diff != "" {
+		if diff := cmp.Diff((*Conn)(nil), got, equateConns); diff != "" {
 			t.Errorf("from %q to %q: connection (-want +got):\n%s", c.remote, c.local, diff)
 		}
 	}
@@ -277,7 +282,7 @@ func TestConnectionInCaddysOwnLayers(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := Conn{Remote: netip.MustParseAddrPort(dialled.LocalAddr().String()), Local: node4}
+			want := &Conn{Remote: netip.MustParseAddrPort(dialled.LocalAddr().String()), Local: node4}
 			if diff := cmp.Diff(want, got, equateConns); diff != "" {
 				t.Errorf("connection (-want +got):\n%s", diff)
 			}

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -31,6 +30,10 @@ var (
 	// WhoIs it is a peer like any other, but whoever can dial from the proxy's
 	// own host must not be taken for the proxy.
 	ErrSelf = errors.New("the peer is the answering node itself")
+
+	// ErrNotConnected is returned by [Nodes.Accepting] while a node does not
+	// know its own addresses.
+	ErrNotConnected = errors.New("the node is not connected to its tailnet")
 )
 
 // Node is a tailnet node that a server listens on.
@@ -39,12 +42,13 @@ type Node struct {
 	// only: the name the tailnet gives it can differ (see [Node.Owns]).
 	Name string
 
-	// Addrs returns the node's current tailnet addresses.
-	Addrs func() []netip.Addr
+	// Addrs returns the node's current tailnet addresses, each the zero Addr if
+	// the node has none.
+	Addrs func() (ip4, ip6 netip.Addr)
 
 	// Ask returns who the peer at remote is, with the capabilities that it was
 	// granted on local. It returns [ErrPeerNotFound] if there is no such peer.
-	Ask func(ctx context.Context, remote netip.AddrPort, local netip.Addr) (*apitype.WhoIsResponse, error)
+	Ask func(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error)
 
 	// DNSName returns the name that the tailnet gives to the node
 	// ("k8s.example.ts.net"), empty if it gives none.
@@ -57,12 +61,9 @@ type Node struct {
 // FromServer returns the node that s is.
 func FromServer(s *tsnet.Server) *Node {
 	return &Node{
-		Name: s.Hostname,
-		Addrs: func() []netip.Addr {
-			ip4, ip6 := s.TailscaleIPs()
-			return []netip.Addr{ip4, ip6}
-		},
-		Ask: func(ctx context.Context, remote netip.AddrPort, local netip.Addr) (*apitype.WhoIsResponse, error) {
+		Name:  s.Hostname,
+		Addrs: s.TailscaleIPs,
+		Ask: func(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
 			lc, err := s.LocalClient()
 			if err != nil {
 				return nil, err
@@ -86,21 +87,29 @@ func FromServer(s *tsnet.Server) *Node {
 	}
 }
 
-// WhoIs returns who is at the other end of c, with the capabilities that the
-// peer was granted on the address that it dialled. Errors are [ErrPeerNotFound],
-// [ErrSelf], or a failure of the node to answer within [WhoIsTimeout].
-func (n *Node) WhoIs(ctx context.Context, c Conn) (*apitype.WhoIsResponse, error) {
-	if n.Is(c.Remote.Addr()) {
+// WhoIs returns who the peer at remote is, with the capabilities that it was
+// granted on local, the node's address that it dialled. Errors are
+// [ErrPeerNotFound], [ErrSelf], or a failure of the node to answer within
+// [WhoIsTimeout].
+func (n *Node) WhoIs(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
+	if n.Is(remote) {
 		return nil, ErrSelf
 	}
 	ctx, cancel := context.WithTimeout(ctx, WhoIsTimeout)
 	defer cancel()
-	return n.Ask(ctx, c.Remote, c.Local)
+	return n.Ask(ctx, remote, local)
 }
 
 // Is reports whether addr is one of the node's own addresses.
 func (n *Node) Is(addr netip.Addr) bool {
-	return addr.IsValid() && slices.Contains(n.Addrs(), addr)
+	ip4, ip6 := n.Addrs()
+	return addr.IsValid() && (addr == ip4 || addr == ip6)
+}
+
+// connected reports whether the node has been told who it is.
+func (n *Node) connected() bool {
+	ip4, ip6 := n.Addrs()
+	return ip4.IsValid() || ip6.IsValid()
 }
 
 // Owns reports whether host, as it stands in a request's Host header, names this

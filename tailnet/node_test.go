@@ -16,8 +16,7 @@ import (
 
 // asked is a question to a node.
 type asked struct {
-	remote netip.AddrPort
-	local  netip.Addr
+	remote, local netip.Addr
 }
 
 // answering returns a node with the addresses node4 and node6 that gives the same
@@ -26,8 +25,8 @@ func answering(who *apitype.WhoIsResponse, err error) (*Node, *[]asked) {
 	questions := new([]asked)
 	return &Node{
 		Name:  "k8s",
-		Addrs: func() []netip.Addr { return []netip.Addr{node4, node6} },
-		Ask: func(_ context.Context, remote netip.AddrPort, local netip.Addr) (*apitype.WhoIsResponse, error) {
+		Addrs: func() (ip4, ip6 netip.Addr) { return node4, node6 },
+		Ask: func(_ context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
 			*questions = append(*questions, asked{remote, local})
 			return who, err
 		},
@@ -37,14 +36,14 @@ func answering(who *apitype.WhoIsResponse, err error) (*Node, *[]asked) {
 func TestWhoIsAsksForThePeerOnTheAddressItDialled(t *testing.T) {
 	alice := &apitype.WhoIsResponse{UserProfile: &tailcfg.UserProfile{LoginName: "alice@example.com"}}
 	node, questions := answering(alice, nil)
-	got, err := node.WhoIs(t.Context(), Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4})
+	got, err := node.WhoIs(t.Context(), peer4, node4)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if got != alice {
 		t.Errorf("got %v; want the node's answer", got)
 	}
-	if got, want := *questions, (asked{netip.AddrPortFrom(peer4, 1), node4}); len(got) != 1 || got[0] != want {
+	if got, want := *questions, (asked{peer4, node4}); len(got) != 1 || got[0] != want {
 		t.Errorf("got questions %v; want only %v", got, want)
 	}
 }
@@ -52,7 +51,7 @@ func TestWhoIsAsksForThePeerOnTheAddressItDialled(t *testing.T) {
 func TestWhoIsRefusesTheNodeItselfWithoutAsking(t *testing.T) {
 	for _, self := range []netip.Addr{node4, node6} {
 		node, questions := answering(&apitype.WhoIsResponse{}, nil)
-		got, err := node.WhoIs(t.Context(), Conn{Remote: netip.AddrPortFrom(self, 1), Local: node4})
+		got, err := node.WhoIs(t.Context(), self, node4)
 		if !errors.Is(err, ErrSelf) {
 			t.Errorf("from %v: got error %v; want %v", self, err, ErrSelf)
 		}
@@ -69,7 +68,7 @@ func TestWhoIsPassesErrorsOn(t *testing.T) {
 	gone := errors.New("LocalAPI is gone")
 	for _, want := range []error{ErrPeerNotFound, gone} {
 		node, _ := answering(nil, want)
-		got, err := node.WhoIs(t.Context(), Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4})
+		got, err := node.WhoIs(t.Context(), peer4, node4)
 		if !errors.Is(err, want) {
 			t.Errorf("got error %v; want %v", err, want)
 		}
@@ -104,8 +103,8 @@ func TestStuckNodeDoesNotHoldRequestsUp(t *testing.T) {
 	const hangs = 20 * time.Second // if the bound is lost
 	node := &Node{
 		Name:  "k8s",
-		Addrs: func() []netip.Addr { return []netip.Addr{node4} },
-		Ask: func(ctx context.Context, _ netip.AddrPort, _ netip.Addr) (*apitype.WhoIsResponse, error) {
+		Addrs: func() (ip4, ip6 netip.Addr) { return node4, netip.Addr{} },
+		Ask: func(ctx context.Context, _, _ netip.Addr) (*apitype.WhoIsResponse, error) {
 			bounded(ctx, t)
 			select {
 			case <-ctx.Done():
@@ -123,7 +122,7 @@ func TestStuckNodeDoesNotHoldRequestsUp(t *testing.T) {
 		},
 	}
 	within(t, func() {
-		if _, err := node.WhoIs(t.Context(), Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4}); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := node.WhoIs(t.Context(), peer4, node4); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("WhoIs: got error %v; want %v", err, context.DeadlineExceeded)
 		}
 	})
@@ -146,13 +145,13 @@ func TestCancelledRequestCancelsTheQuestion(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	node := &Node{
-		Addrs: func() []netip.Addr { return []netip.Addr{node4} },
-		Ask: func(ctx context.Context, _ netip.AddrPort, _ netip.Addr) (*apitype.WhoIsResponse, error) {
+		Addrs: func() (ip4, ip6 netip.Addr) { return node4, netip.Addr{} },
+		Ask: func(ctx context.Context, _, _ netip.Addr) (*apitype.WhoIsResponse, error) {
 			return nil, ctx.Err()
 		},
 		DNSName: func(ctx context.Context) (string, error) { return "k8s.example.ts.net", ctx.Err() },
 	}
-	if _, err := node.WhoIs(ctx, Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4}); !errors.Is(err, context.Canceled) {
+	if _, err := node.WhoIs(ctx, peer4, node4); !errors.Is(err, context.Canceled) {
 		t.Errorf("WhoIs: got error %v; want %v", err, context.Canceled)
 	}
 	if owns, err := node.Owns(ctx, "k8s.example.ts.net"); owns || !errors.Is(err, context.Canceled) {
@@ -161,7 +160,7 @@ func TestCancelledRequestCancelsTheQuestion(t *testing.T) {
 }
 
 func TestIs(t *testing.T) {
-	node := &Node{Addrs: func() []netip.Addr { return []netip.Addr{node4, {}} }}
+	node := &Node{Addrs: func() (ip4, ip6 netip.Addr) { return node4, netip.Addr{} }}
 	for _, tt := range []struct {
 		addr netip.Addr
 		want bool
@@ -185,7 +184,7 @@ func named(name *string) (*Node, *int) {
 	asked := new(int)
 	return &Node{
 		Name:  "configured-name",
-		Addrs: func() []netip.Addr { return []netip.Addr{node4, node6} },
+		Addrs: func() (ip4, ip6 netip.Addr) { return node4, node6 },
 		DNSName: func(context.Context) (string, error) {
 			*asked++
 			return *name, nil
@@ -280,7 +279,7 @@ func TestOwnsWithoutKnowingTheNameIsAnError(t *testing.T) {
 	gone := errors.New("LocalAPI is gone")
 	node := &Node{
 		Name:    "k8s",
-		Addrs:   func() []netip.Addr { return []netip.Addr{node4} },
+		Addrs:   func() (ip4, ip6 netip.Addr) { return node4, netip.Addr{} },
 		DNSName: func(context.Context) (string, error) { return "k8s.example.ts.net", gone },
 	}
 	got, err := node.Owns(t.Context(), "k8s.example.ts.net")

@@ -53,7 +53,8 @@ func server(ln any) *tsnet.Server {
 //
 // It is an error if no node does, or more than one: every Headscale tailnet
 // starts at 100.64.0.1, so two nodes of one server can own the same address, and
-// a connection does not tell which of the two accepted it.
+// a connection does not tell which of the two accepted it. It is [ErrNotConnected]
+// if a node that is not connected might be the one.
 func (nodes Nodes) Accepting(local netip.Addr) (*Node, error) {
 	var owner *Node
 	for _, n := range nodes {
@@ -65,8 +66,13 @@ func (nodes Nodes) Accepting(local netip.Addr) (*Node, error) {
 			owner = n
 		}
 	}
-	if owner == nil {
-		return nil, fmt.Errorf("no tailnet node of this server owns the address %v", local)
+	if owner != nil {
+		return owner, nil
 	}
-	return owner, nil
+	for _, n := range nodes {
+		if !n.connected() {
+			return nil, fmt.Errorf("tailnet node %q: %w", n.Name, ErrNotConnected)
+		}
+	}
+	return nil, fmt.Errorf("no tailnet node of this server owns the address %v", local)
 }

@@ -14,15 +14,16 @@ import (
 	"tailscale.com/tsnet"
 )
 
-// owning returns a node that owns addrs.
-func owning(name string, addrs ...netip.Addr) *Node {
-	return &Node{Name: name, Addrs: func() []netip.Addr { return addrs }}
+// owning returns a node that owns two addresses.
+func owning(name string, ip4, ip6 netip.Addr) *Node {
+	return &Node{Name: name, Addrs: func() (netip.Addr, netip.Addr) { return ip4, ip6 }}
 }
 
 func TestAccepting(t *testing.T) {
 	production := owning("production", node4, node6)
 	staging := owning("staging", peer4, netip.Addr{})
 	twin := owning("twin", node4, peer6)
+	joining := owning("joining", netip.Addr{}, netip.Addr{})
 
 	for _, tt := range []struct {
 		name  string
@@ -42,6 +43,8 @@ func TestAccepting(t *testing.T) {
 		{"no address", Nodes{production, staging}, netip.Addr{}, nil, []string{"no tailnet node"}},
 		{"two nodes own the address", Nodes{production, twin}, node4, nil, []string{`"production"`, `"twin"`, "100.64.0.1"}},
 		{"two nodes own the address, one does not", Nodes{twin, staging, production}, node4, nil, []string{`"production"`, `"twin"`, "100.64.0.1"}},
+		{"another address, and a node that has none yet", Nodes{production, joining}, peer4, nil, []string{`"joining"`, ErrNotConnected.Error()}},
+		{"one of two, while the other has none yet", Nodes{joining, production}, node4, production, nil},
 		{"three nodes own the address", Nodes{production, twin, twin}, node4, nil, []string{"100.64.0.1"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

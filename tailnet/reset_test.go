@@ -58,7 +58,7 @@ func TestConnectionResetByPeerDoesNotPanic(t *testing.T) {
 	if connErr == nil {
 		t.Error("got no error; want one")
 	}
-	if diff := cmp.Diff(Conn{}, got, equateConns); diff != "" {
+	if diff := cmp.Diff((*Conn)(nil), got, equateConns); diff != "" {
 		t.Errorf("connection (-want +got):\n%s", diff)
 	}
 }

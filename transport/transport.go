@@ -157,7 +157,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // impersonate sends r with the proxy's credentials, as id.
-func (t *Transport) impersonate(r *http.Request, id impersonate.Identity) (*http.Response, error) {
+func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*http.Response, error) {
 	authorization, stale, err := t.cluster.authorization()
 	if err != nil {
 		return refusal.Response(r, refusal.Unavailable("no credentials for the cluster: %v", err))

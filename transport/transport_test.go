@@ -186,7 +186,7 @@ func newTransport(t testing.TB, k kubeconfig) *Transport {
 	return tr
 }
 
-var alice = impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers", "b"}, Source: impersonate.SourceGrants}
+var alice = &impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers", "b"}, Source: impersonate.SourceGrants}
 
 // newRequest returns a request of alice's as reverse_proxy hands it over, with
 // headers given as name, value, name, value.
@@ -267,7 +267,7 @@ func TestNoIdentityNoRequest(t *testing.T) {
 	tr := newTransport(t, trusting(s, token))
 	for name, ctx := range map[string]context.Context{
 		"none":         t.Context(),
-		"without user": impersonate.NewContext(t.Context(), impersonate.Identity{Groups: []string{"system:masters"}}),
+		"without user": impersonate.NewContext(t.Context(), &impersonate.Identity{Groups: []string{"system:masters"}}),
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRequest(s, "/api", "Impersonate-User", "alice@example.com", "Authorization", "Bearer other").WithContext(ctx)
@@ -306,7 +306,7 @@ func TestIdentityAndCredentialsAreAttachedLast(t *testing.T) {
 	}
 	t.Run("no groups", func(t *testing.T) {
 		r := newRequest(s, "/api", "Impersonate-Group", "system:masters")
-		r = r.WithContext(impersonate.NewContext(r.Context(), impersonate.Identity{User: "bob@example.com"}))
+		r = r.WithContext(impersonate.NewContext(r.Context(), &impersonate.Identity{User: "bob@example.com"}))
 		roundTrip(t, tr, r)
 		want := http.Header{"Impersonate-User": {"bob@example.com"}, "Authorization": {"Bearer proxy-token"}}
 		if diff := cmp.Diff(want, protectedHeaders(s.one(t).Header)); diff != "" {

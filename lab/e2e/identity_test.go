@@ -3,10 +3,12 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
@@ -65,20 +67,6 @@ func TestAGrantThatChangesIsSeenByTheNextRequest(t *testing.T) {
 	if _, groups := whoAmI(t, "dave"); len(groups) > 0 {
 		t.Fatalf("dave starts with groups %q; want none", groups)
 	}
-	var policy map[string]any
-	if err := json.Unmarshal(theLab.Policy, &policy); err != nil {
-		t.Fatal(err)
-	}
-	policy["grants"] = append(policy["grants"].([]any), map[string]any{
-		"src": []string{"dave@example.com"}, "dst": []string{"tag:k8s"},
-		"app": map[string]any{"tailscale.com/cap/kubernetes": []any{
-			map[string]any{"impersonate": map[string]any{"groups": []string{"granted"}}},
-		}},
-	})
-	changed, err := json.Marshal(policy)
-	if err != nil {
-		t.Fatal(err)
-	}
 	wantGroups := func(want ...string) func() error {
 		return func() error {
 			if _, groups := whoAmI(t, "dave"); !slices.Equal(groups, want) {
@@ -87,14 +75,40 @@ func TestAGrantThatChangesIsSeenByTheNextRequest(t *testing.T) {
 			return nil
 		}
 	}
-	if err := theLab.Headscale.SetPolicy(t.Context(), changed); err != nil {
-		t.Fatal(err)
-	}
+	withdraw := grantTo(t, "dave@example.com", "granted")
 	eventually(t, "the grant is given", wantGroups("granted"))
-	if err := theLab.Headscale.SetPolicy(t.Context(), theLab.Policy); err != nil {
+	withdraw()
+	eventually(t, "the grant is withdrawn", wantGroups())
+}
+
+// grantTo adds a grant for groups to the policy file, until withdraw is called or
+// the test ends.
+func grantTo(t *testing.T, login string, groups ...string) (withdraw func()) {
+	t.Helper()
+	var policy map[string]any
+	if err := json.Unmarshal(theLab.Policy, &policy); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the grant is withdrawn", wantGroups())
+	policy["grants"] = append(policy["grants"].([]any), map[string]any{
+		"src": []string{login}, "dst": []string{"tag:k8s"},
+		"app": map[string]any{"tailscale.com/cap/kubernetes": []any{
+			map[string]any{"impersonate": map[string]any{"groups": groups}},
+		}},
+	})
+	changed, err := json.Marshal(policy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := func(policy []byte) {
+		// Not the test's context, which is over when its cleanup runs.
+		if err := theLab.Headscale.SetPolicy(context.Background(), policy); err != nil {
+			t.Fatal(err)
+		}
+	}
+	withdraw = sync.OnceFunc(func() { set(theLab.Policy) })
+	t.Cleanup(withdraw)
+	set(changed)
+	return withdraw
 }
 
 func TestKubectlAsIsRefusedAndSaysWhy(t *testing.T) {

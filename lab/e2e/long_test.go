@@ -81,7 +81,7 @@ func TestWhatIsSilentForMoreThanAMinuteGoesOn(t *testing.T) {
 		cat.echoes(t, "before")
 		streams = append(streams, silentStream{"exec over " + p.name, cat, func(t *testing.T) { cat.echoes(t, "after") }})
 
-		address, forward := portForward(t, p, echoServer(t))
+		address, forward := portForward(t, "alice", p, echoServer(t))
 		conn := dialLocal(t, address)
 		if err := roundTrip(conn, noise(1000)); err != nil {
 			t.Fatal(err)

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -147,13 +148,13 @@ func keepAsking(t *testing.T) (stop func()) {
 	var asking sync.WaitGroup
 	var mu sync.Mutex
 	asked := make(map[string]int)
-	ask := func(what string, f func() error) {
+	ask := func(what string, pause time.Duration, f func() error) {
 		asking.Go(func() {
-			for {
+			for wait := time.Duration(0); ; wait = pause {
 				select {
 				case <-end:
 					return
-				default:
+				case <-time.After(wait):
 				}
 				if err := f(); err != nil {
 					t.Errorf("%s: %v", what, err)
@@ -174,25 +175,28 @@ func keepAsking(t *testing.T) (stop func()) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ask("listing pods as "+caller, func() error {
-			_, err := client.CoreV1().Pods("default").List(t.Context(), metav1.ListOptions{})
+		ask("listing pods as "+caller, 0, func() error {
+			// Not the test's context, which is over before stop runs in its cleanup.
+			_, err := client.CoreV1().Pods("default").List(context.Background(), metav1.ListOptions{})
 			return err
 		})
 	}
-	ask("running a command as alice", func() error {
+	ask("running a command as alice", 2*time.Second, func() error {
 		_, stderr, err := tryKubectl(t, "alice", "exec", lab.Pod, "--", "true")
 		if err != nil {
 			return fmt.Errorf("%w: %s", err, stderr)
 		}
 		return nil
 	})
-	return sync.OnceFunc(func() {
+	stop = sync.OnceFunc(func() {
 		close(end)
 		asking.Wait()
 		for what, n := range asked {
 			t.Logf("%s: %d times", what, n)
 		}
 	})
+	t.Cleanup(stop) // a test that fails does not get to it
+	return stop
 }
 
 func TestWithoutTheAPIServerErrorsSaySoAndLaterAllWorksAgain(t *testing.T) {

@@ -18,7 +18,8 @@ import (
 // reload; watches and logs are never ended by one.
 const streamCloseDelay = time.Minute
 
-// openStreams are an exec, a port-forward with a connection over it, and a watch.
+// openStreams are an exec and a port-forward with a connection over it of one
+// caller, and a watch of another.
 type openStreams struct {
 	exec, forward, watch *session
 	address              string // of the port-forward
@@ -27,15 +28,18 @@ type openStreams struct {
 	labels               int
 }
 
-func startStreams(t *testing.T, p protocol) *openStreams {
+func startStreams(t *testing.T, p protocol) *openStreams { return startStreamsAs(t, "alice", "bob", p) }
+
+// startStreamsAs is startStreams for callers of choice.
+func startStreamsAs(t *testing.T, caller, watcher string, p protocol) *openStreams {
 	t.Helper()
-	o := &openStreams{object: strings.ToLower("reloaded-" + p.name)}
-	o.exec = startKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env, "exec", "-i", lab.Pod, "--", "cat")
-	o.address, o.forward = portForward(t, p, echoServer(t))
+	o := &openStreams{object: strings.ToLower(caller + "-" + p.name)}
+	o.exec = startKubectl(t, theLab.Callers[caller].Kubeconfig, p.env, "exec", "-i", lab.Pod, "--", "cat")
+	o.address, o.forward = portForward(t, caller, p, echoServer(t))
 	o.conn = dialLocal(t, o.address)
 	kubectl(t, "alice", "create", "configmap", o.object)
 	t.Cleanup(func() { kubectl(t, "alice", "delete", "configmap", o.object, "--ignore-not-found") })
-	o.watch = startKubectl(t, theLab.Callers["bob"].Kubeconfig, nil, "get", "configmaps", "--watch", "--output-watch-events", "--no-headers", "--field-selector", "metadata.name="+o.object)
+	o.watch = startKubectl(t, theLab.Callers[watcher].Kubeconfig, nil, "get", "configmaps", "--watch", "--output-watch-events", "--no-headers", "--field-selector", "metadata.name="+o.object)
 	o.watch.want(t, "ADDED")
 	o.flow(t)
 	return o

@@ -26,7 +26,7 @@ const (
 	portStrip            = "8005" // client_impersonation strip
 	portProxyProtocol    = "8006" // behind a PROXY protocol listener wrapper
 	portTwoNodes         = "8007" // on two nodes
-	portSameAddress      = "8008" // on two nodes of two tailnets with the same address
+	portSameAddress      = "8008" // on three nodes of two tailnets, two of them with the same address
 	portOrigins          = "8009" // allow_origins and allow_hosts
 	portHTTP3            = "8443" // TLS with HTTP/3
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
@@ -111,7 +111,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portStrip, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation strip\n\t}\n"+toCluster) +
 		site("http://:"+portProxyProtocol, k8s, impersonate+toPlain) +
 		site("http://:"+portTwoNodes, k8s+" tailscale/"+secondNode, impersonate+toPlain) +
-		site("http://:"+portSameAddress, k8s+" tailscale/"+foreignNode, impersonate+toPlain) +
+		site("http://:"+portSameAddress, k8s+" tailscale/"+secondNode+" tailscale/"+foreignNode, impersonate+toPlain) +
 		site("http://:"+portOrigins, k8s, "\ttailscale_impersonate {\n\t\tallow_origins https://dashboard.example.com\n\t\tallow_hosts k8s.internal.example\n\t}\n"+toCluster) +
 		site("http://:"+portMixed, k8s+" 127.0.0.1", impersonate+toPlain)
 }

@@ -142,7 +142,7 @@ func TestCpCopiesBothWays(t *testing.T) {
 func TestOnePortForwardCarriesSeveralConnectionsAtOnce(t *testing.T) {
 	const connections, size = 5, 3 << 20
 	forEachProtocol(t, func(t *testing.T, p protocol) {
-		address, _ := portForward(t, p, echoServer(t))
+		address, _ := portForward(t, "alice", p, echoServer(t))
 		// All are open before any is done.
 		var ready, done sync.WaitGroup
 		ready.Add(connections)
@@ -258,11 +258,11 @@ func echoServer(t *testing.T) (port string) {
 	return port
 }
 
-// portForward runs kubectl port-forward to a port and returns the address that it
+// portForward runs kubectl port-forward to a port as a caller, and returns the address that it
 // listens on.
-func portForward(t *testing.T, p protocol, port string) (address string, s *session) {
+func portForward(t *testing.T, caller string, p protocol, port string) (address string, s *session) {
 	t.Helper()
-	s = startKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env, "port-forward", "--address=127.0.0.1", lab.Pod, ":"+port)
+	s = startKubectl(t, theLab.Callers[caller].Kubeconfig, p.env, "port-forward", "--address=127.0.0.1", lab.Pod, ":"+port)
 	line := s.want(t, "Forwarding from ")
 	return strings.Fields(line)[2], s
 }

@@ -108,7 +108,7 @@ func dial(t *testing.T, from *tsnet.Server, address string) net.Conn {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	conn, err := from.Dial(ctx, "tcp", address)
+	conn, err := lab.Dial(ctx, from, "tcp", address)
 	if err != nil {
 		t.Fatalf("dialling %s: %v", address, err)
 	}

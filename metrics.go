@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tailscaleimpersonate
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// revocations belongs to the process: Caddy makes a new registry for every config,
+// and requests that were ended must not be forgotten with the old one.
+var revocations = prometheus.NewCounterVec(prometheus.CounterOpts{
+	Namespace: "caddy",
+	Subsystem: "tailscale_impersonate",
+	Name:      "revoked_requests_total",
+	Help:      "Open requests that were ended because their caller lost access, by reason.",
+}, []string{"reason"})
+
+// countRevocations has registry report the revocations.
+func countRevocations(registry *prometheus.Registry) {
+	// That it is registered already, by another handler of the config, is the
+	// only error there can be.
+	_ = registry.Register(revocations)
+}
