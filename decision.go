@@ -5,40 +5,45 @@ package tailscaleimpersonate
 import (
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 )
 
-// placeholders starts the names of those that the handler sets.
-const placeholders = "http.tailscale_impersonate."
+const (
+	// placeholders starts the names of those that are the handler's own.
+	placeholders = "http.tailscale_impersonate."
+	// userID is Caddy's, for whatever authenticates.
+	userID = "http.auth.user.id"
+)
 
 // decision is what was decided about a caller. It is made once and used for many
 // requests, so what each of them needs is ready in it, and it does not change.
 type decision struct {
 	identity impersonate.Identity
-	// user is identity.User, for a replacer.
-	user any
-	// values are those of the placeholders, by the end of their names, and get
-	// finds them.
+	// node is the tailnet node that was asked who the caller is, asked is when,
+	// and by is the handler that decided what follows from that.
+	node  *tailnet.Node
+	asked time.Time
+	by    *Handler
+	// values are those of the placeholders, and get finds them.
 	values map[string]any
 	get    caddy.ReplacerFunc
 }
 
-func newDecision(id impersonate.Identity) *decision {
-	d := &decision{identity: id, user: id.User, values: map[string]any{
-		"user":   id.User,
-		"groups": strings.Join(id.Groups, ","),
-		"node":   id.Node,
-		"source": string(id.Source),
+func newDecision(by *Handler, node *tailnet.Node, id impersonate.Identity, asked time.Time) *decision {
+	d := &decision{identity: id, node: node, asked: asked, by: by, values: map[string]any{
+		userID:                  id.User,
+		placeholders + "user":   id.User,
+		placeholders + "groups": strings.Join(id.Groups, ","),
+		placeholders + "node":   id.Node,
+		placeholders + "source": string(id.Source),
 	}}
 	d.get = func(key string) (any, bool) {
-		name, ok := strings.CutPrefix(key, placeholders)
-		if !ok {
-			return nil, false
-		}
-		value, ok := d.values[name]
+		value, ok := d.values[key]
 		return value, ok
 	}
 	return d
@@ -51,14 +56,13 @@ func (d *decision) setPlaceholders(r *http.Request) {
 	if !ok {
 		return
 	}
-	// Set, as another handler may have said by its means who the user is.
-	repl.Set("http.auth.user.id", d.user)
-	if _, again := impersonate.FromContext(r.Context()); !again {
+	if _, taken := repl.Get(userID); !taken {
 		repl.Map(d.get)
 		return
 	}
-	// The first of two handlers has mapped them, and what is set goes before.
+	// Another handler has said who the user is, and what is set goes before what
+	// is mapped.
 	for name, value := range d.values {
-		repl.Set(placeholders+name, value)
+		repl.Set(name, value)
 	}
 }

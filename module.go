@@ -202,7 +202,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	decided.setPlaceholders(r)
 
 	// From here on the caller can lose what it had, and the request ends.
-	request := h.site.Open(conn, id)
+	request := h.site.Open(conn, id, decided.asked)
 	defer request.Close()
 
 	// The identity travels in the context as well: transport kubernetes takes
@@ -222,6 +222,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 // to, and returns any other error as it is. Caddy would answer with an empty body,
 // and kubectl report an error without a reason.
 func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) error {
+	if err == nil {
+		return nil // and failed stays off the heap
+	}
 	var failed caddyhttp.HandlerError
 	if !errors.As(err, &failed) {
 		return err
@@ -238,43 +241,68 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 // identify returns the connection that r came on and what was decided about the
 // peer at its other end, or the reason to refuse r. asked is the impersonation
 // header that the client sent, empty if none.
-func (h *Handler) identify(r *http.Request, asked string) (*tailnet.Conn, *decision, *apierrors.StatusError) {
+func (h *Handler) identify(r *http.Request, asked string) (_ *tailnet.Conn, _ *decision, refused *apierrors.StatusError) {
 	// What kind of request?
-	if err := checkProtocol(r); err != nil {
-		return nil, nil, err
+	if refused = checkProtocol(r); refused != nil {
+		return nil, nil, refused
 	}
-	if err := h.checkOrigin(r); err != nil {
-		return nil, nil, err
+	if refused = h.checkOrigin(r); refused != nil {
+		return nil, nil, refused
 	}
 
 	// Which node accepted the connection?
 	select {
 	case <-h.ready:
-	case <-r.Context().Done():
-		return nil, nil, refusal.TryAgain("the server is starting")
+	default:
+		select {
+		case <-h.ready:
+		case <-r.Context().Done():
+			return nil, nil, refusal.TryAgain("the server is starting")
+		}
 	}
 	conn, err := tailnet.ConnFrom(r.Context())
 	if err != nil {
 		return nil, nil, refusal.Forbidden("%v", err)
 	}
-	node, refused := h.accepting(conn.Local)
-	if refused != nil {
+	decided := h.decidedOn(conn)
+	key := cache.Key{Remote: conn.Remote.Addr(), Local: conn.Local}
+	if decided != nil {
+		key.Node = decided.node
+	} else if key.Node, refused = h.accepting(conn.Local); refused != nil {
 		return nil, nil, refused
 	}
-	if err := h.checkHost(r, node); err != nil {
-		return nil, nil, err
+	if refused = h.checkHost(r, key.Node); refused != nil {
+		return nil, nil, refused
 	}
 
 	// Who is the peer, and which user and groups?
-	key := cache.Key{Node: node, Remote: conn.Remote.Addr(), Local: conn.Local}
-	decided, refused := h.decisionOn(r.Context(), key, conn.Accepted)
-	if refused != nil {
-		return nil, nil, refused
+	if decided == nil {
+		if decided, refused = h.decisionOn(r.Context(), key, conn.Accepted); refused != nil {
+			return nil, nil, refused
+		}
+		conn.Note.Store(decided)
 	}
-	if asked != "" && h.ClientImpersonation != caddyfile.Strip {
+	if asked != "" && h.ClientImpersonation != caddyfile.Strip && !passedAnother(r) {
 		return nil, nil, refusal.Forbidden("%s may not act as somebody else: the request asks for it with the header %s, as kubectl --as does", decided.identity.User, asked)
 	}
 	return conn, decided, nil
+}
+
+// passedAnother reports whether a handler like this one has seen r before: the
+// impersonation headers are its own then.
+func passedAnother(r *http.Request) bool {
+	_, ok := impersonate.FromContext(r.Context())
+	return ok
+}
+
+// decidedOn returns what was decided about requests on conn a moment ago, nil if
+// nothing was.
+func (h *Handler) decidedOn(conn *tailnet.Conn) *decision {
+	d, _ := conn.Note.Load().(*decision)
+	if d == nil || d.by != h || time.Since(d.asked) >= h.TTL() {
+		return nil
+	}
+	return d
 }
 
 // accepting returns the node that owns the address local.
@@ -305,6 +333,7 @@ func (h *Handler) decisionOn(ctx context.Context, key cache.Key, since time.Time
 
 // decide finds out who the peer of key is, and decides which user and groups.
 func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) {
+	asked := time.Now()
 	who, err := key.Node.WhoIs(ctx, key.Remote, key.Local)
 	switch {
 	case errors.Is(err, tailnet.ErrPeerNotFound):
@@ -322,7 +351,7 @@ func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) 
 	if err != nil {
 		return nil, refusal.Forbidden("no identity for %s: %v", peer, err)
 	}
-	return newDecision(id), nil
+	return newDecision(h, key.Node, id, asked), nil
 }
 
 // recheck returns who the peer at remote is that dialled local, as found out at

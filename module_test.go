@@ -148,10 +148,7 @@ func newRequest(method, target string, headers ...string) *http.Request {
 // fromPeer returns r as if it had come over the tailnet from the address peer.
 func fromPeer(r *http.Request, peer string) *http.Request {
 	ctx := context.WithValue(r.Context(), caddy.ReplacerCtxKey, caddy.NewReplacer())
-	return r.WithContext(tailnet.WithConn(ctx, tailnet.Conn{
-		Remote: netip.AddrPortFrom(netip.MustParseAddr(peer), 40000),
-		Local:  netip.MustParseAddr(nodeAddr),
-	}))
+	return r.WithContext(tailnet.WithConn(ctx, netip.AddrPortFrom(netip.MustParseAddr(peer), 40000), netip.MustParseAddr(nodeAddr)))
 }
 
 // next is the handler behind ours. It records what it was called with.

@@ -35,11 +35,14 @@ func init() {
 //	    client_impersonation reject|strip
 //	    allow_origins        <origin...>
 //	    allow_hosts          <host...>
+//	    cache_ttl            <duration>
+//	    recheck_interval     <duration>
+//	    recheck_grace        <duration>
 //	    stream_close_delay   <duration>
 //	}
 //
 // All options may be left out, and the block with them. The first two are those of
-// transport kubernetes, the next four those of tailscale_impersonate.
+// transport kubernetes, the next seven those of tailscale_impersonate.
 // stream_close_delay is reverse_proxy's: how long exec, attach and port-forward go
 // on after a config reload. Default: 8h. It expands to:
 //
@@ -49,6 +52,9 @@ func init() {
 //	        client_impersonation reject|strip
 //	        allow_origins        <origin...>
 //	        allow_hosts          <host...>
+//	        cache_ttl            <duration>
+//	        recheck_interval     <duration>
+//	        recheck_grace        <duration>
 //	    }
 //	    reverse_proxy {
 //	        dynamic kubernetes {

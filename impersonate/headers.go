@@ -21,19 +21,26 @@ const bearerProtocolPrefix = "base64url.bearer.authorization.k8s.io."
 // removed, the first in alphabetical order, empty if there was none.
 func StripProtected(h http.Header) (impersonation string) {
 	for name := range h {
-		switch {
-		case foldedPrefix(name, "impersonate-"):
-			if impersonation == "" || name < impersonation {
-				impersonation = name
-			}
-			delete(h, name)
-		case foldedPrefix(name, "x-remote-"), foldedEqual(name, "authorization"):
-			delete(h, name)
-		case foldedEqual(name, "sec-websocket-protocol"):
-			stripBearerProtocol(h, name)
-		}
+		impersonation = stripProtected(h, name, impersonation)
 	}
 	return impersonation
+}
+
+// stripProtected does what [StripProtected] does for one header. found is the name
+// that it has to return so far.
+func stripProtected(h http.Header, name, found string) (impersonation string) {
+	switch {
+	case foldedPrefix(name, "impersonate-"):
+		delete(h, name)
+		if found == "" || name < found {
+			return name
+		}
+	case foldedPrefix(name, "x-remote-"), foldedEqual(name, "authorization"):
+		delete(h, name)
+	case foldedEqual(name, "sec-websocket-protocol"):
+		stripBearerProtocol(h, name)
+	}
+	return found
 }
 
 // StripFrontProxy removes X-Remote-* from h, which name a caller to an API server
@@ -55,29 +62,44 @@ func StripFrontProxy(h http.Header) {
 // It returns the name of an impersonation header that the client sent, empty if
 // there was none.
 func StripClient(h http.Header) (impersonation string) {
-	impersonation = StripProtected(h)
-	for name := range h {
-		if foldedEqual(name, "x-real-ip") {
+	upgrade := false
+	for name, values := range h { // once, as every request comes by here
+		switch {
+		case foldedEqual(name, "x-real-ip"):
 			delete(h, name)
+		case foldedEqual(name, "connection"):
+			upgrade = upgrade || asksForUpgrade(values)
+			delete(h, name)
+		default:
+			impersonation = stripProtected(h, name, impersonation)
 		}
 	}
-	ReduceConnection(h)
+	setUpgrade(h, upgrade)
 	return impersonation
 }
 
-// ReduceConnection leaves of h's Connection only what asks for an upgrade, and
-// reports whether it asks for one.
-func ReduceConnection(h http.Header) (upgrade bool) {
+// ReduceConnection leaves of h's Connection only what asks for an upgrade.
+func ReduceConnection(h http.Header) {
+	upgrade := false
 	for name, values := range h {
 		if foldedEqual(name, "connection") {
-			upgrade = upgrade || httpguts.HeaderValuesContainsToken(values, "upgrade")
+			upgrade = upgrade || asksForUpgrade(values)
 			delete(h, name)
 		}
 	}
+	setUpgrade(h, upgrade)
+}
+
+// asksForUpgrade reports whether the values of a Connection header ask for one.
+func asksForUpgrade(values []string) bool {
+	return httpguts.HeaderValuesContainsToken(values, "upgrade")
+}
+
+// setUpgrade writes the one thing that Connection may say.
+func setUpgrade(h http.Header, upgrade bool) {
 	if upgrade {
 		h["Connection"] = []string{"Upgrade"}
 	}
-	return upgrade
 }
 
 // SetHeaders writes id into h. Other impersonation headers that h holds must have
@@ -88,9 +110,10 @@ func (id *Identity) SetHeaders(h http.Header) {
 	values[0] = id.User
 	copy(values[1:], id.Groups)
 	h[transport.ImpersonateUserHeader] = values[:1:1]
-	delete(h, transport.ImpersonateGroupHeader)
 	if len(id.Groups) > 0 {
 		h[transport.ImpersonateGroupHeader] = values[1:]
+	} else {
+		delete(h, transport.ImpersonateGroupHeader)
 	}
 }
 
@@ -132,9 +155,12 @@ func foldedEqual(s, want string) bool {
 
 // foldedPrefix is [foldedEqual] for the start of s.
 func foldedPrefix(s, prefix string) bool {
-	if len(s) < len(prefix) {
-		return false
-	}
+	// Most names are told apart by their first letter, and this much of the
+	// function is inlined.
+	return len(s) >= len(prefix) && s[0]|0x20 == prefix[0] && foldedRest(s, prefix)
+}
+
+func foldedRest(s, prefix string) bool {
 	for i := range len(prefix) {
 		if fold(s[i]) != fold(prefix[i]) {
 			return false

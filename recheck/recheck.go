@@ -82,15 +82,18 @@ type Request struct {
 	// What follows is guarded by mu.
 
 	site *Site
+	// The site's requests are a list, since adding and removing one is all that
+	// most of them ever see of it.
+	previous, next *Request
 	// confirmed is when the caller was last known to have the right to it.
 	confirmed time.Time
 	ended     bool
 }
 
-// Open records a request on conn that is made as id. Close must be called when it
-// has ended.
-func (s *Site) Open(conn *tailnet.Conn, id *impersonate.Identity) *Request {
-	r := &Request{conn: conn, id: id, confirmed: time.Now()}
+// Open records a request on conn that is made as id, which was found out at asked.
+// Close must be called when it has ended.
+func (s *Site) Open(conn *tailnet.Conn, id *impersonate.Identity, asked time.Time) *Request {
+	r := &Request{conn: conn, id: id, confirmed: asked}
 	mu.Lock()
 	defer mu.Unlock()
 	for s.next != nil {
@@ -104,7 +107,7 @@ func (s *Site) Open(conn *tailnet.Conn, id *impersonate.Identity) *Request {
 func (r *Request) Close() {
 	mu.Lock()
 	defer mu.Unlock()
-	delete(r.site.open, r)
+	r.site.remove(r)
 }
 
 // caller is who is asked about, once for all its requests.
@@ -115,14 +118,14 @@ type caller struct{ remote, local netip.Addr }
 func (s *Site) check() {
 	began := time.Now()
 	mu.Lock()
-	if len(s.open) == 0 {
+	if s.open == nil {
 		s.armed = false
 		mu.Unlock()
 		return
 	}
 	rules := s.rules
 	callers := make(map[caller][]*Request)
-	for r := range s.open {
+	for r := s.open; r != nil; r = r.next {
 		c := caller{r.conn.Remote.Addr(), r.conn.Local}
 		callers[c] = append(callers[c], r)
 	}

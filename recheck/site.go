@@ -24,7 +24,8 @@ type Site struct {
 	rules []Rules
 	// next is the site that has taken this one's place, nil if none has.
 	next *Site
-	open map[*Request]struct{}
+	// open is the first of the site's open requests, nil if there is none.
+	open *Request
 	// armed reports whether a check is due.
 	armed bool
 }
@@ -51,7 +52,7 @@ func ConfigOf(key any) *Config {
 // they are configured. settings are what the rules follow from: sites whose
 // settings are deeply equal have the same rules.
 func (c *Config) NewSite(listeners []string, settings any, rules Rules) *Site {
-	s := &Site{config: c, listeners: listeners, settings: settings, rules: []Rules{rules}, open: make(map[*Request]struct{})}
+	s := &Site{config: c, listeners: listeners, settings: settings, rules: []Rules{rules}}
 	c.sites = append(c.sites, s)
 	return s
 }
@@ -88,7 +89,7 @@ func (c *Config) Run() {
 				old.rules = append(old.rules, s.rules...)
 			}
 		}
-		if len(old.open) > 0 {
+		if old.open != nil {
 			current = append(current, old)
 		}
 	}
@@ -117,16 +118,20 @@ func (s *Site) equal(other *Site) bool { return reflect.DeepEqual(s.settings, ot
 // moveTo hands s's requests over to next, those that are still to come included.
 func (s *Site) moveTo(next *Site) {
 	s.next = next
-	for r := range s.open {
+	for s.open != nil {
+		r := s.open
+		s.remove(r)
 		next.add(r)
 	}
-	clear(s.open)
 }
 
 // add makes r one of s's open requests.
 func (s *Site) add(r *Request) {
-	r.site = s
-	s.open[r] = struct{}{}
+	r.site, r.previous, r.next = s, nil, s.open
+	if r.next != nil {
+		r.next.previous = r
+	}
+	s.open = r
 	if s.armed {
 		return
 	}
@@ -136,4 +141,17 @@ func (s *Site) add(r *Request) {
 		current = append(current, s)
 	}
 	time.AfterFunc(s.rules[0].Interval, s.check)
+}
+
+// remove makes r none of s's open requests any more.
+func (s *Site) remove(r *Request) {
+	if r.previous != nil {
+		r.previous.next = r.next
+	} else {
+		s.open = r.next
+	}
+	if r.next != nil {
+		r.next.previous = r.previous
+	}
+	r.previous, r.next = nil, nil
 }

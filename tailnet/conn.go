@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"reflect"
+	"sync/atomic"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
@@ -24,6 +25,9 @@ type Conn struct {
 	// Accepted is when the connection was accepted. What was known about Remote
 	// before may be about another peer.
 	Accepted time.Time
+	// Note is for whoever decides about the requests on the connection, to find
+	// again what it decided. It always holds values of one type.
+	Note atomic.Value
 
 	// end is what End does.
 	end func(cause error)
@@ -69,11 +73,12 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connKey{}, connOrError{conn: conn})
 }
 
-// WithConn returns a copy of ctx in which conn is the accepted connection. conn's
-// End does what ends the returned context.
-func WithConn(ctx context.Context, conn Conn) context.Context {
+// WithConn returns a copy of ctx in which a connection was accepted now, from remote
+// to local. It is ended by the connection's End.
+func WithConn(ctx context.Context, remote netip.AddrPort, local netip.Addr) context.Context {
+	conn := &Conn{Remote: remote, Local: local, Accepted: time.Now()}
 	ctx, conn.end = context.WithCancelCause(ctx)
-	return context.WithValue(ctx, connKey{}, connOrError{conn: &conn})
+	return context.WithValue(ctx, connKey{}, connOrError{conn: conn})
 }
 
 // ConnFrom returns the tailnet connection that a request with this context came

@@ -8,12 +8,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -195,7 +198,7 @@ func TestConnectionThatWasNotLookedAtIsRefused(t *testing.T) {
 
 func TestWithConn(t *testing.T) {
 	want := &Conn{Remote: netip.MustParseAddrPort("100.64.0.2:1"), Local: node4}
-	got, err := ConnFrom(WithConn(t.Context(), *want))
+	got, err := ConnFrom(WithConn(t.Context(), want.Remote, want.Local))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -234,6 +237,45 @@ func TestConnectionWithoutUsableAddressIsRefused(t *testing.T) {
 		if diff := cmp.Diff((*Conn)(nil), got, equateConns); diff != "" {
 			t.Errorf("from %q to %q: connection (-want +got):\n%s", c.remote, c.local, diff)
 		}
+	}
+}
+
+// Ending a connection ends the requests on it, and the connection, of a peer that
+// does not read as well.
+func TestEndClosesTheConnectionAndItsRequests(t *testing.T) {
+	for _, layer := range []struct {
+		name string
+		of   func(net.Conn) net.Conn
+	}{
+		{"plain", func(c net.Conn) net.Conn { return c }},
+		{"TLS", func(c net.Conn) net.Conn { return tls.Server(c, nil) }},
+	} {
+		t.Run(layer.name, func(t *testing.T) {
+			dialled, accepted := connect(t, peer4, node4)
+			ctx := ConnContext(t.Context(), layer.of(accepted))
+			if again := ConnContext(ctx, layer.of(accepted)); again != ctx {
+				t.Error("a second handler of the server has the connection looked at again")
+			}
+			conn, err := ConnFrom(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if since := time.Since(conn.Accepted); since < 0 || since > time.Minute {
+				t.Errorf("accepted %v ago", since)
+			}
+			cause := errors.New("withdrawn")
+			conn.End(cause)
+			<-ctx.Done()
+			if got := context.Cause(ctx); got != cause {
+				t.Errorf("the cause is %v; want %v", got, cause)
+			}
+			if err := dialled.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, dialled); errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Error("the connection is still open")
+			}
+		})
 	}
 }
 
