@@ -266,7 +266,7 @@ func TestEndClosesTheConnectionAndItsRequests(t *testing.T) {
 			cause := errors.New("withdrawn")
 			conn.End(cause)
 			<-ctx.Done()
-			if got := context.Cause(ctx); got != cause {
+			if got := context.Cause(ctx); !errors.Is(got, cause) {
 				t.Errorf("the cause is %v; want %v", got, cause)
 			}
 			if err := dialled.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
