@@ -11,6 +11,7 @@
 //	which node accepted the connection?  tailnet
 //	was it asked a moment ago?           cache
 //	who is the peer, which groups?       impersonate
+//	what do operators say to that?       guard
 //	which headers?                       impersonate
 //	is it still so, in a long request?   recheck
 //	which credentials?                   transport
@@ -350,6 +351,18 @@ func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) 
 	id, err := peer.Identity(h.Capabilities())
 	if err != nil {
 		return nil, refusal.Forbidden("no identity for %s: %v", peer, err)
+	}
+	// What do the operators say to that?
+	if err := h.Check(peer); err != nil {
+		return nil, refusal.Forbidden("%s may not use this server: %v", peer, err)
+	}
+	id, cut, err := h.Limit(id)
+	if len(cut) > 0 {
+		h.logger.Warn("granted groups are left out, as allow_groups and deny_groups say",
+			zap.Stringer("peer", peer), zap.Strings("groups", cut))
+	}
+	if err != nil {
+		return nil, refusal.Forbidden("%s may not use this server: %v", peer, err)
 	}
 	return newDecision(h, key.Node, id, asked), nil
 }

@@ -30,31 +30,18 @@ func init() {
 //
 //	tailscale_kubernetes [<matcher>] {
 //	    in_cluster
-//	    kubeconfig           <path> [<context>]
-//	    capability           <name>
-//	    client_impersonation reject|strip
-//	    allow_origins        <origin...>
-//	    allow_hosts          <host...>
-//	    cache_ttl            <duration>
-//	    recheck_interval     <duration>
-//	    recheck_grace        <duration>
-//	    stream_close_delay   <duration>
+//	    kubeconfig         <path> [<context>]
+//	    stream_close_delay <duration>
+//	    <options of tailscale_impersonate>
 //	}
 //
 // All options may be left out, and the block with them. The first two are those of
-// transport kubernetes, the next seven those of tailscale_impersonate.
-// stream_close_delay is reverse_proxy's: how long exec, attach and port-forward go
+// transport kubernetes. stream_close_delay is reverse_proxy's: how long exec, attach and port-forward go
 // on after a config reload. Default: 8h. It expands to:
 //
 //	route [<matcher>] {
 //	    tailscale_impersonate {
-//	        capability           <name>
-//	        client_impersonation reject|strip
-//	        allow_origins        <origin...>
-//	        allow_hosts          <host...>
-//	        cache_ttl            <duration>
-//	        recheck_interval     <duration>
-//	        recheck_grace        <duration>
+//	        <options>
 //	    }
 //	    reverse_proxy {
 //	        dynamic kubernetes {

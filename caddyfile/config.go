@@ -18,6 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"tailscale.com/tailcfg"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/guard"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 )
@@ -89,6 +90,8 @@ type Config struct {
 	//
 	// Default: `30s`.
 	RecheckGrace *caddy.Duration `json:"recheck_grace,omitempty"`
+
+	guard.Rails
 }
 
 // The defaults of durations.
@@ -138,6 +141,9 @@ func (c *Config) Validate() error {
 	}
 	if c.Grace() < 0 {
 		return fmt.Errorf("recheck_grace %v: must not be negative", c.Grace())
+	}
+	if err := c.Rails.Validate(); err != nil {
+		return err
 	}
 	for _, origin := range c.AllowOrigins {
 		if err := checkOrigin(origin); err != nil {

@@ -17,10 +17,18 @@ import (
 //	    cache_ttl            <duration>
 //	    recheck_interval     <duration>
 //	    recheck_grace        <duration>
+//	    allow_groups         <pattern...>
+//	    deny_groups          <pattern...>
+//	    require_groups
+//	    user_prefix          <prefix>
+//	    group_prefix         <prefix>
+//	    allow_tags           <pattern...>
+//	    deny_tags            <pattern...>
+//	    deny_shared
 //	}
 //
-// All options may be left out, and the block with them. allow_origins and
-// allow_hosts add up when they are repeated; the others may be given once.
+// All options may be left out, and the block with them. Those that take several
+// values add up when they are repeated; the others may be given once.
 func (c *Config) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
 	if d.NextArg() {
@@ -59,10 +67,36 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = duration(d, &c.RecheckInterval)
 	case "recheck_grace":
 		err = duration(d, &c.RecheckGrace)
+	case "allow_groups":
+		err = list(d, &c.AllowGroups)
+	case "deny_groups":
+		err = list(d, &c.DenyGroups)
+	case "require_groups":
+		err = on(d, &c.RequireGroups)
+	case "user_prefix":
+		err = single(d, &c.UserPrefix)
+	case "group_prefix":
+		err = single(d, &c.GroupPrefix)
+	case "allow_tags":
+		err = list(d, &c.AllowTags)
+	case "deny_tags":
+		err = list(d, &c.DenyTags)
+	case "deny_shared":
+		err = on(d, &c.DenyShared)
 	default:
 		return false, nil
 	}
 	return true, err
+}
+
+// on sets value for the option that d is at, which takes no argument.
+func on(d *caddyfile.Dispenser, value *bool) error {
+	option := d.Val()
+	if *value {
+		return d.Errf("%s is given twice", option)
+	}
+	*value = true
+	return end(d, option)
 }
 
 // duration sets value to the duration that is the one argument of the option that

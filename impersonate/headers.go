@@ -54,10 +54,11 @@ func StripFrontProxy(h http.Header) {
 }
 
 // StripClient removes from h, the headers of a request as it was received, what
-// the client may not say: all that [StripProtected] does, and X-Real-Ip, which
-// would end in the API server's audit log as the caller's address. It reduces
-// Connection to what an upgrade needs: a proxy removes every header that
-// Connection names, and a client may name ours.
+// the client may not say: all that [StripProtected] does, and what would end in
+// the API server's audit log as if it were so: X-Real-Ip, Forwarded and
+// X-Forwarded-*, which a proxy writes anew, and Audit-Id. It reduces Connection to
+// what an upgrade needs: a proxy removes every header that Connection names, and a
+// client may name ours.
 //
 // It returns the name of an impersonation header that the client sent, empty if
 // there was none.
@@ -65,7 +66,8 @@ func StripClient(h http.Header) (impersonation string) {
 	upgrade := false
 	for name, values := range h { // once, as every request comes by here
 		switch {
-		case foldedEqual(name, "x-real-ip"):
+		case foldedEqual(name, "x-real-ip"), foldedPrefix(name, "x-forwarded-"),
+			foldedEqual(name, "forwarded"), foldedEqual(name, "audit-id"):
 			delete(h, name)
 		case foldedEqual(name, "connection"):
 			upgrade = upgrade || asksForUpgrade(values)

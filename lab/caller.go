@@ -25,7 +25,8 @@ type Caller struct {
 	CallerSpec
 	// Server is its tailnet node.
 	Server *tsnet.Server
-	// Kubeconfig is the path of a kubeconfig file for kubectl as this caller.
+	// Kubeconfig is the path of a kubeconfig file for kubectl as this caller,
+	// empty in a lab without Caddy.
 	// The token in it means nothing: being on the tailnet is the credential. What
 	// counts is the way into this one node of it, a SOCKS proxy on loopback
 	// whose password only the file's reader knows.
@@ -72,6 +73,9 @@ func (c *Caller) join(ctx context.Context) error {
 	}
 	if err := c.serveProxy(logf); err != nil {
 		return err
+	}
+	if c.lab.Caddy == nil {
+		return nil // nothing that it could be for
 	}
 	c.Kubeconfig = filepath.Join(c.lab.Dir, c.Name+".kubeconfig")
 	return c.WriteKubeconfig(c.Kubeconfig, "https://"+ProxyName+"."+Domain)

@@ -59,7 +59,7 @@ type Config struct {
 	// manifests are the ones in force.
 	Examples string
 	// Caddyfile returns what Caddy is configured with, given the lab that it is
-	// part of.
+	// part of. If nil, there is no Caddy.
 	Caddyfile func(*Lab) string
 	// Policy changes the policy file of the examples. Default: not at all.
 	Policy func([]byte) ([]byte, error)
@@ -116,11 +116,13 @@ func Start(ctx context.Context, cfg Config) (_ *Lab, err error) {
 	); err != nil {
 		return nil, err
 	}
-	if err := l.step("Caddy on tailnet node "+ProxyName, func() (err error) {
-		l.Caddy, err = startCaddy(ctx, l, cfg.Caddyfile(l))
-		return err
-	}); err != nil {
-		return nil, err
+	if cfg.Caddyfile != nil {
+		if err := l.step("Caddy on tailnet node "+ProxyName, func() (err error) {
+			l.Caddy, err = startCaddy(ctx, l, cfg.Caddyfile(l))
+			return err
+		}); err != nil {
+			return nil, err
+		}
 	}
 
 	joins := make([]func() error, len(cfg.Callers))

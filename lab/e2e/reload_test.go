@@ -49,9 +49,6 @@ func TestAConfigReloadLosesNoRequestAndNoIdentity(t *testing.T) {
 // over HTTP/1.1. In neither case may the handler, which has been cleaned up by
 // then, let anything through that is not bob's.
 func TestAConnectionTakenByTheOldConfigIsStillBobs(t *testing.T) {
-	if !*long {
-		t.Skip("one run in several could not dial the node for 20 s while handles lingered, and it is not known yet why: run with -long")
-	}
 	// Old handles wait at every port of every site, not just at those that are
 	// asked here; no other test is to meet them.
 	defer func() {

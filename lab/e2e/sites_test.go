@@ -29,6 +29,8 @@ const (
 	portSameAddress      = "8008" // on three nodes of two tailnets, two of them with the same address
 	portOrigins          = "8009" // allow_origins and allow_hosts
 	portHTTP3            = "8443" // TLS with HTTP/3
+	portGroupRails       = "8012" // limits on groups, and prefixes
+	portDeviceRails      = "8013" // limits on devices
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
 
@@ -109,6 +111,8 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portUnprotected, k8s, toRecorder("")) +
 		site("http://:"+portMeddling, k8s, impersonate+toRecorder("header_up -Impersonate-*\n\t\theader_up Impersonate-User system:admin\n\t\theader_up Authorization \"Bearer other\"")) +
 		site("http://:"+portStrip, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation strip\n\t}\n"+toCluster) +
+		site("http://:"+portGroupRails, k8s, "\ttailscale_impersonate {\n\t\tallow_groups a b system:*\n\t\tdeny_groups system:masters b\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
+		site("http://:"+portDeviceRails, k8s, "\ttailscale_impersonate {\n\t\trequire_groups\n\t\tallow_tags tag:k8s-*\n\t\tdeny_tags tag:k8s-ops\n\t\tdeny_shared\n\t}\n"+toCluster) +
 		site("http://:"+portProxyProtocol, k8s, impersonate+toPlain) +
 		site("http://:"+portTwoNodes, k8s+" tailscale/"+secondNode, impersonate+toPlain) +
 		site("http://:"+portSameAddress, k8s+" tailscale/"+secondNode+" tailscale/"+foreignNode, impersonate+toPlain) +

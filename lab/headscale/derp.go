@@ -10,6 +10,7 @@ import (
 	"net/http"
 
 	"tailscale.com/derp/derpserver"
+	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
 
@@ -71,6 +72,18 @@ func (d *derp) stop() error {
 	err := errors.Join(d.http.Close(), d.relay.Close())
 	<-d.done
 	return err
+}
+
+// DERPMap returns a map for the nodes of another control server, so that they can
+// use this one's relay.
+func (s *Server) DERPMap() *tailcfg.DERPMap {
+	return &tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{900: {
+		RegionID: 900, RegionCode: "lab", RegionName: "Lab",
+		Nodes: []*tailcfg.DERPNode{{
+			Name: "900a", RegionID: 900, HostName: "127.0.0.1", IPv4: "127.0.0.1", IPv6: "none",
+			DERPPort: s.derp.port, STUNPort: s.stun.port(), InsecureForTests: true,
+		}},
+	}}}
 }
 
 // derpMap returns the DERP map, as YAML, that tells nodes about a relay and a

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package guard holds the rails that a cluster's operators set, whatever the
+// tailnet's policy file grants: which devices may call, which groups they may have,
+// and how their names differ from those of other authenticators.
+package guard
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+)
+
+// Rails are the options. The zero value lets everything through as it is.
+//
+// In a pattern, `*` stands for any characters, none included; everything else
+// stands for itself. Patterns see names without the prefixes that are added here.
+type Rails struct {
+	// Patterns of the groups that callers may have. A caller that is granted
+	// others goes without them, which is logged.
+	//
+	// Default: all.
+	AllowGroups []string `json:"allow_groups,omitempty"`
+
+	// Patterns of groups that no caller may have, even if allow_groups names them.
+	// `system:masters` keeps everybody from being cluster-admin by that group,
+	// whatever the policy file says.
+	//
+	// Default: none.
+	DenyGroups []string `json:"deny_groups,omitempty"`
+
+	// Whether a caller without any group is refused rather than sent on as a
+	// user and nothing more. What counts is what is left of its groups.
+	//
+	// Default: `false`.
+	RequireGroups bool `json:"require_groups,omitempty"`
+
+	// What is put in front of every user, node names of tagged devices included,
+	// so that no user of the tailnet can be taken for one that the cluster knows
+	// by other means. As the API server's `--oidc-username-prefix`.
+	//
+	// Default: nothing.
+	UserPrefix string `json:"user_prefix,omitempty"`
+
+	// What is put in front of every group, those that tags become included. As
+	// the API server's `--oidc-groups-prefix`.
+	//
+	// Default: nothing.
+	GroupPrefix string `json:"group_prefix,omitempty"`
+
+	// Patterns of tags. A tagged device may call only if one of its tags matches.
+	// Devices of users have no tags and are not concerned.
+	//
+	// Default: all.
+	AllowTags []string `json:"allow_tags,omitempty"`
+
+	// Patterns of tags. A device may not call if one of its tags matches, even if
+	// another one is allowed.
+	//
+	// Default: none.
+	DenyTags []string `json:"deny_tags,omitempty"`
+
+	// Whether devices that were shared in from another tailnet are refused. Their
+	// tags never become groups, with or without this.
+	//
+	// Default: `false`.
+	DenyShared bool `json:"deny_shared,omitempty"`
+}
+
+// reserved starts the names of the cluster's own users and groups.
+const reserved = "system:"
+
+// Validate returns an error that names the option and the reason if r cannot be
+// used.
+func (r *Rails) Validate() error {
+	for _, list := range []struct {
+		option, prefix string
+		patterns       []string
+	}{
+		{"allow_groups", "", r.AllowGroups},
+		{"deny_groups", "", r.DenyGroups},
+		{"allow_tags", "tag:", r.AllowTags},
+		{"deny_tags", "tag:", r.DenyTags},
+	} {
+		for _, pattern := range list.patterns {
+			if err := checkPattern(pattern, list.prefix); err != nil {
+				return fmt.Errorf("%s %q: %w", list.option, pattern, err)
+			}
+		}
+	}
+	for option, prefix := range map[string]string{"user_prefix": r.UserPrefix, "group_prefix": r.GroupPrefix} {
+		if err := checkPrefix(prefix); err != nil {
+			return fmt.Errorf("%s %q: %w", option, prefix, err)
+		}
+	}
+	return nil
+}
+
+// Check returns an error if p's device may not call at all.
+func (r *Rails) Check(p impersonate.Peer) error {
+	if r.DenyShared && p.Shared {
+		return errors.New("the device was shared in from another tailnet, and deny_shared is on")
+	}
+	for _, tag := range p.Tags {
+		if matches(r.DenyTags, tag) {
+			return fmt.Errorf("the device has the tag %s, which deny_tags names", tag)
+		}
+	}
+	if len(r.AllowTags) == 0 || !p.Tagged() {
+		return nil
+	}
+	if !slices.ContainsFunc(p.Tags, func(tag string) bool { return matches(r.AllowTags, tag) }) {
+		return fmt.Errorf("the device has none of the tags that allow_tags names, but %s", strings.Join(p.Tags, ", "))
+	}
+	return nil
+}
+
+// Limit returns id with the groups that it may have and with the prefixes, and the
+// groups that were cut. Where the groups came from stays as it was: a grant of
+// which nothing is left does not count as none.
+func (r *Rails) Limit(id impersonate.Identity) (limited impersonate.Identity, cut []string, err error) {
+	limited = id
+	limited.User = r.UserPrefix + id.User
+	limited.Groups = nil
+	for _, group := range id.Groups {
+		if (len(r.AllowGroups) > 0 && !matches(r.AllowGroups, group)) || matches(r.DenyGroups, group) {
+			cut = append(cut, group)
+			continue
+		}
+		limited.Groups = append(limited.Groups, r.GroupPrefix+group)
+	}
+	if r.RequireGroups && len(limited.Groups) == 0 {
+		if len(cut) > 0 {
+			return impersonate.Identity{}, cut, fmt.Errorf("require_groups is on, and none of the groups that are granted may be had: %s", strings.Join(cut, ", "))
+		}
+		return impersonate.Identity{}, nil, errors.New("require_groups is on, and no group is granted")
+	}
+	// "sys" and "tem:admin" are harmless until they meet.
+	if r.UserPrefix != "" && strings.HasPrefix(limited.User, reserved) {
+		return impersonate.Identity{}, cut, fmt.Errorf("user_prefix makes it user %q, which is reserved for the cluster's own components", limited.User)
+	}
+	if r.GroupPrefix != "" {
+		for _, group := range limited.Groups {
+			if strings.HasPrefix(group, reserved) {
+				return impersonate.Identity{}, cut, fmt.Errorf("group_prefix makes one of its groups %q, which is reserved for the cluster's own", group)
+			}
+		}
+	}
+	return limited, cut, nil
+}
+
+// matches reports whether one of the patterns matches name.
+func matches(patterns []string, name string) bool {
+	return slices.ContainsFunc(patterns, func(pattern string) bool { return match(pattern, name) })
+}
+
+// match reports whether pattern matches all of name.
+func match(pattern, name string) bool {
+	parts := strings.Split(pattern, "*")
+	if len(parts) == 1 {
+		return name == pattern
+	}
+	first, last := parts[0], parts[len(parts)-1]
+	if len(name) < len(first)+len(last) || !strings.HasPrefix(name, first) || !strings.HasSuffix(name, last) {
+		return false
+	}
+	name = name[len(first) : len(name)-len(last)]
+	for _, part := range parts[1 : len(parts)-1] {
+		_, after, found := strings.Cut(name, part)
+		if !found {
+			return false
+		}
+		name = after
+	}
+	return true
+}
+
+// checkPattern returns an error if pattern matches no name that starts with prefix.
+func checkPattern(pattern, prefix string) error {
+	if pattern == "" {
+		return errors.New("an empty pattern matches nothing")
+	}
+	if err := checkCharacters(pattern); err != nil {
+		return err
+	}
+	if strings.Trim(pattern, " ") != pattern {
+		return errors.New("no name starts or ends with a blank, so it matches nothing")
+	}
+	literal, _, wildcard := strings.Cut(pattern, "*")
+	if wildcard {
+		literal = literal[:min(len(literal), len(prefix))]
+		prefix = prefix[:len(literal)]
+	}
+	if !strings.HasPrefix(literal, prefix) || literal == "tag:" && !wildcard {
+		return errors.New("every tag starts with tag: and has a name, so it matches none")
+	}
+	return nil
+}
+
+// checkPrefix returns an error if prefix cannot start a name.
+func checkPrefix(prefix string) error {
+	if prefix == "" {
+		return nil
+	}
+	if strings.HasPrefix(prefix, reserved) {
+		return fmt.Errorf("names that start with %s are reserved for the cluster's own components", reserved)
+	}
+	if strings.HasPrefix(prefix, " ") {
+		return errors.New("a name cannot start with a blank")
+	}
+	return checkCharacters(prefix)
+}
+
+// checkCharacters returns an error unless s is printable ASCII, as all names are.
+func checkCharacters(s string) error {
+	if strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' }) {
+		return errors.New("names hold printable ASCII characters only")
+	}
+	return nil
+}

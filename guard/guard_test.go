@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package guard
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+)
+
+func groups(names ...string) []string { return names }
+
+func TestLimit(t *testing.T) {
+	granted := impersonate.Identity{User: "alice@example.com", Groups: groups("system:masters", "team:a", "team:b"), Source: impersonate.SourceGrants, Node: "laptop.example.ts.net"}
+	for _, tt := range []struct {
+		name  string
+		rails Rails
+		user  string
+		left  []string
+		cut   []string
+	}{
+		{"no rails", Rails{}, "alice@example.com", granted.Groups, nil},
+		{"denied", Rails{DenyGroups: groups("system:masters")}, "alice@example.com", groups("team:a", "team:b"), groups("system:masters")},
+		{"denied by a pattern", Rails{DenyGroups: groups("system:*", "*:b")}, "alice@example.com", groups("team:a"), groups("system:masters", "team:b")},
+		{"allowed by a pattern", Rails{AllowGroups: groups("team:*")}, "alice@example.com", groups("team:a", "team:b"), groups("system:masters")},
+		{"deny goes before allow", Rails{AllowGroups: groups("*"), DenyGroups: groups("team:a")}, "alice@example.com", groups("system:masters", "team:b"), groups("team:a")},
+		{"nothing is left", Rails{AllowGroups: groups("other")}, "alice@example.com", nil, granted.Groups},
+		{"something is left, as required", Rails{AllowGroups: groups("team:a"), RequireGroups: true}, "alice@example.com", groups("team:a"), groups("system:masters", "team:b")},
+		{
+			"patterns see names without the prefix", Rails{AllowGroups: groups("team:a"), DenyGroups: groups("tailnet:*"), UserPrefix: "tailnet:", GroupPrefix: "tailnet:"},
+			"tailnet:alice@example.com", groups("tailnet:team:a"), groups("system:masters", "team:b"),
+		},
+		{"a prefix takes the reserved one's meaning away", Rails{GroupPrefix: "x:"}, "alice@example.com", groups("x:system:masters", "x:team:a", "x:team:b"), nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, cut, err := tt.rails.Limit(granted)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := granted
+			want.User, want.Groups = tt.user, tt.left
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("identity (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(tt.cut, cut); diff != "" {
+				t.Errorf("cut (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestLimitRefuses(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		rails Rails
+		id    impersonate.Identity
+		words []string
+	}{
+		{"no group is granted", Rails{RequireGroups: true}, impersonate.Identity{User: "alice@example.com"}, []string{"require_groups", "no group is granted"}},
+		{
+			"all groups are cut", Rails{RequireGroups: true, DenyGroups: groups("system:*")},
+			impersonate.Identity{User: "alice@example.com", Groups: groups("system:masters")}, []string{"require_groups", "system:masters"},
+		},
+		{"a user of the cluster's is put together", Rails{UserPrefix: "sys"}, impersonate.Identity{User: "tem:admin"}, []string{"user_prefix", "system:admin"}},
+		{"a group of the cluster's is put together", Rails{GroupPrefix: "system"}, impersonate.Identity{User: "alice", Groups: groups(":masters")}, []string{"group_prefix", "system:masters"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, _, err := tt.rails.Limit(tt.id)
+			if err == nil {
+				t.Fatalf("got %+v; want an error", got)
+			}
+			if diff := cmp.Diff(impersonate.Identity{}, got); diff != "" {
+				t.Errorf("identity (-want +got):\n%s", diff)
+			}
+			for _, word := range tt.words {
+				if !strings.Contains(err.Error(), word) {
+					t.Errorf("got error %q; want it to mention %q", err, word)
+				}
+			}
+		})
+	}
+}
+
+func TestCheck(t *testing.T) {
+	users := impersonate.Peer{Node: "laptop", Login: "alice@example.com"}
+	tagged := impersonate.Peer{Node: "ci", Tags: []string{"tag:ci", "tag:k8s"}}
+	shared := impersonate.Peer{Node: "guest", Login: "guest@example.org", Shared: true}
+	for _, tt := range []struct {
+		name  string
+		rails Rails
+		peer  impersonate.Peer
+		error string // empty if there is to be none
+	}{
+		{"no rails, a user's device", Rails{}, users, ""},
+		{"no rails, a tagged device", Rails{}, tagged, ""},
+		{"no rails, a device shared in", Rails{}, shared, ""},
+		{"a device shared in", Rails{DenyShared: true}, shared, "deny_shared"},
+		{"a device of this tailnet", Rails{DenyShared: true}, tagged, ""},
+		{"a tag is allowed", Rails{AllowTags: groups("tag:k8s")}, tagged, ""},
+		{"a tag is allowed by a pattern", Rails{AllowTags: groups("tag:k*")}, tagged, ""},
+		{"no tag is allowed", Rails{AllowTags: groups("tag:other")}, tagged, "tag:ci, tag:k8s"},
+		{"a user's device has no tags", Rails{AllowTags: groups("tag:other"), DenyTags: groups("*")}, users, ""},
+		{"a tag is denied", Rails{DenyTags: groups("tag:ci")}, tagged, "tag:ci"},
+		{"deny goes before allow", Rails{AllowTags: groups("tag:k8s"), DenyTags: groups("tag:ci")}, tagged, "deny_tags"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			err := tt.rails.Check(tt.peer)
+			if (err != nil) != (tt.error != "") || (err != nil && !strings.Contains(err.Error(), tt.error)) {
+				t.Errorf("got error %v; want one that mentions %q", err, tt.error)
+			}
+		})
+	}
+}
+
+func TestMatch(t *testing.T) {
+	for _, tt := range []struct {
+		pattern string
+		yes, no []string
+	}{
+		{"a", groups("a"), groups("", "aa", "b", "A")},
+		{"*", groups("", "a", "a:b/c"), nil},
+		{"a*", groups("a", "ab", "a*"), groups("ba", "")},
+		{"*a", groups("a", "ba"), groups("ab")},
+		{"a*a", groups("aa", "aba"), groups("a", "ab")},
+		{"a*b*c", groups("abc", "axbxc", "abbc"), groups("ac", "acb", "abcd")},
+		{"*b*", groups("b", "abc"), groups("ac")},
+		{"a**c", groups("ac", "abc"), groups("a")},
+		{"a?[b]", groups("a?[b]"), groups("axb", "ax[b]")},
+	} {
+		for _, name := range tt.yes {
+			if !match(tt.pattern, name) {
+				t.Errorf("%q does not match %q; want it to", tt.pattern, name)
+			}
+		}
+		for _, name := range tt.no {
+			if match(tt.pattern, name) {
+				t.Errorf("%q matches %q; want it not to", tt.pattern, name)
+			}
+		}
+	}
+}
+
+func TestValidate(t *testing.T) {
+	for _, ok := range []Rails{
+		{}, {AllowGroups: groups("*", "system:masters", "a b")}, {DenyTags: groups("tag:ci", "tag:*", "*", "t*", "ta*i")},
+		{UserPrefix: "tailnet:", GroupPrefix: "tailnet "}, {UserPrefix: "system"},
+	} {
+		if err := ok.Validate(); err != nil {
+			t.Errorf("%+v: %v", ok, err)
+		}
+	}
+	for _, tt := range []struct {
+		rails Rails
+		want  string
+	}{
+		{Rails{AllowGroups: groups("")}, "allow_groups"},
+		{Rails{DenyGroups: groups(" a")}, "deny_groups"},
+		{Rails{DenyGroups: groups("a\tb")}, "deny_groups"},
+		{Rails{AllowGroups: groups("ä")}, "allow_groups"},
+		{Rails{AllowTags: groups("ci")}, "allow_tags"},
+		{Rails{AllowTags: groups("tag:")}, "allow_tags"},
+		{Rails{DenyTags: groups("tax*")}, "deny_tags"},
+		{Rails{DenyTags: groups("Tag:ci")}, "deny_tags"},
+		{Rails{UserPrefix: "system:"}, "user_prefix"},
+		{Rails{GroupPrefix: "system:x"}, "group_prefix"},
+		{Rails{GroupPrefix: " x"}, "group_prefix"},
+		{Rails{UserPrefix: "x\n"}, "user_prefix"},
+	} {
+		if err := tt.rails.Validate(); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%+v: got error %v; want one that names %s", tt.rails, err, tt.want)
+		}
+	}
+}

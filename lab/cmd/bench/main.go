@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command bench measures what a request to the API server costs on its way
+// through the plugin, side by side with a bare reverse_proxy, with the API server
+// proxy of Tailscale's Kubernetes operator, and with no proxy at all. It writes
+// docs/performance.md and its picture.
+//
+// All is real: Headscale, kube-apiserver, WireGuard between tsnet nodes. It runs
+// in a network namespace of its own, which ends with it.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+)
+
+// options are the command's flags.
+type options struct {
+	rounds int
+	slice  time.Duration
+	only   string
+	docs   string
+	dir    string
+}
+
+// runs reports whether the measurement of that name is to be made.
+func (o options) runs(name string) bool {
+	return o.only == "" || strings.Contains(","+o.only+",", ","+name+",")
+}
+
+func main() {
+	var o options
+	flag.IntVar(&o.rounds, "rounds", 10, "how often each comparison is made")
+	flag.DurationVar(&o.slice, "slice", 2*time.Second, "how long a proxy is under load in each round")
+	flag.StringVar(&o.only, "only", "", "make only these measurements: handler, get, list, watch, stream, peers (separated by commas); writes no docs")
+	flag.StringVar(&o.docs, "docs", "", "folder for performance.md and its picture (default: the project's docs)")
+	flag.StringVar(&o.dir, "dir", "", "folder for logs (default: .run/bench in the lab's folder)")
+	flag.Parse()
+
+	var err error
+	switch {
+	case flag.Arg(0) == "proxy":
+		err = serveProxy()
+	case !inNamespace():
+		err = enterNamespace()
+	default:
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		ctx, cancel := context.WithTimeout(ctx, time.Hour) // whatever happens
+		err = run(ctx, o)
+		cancel()
+		stop()
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		os.Exit(exit.ExitCode())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, o options) (err error) {
+	root, err := lab.Root()
+	if err != nil {
+		return err
+	}
+	if o.dir == "" {
+		o.dir = filepath.Join(root, "lab", ".run", "bench")
+	}
+	if o.docs == "" {
+		o.docs = filepath.Join(root, "docs")
+	}
+	if err := os.RemoveAll(o.dir); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(o.dir, 0o700); err != nil {
+		return err
+	}
+	fmt.Printf("Bringing up a tailnet and a cluster (logs: %s)\n", o.dir)
+	b, err := newBench(ctx, o, root)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.stop()) }()
+
+	r := newReport(o)
+	for _, m := range []struct {
+		name string
+		run  func(context.Context, *report) error
+	}{
+		{"handler", b.handler},
+		{"watch", b.watches},
+		{"get", b.gets},
+		{"list", b.lists},
+		{"stream", b.streams},
+		{"peers", b.peers},
+	} {
+		if !o.runs(m.name) {
+			continue
+		}
+		fmt.Printf("\nMeasuring: %s\n", m.name)
+		if err := m.run(ctx, r); err != nil {
+			return fmt.Errorf("%s: %w", m.name, err)
+		}
+	}
+	fmt.Println()
+	r.print(os.Stdout)
+	if o.only != "" {
+		return nil
+	}
+	return r.write(o.docs)
+}

@@ -1,0 +1,396 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"tailscale.com/tsnet"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+)
+
+// handler runs the Go benchmark of the handler.
+func (b *bench) handler(ctx context.Context, r *report) error {
+	cmd := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-bench", "^BenchmarkHandler$", "-count", strconv.Itoa(b.rounds), ".")
+	cmd.Dir = b.root
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return fmt.Errorf("go test: %w\n%s", err, out)
+	}
+	for line := range strings.Lines(string(out)) {
+		// BenchmarkHandler/hit-2  1000000  1044 ns/op  480 B/op  4 allocs/op
+		f := strings.Fields(line)
+		if len(f) < 8 || !strings.HasPrefix(f[0], "BenchmarkHandler/") {
+			continue
+		}
+		name, _, _ := strings.Cut(strings.TrimPrefix(f[0], "BenchmarkHandler/"), "-")
+		for i, unit := range []string{"ns", "B", "allocs"} {
+			value, err := strconv.ParseFloat(f[2+2*i], 64)
+			if err != nil {
+				return fmt.Errorf("%q: %w", line, err)
+			}
+			key := name + " " + unit
+			r.handler[key] = append(r.handler[key], value)
+		}
+	}
+	if len(r.handler) == 0 {
+		return fmt.Errorf("go test printed no result:\n%s", out)
+	}
+	return nil
+}
+
+// gets measures small answers, with more and more callers at once.
+func (b *bench) gets(ctx context.Context, r *report) error {
+	proxies, stop, err := b.startAll(ctx, bare, plugin, official)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
+	for _, callers := range concurrencies {
+		targets, err := b.targets(proxies)
+		if err != nil {
+			return err
+		}
+		r.gets[callers], err = b.inRounds(targets, func(t target, warmUp bool) (sample, error) {
+			d := b.slice
+			if warmUp {
+				d /= 4
+			}
+			return t.load(ctx, small, callers, d)
+		})
+		if err != nil {
+			return err
+		}
+		fmt.Printf("  %d callers: done\n", callers)
+	}
+	return nil
+}
+
+// targets are the proxies and the API server itself, with new clients.
+func (b *bench) targets(proxies []*proxy) ([]target, error) {
+	var targets []target
+	for _, p := range proxies {
+		targets = append(targets, through(p, b.lab.Callers["alice"].Server))
+	}
+	t, err := without(b.lab.Cluster.Admin())
+	return append(targets, t), err
+}
+
+// lists measures answers of 5 MB, one after the other.
+func (b *bench) lists(ctx context.Context, r *report) (err error) {
+	proxies, stop, err := b.startAll(ctx, bare, plugin, official)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
+	targets, err := b.targets(proxies)
+	if err != nil {
+		return err
+	}
+	r.lists, err = b.inRounds(targets, func(t target, _ bool) (sample, error) {
+		return t.measure(func(took *latencies) error {
+			for range 4 {
+				began := time.Now()
+				if err := t.get(ctx, large); err != nil {
+					return err
+				}
+				*took = append(*took, time.Since(began))
+			}
+			return nil
+		})
+	})
+	return err
+}
+
+// watched is what a thousand watches cost a proxy, each.
+type watched struct {
+	memory     float64 // resident, in bytes
+	goroutines float64
+	// connections are those of all watches together.
+	down, up int
+}
+
+// watches measures a thousand idle watches of one client, on proxies that have
+// done nothing before.
+func (b *bench) watches(ctx context.Context, r *report) error {
+	for range watchRounds {
+		for _, kind := range []string{bare, plugin, official} {
+			w, err := b.watchesOn(ctx, kind)
+			if err != nil {
+				return fmt.Errorf("%s: %w", kind, err)
+			}
+			r.watches[kind] = append(r.watches[kind], w)
+		}
+	}
+	return nil
+}
+
+func (b *bench) watchesOn(ctx context.Context, kind string) (w watched, err error) {
+	p, err := b.start(ctx, kind)
+	if err != nil {
+		return watched{}, err
+	}
+	defer func() { err = errors.Join(err, p.stop()) }()
+	// As a client finds it: HTTP/2 where the proxy offers it.
+	var dials atomic.Int32
+	base := "https://" + nodeNames[kind] + "." + lab.Domain
+	if kind == official {
+		base = "http://" + p.Address
+	}
+	transport := &http.Transport{
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			dials.Add(1)
+			return lab.Dial(ctx, b.lab.Callers["alice"].Server, network, address)
+		},
+		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, // the tailnet says who answers
+		ForceAttemptHTTP2: true,
+	}
+	defer transport.CloseIdleConnections()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	client := &http.Client{Transport: transport}
+
+	t := target{kind: kind, proxy: p, base: base, client: client}
+	if err := t.get(ctx, small); err != nil { // what the first request brings along is not the watches'
+		return watched{}, err
+	}
+	before, goroutines, err := p.memory()
+	if err != nil {
+		return watched{}, err
+	}
+	const n = 1000
+	var opening sync.WaitGroup
+	failed := make(chan error, n)
+	slots := make(chan struct{}, 32)
+	for range n {
+		opening.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, base+watch+b.version, nil)
+			if err != nil {
+				failed <- err
+				return
+			}
+			resp, err := client.Do(req)
+			if err != nil {
+				failed <- err
+				return
+			}
+			if resp.StatusCode != http.StatusOK {
+				failed <- errors.New(resp.Status)
+			}
+			go func() { // until the end of the measurement
+				_, _ = io.Copy(io.Discard, resp.Body)
+				_ = resp.Body.Close()
+			}()
+		})
+	}
+	opening.Wait()
+	select {
+	case err := <-failed:
+		return watched{}, err
+	default:
+	}
+	after, more, err := p.memory()
+	if err != nil {
+		return watched{}, err
+	}
+	up, err := connections(p.cmd.Process.Pid, b.lab.Cluster.Host())
+	return watched{
+		memory: float64(after-before) / n, goroutines: float64(more-goroutines) / n,
+		down: int(dials.Load()), up: up,
+	}, err
+}
+
+// connections counts the TCP connections of a process to a server.
+func connections(pid int, server string) (n int, err error) {
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(strings.TrimPrefix(server, "https://"), "http://"))
+	if err != nil {
+		return 0, err
+	}
+	number, err := strconv.Atoi(port)
+	if err != nil {
+		return 0, err
+	}
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil {
+		return 0, err
+	}
+	sockets := make(map[string]bool)
+	for _, fd := range fds {
+		if link, err := os.Readlink(fd); err == nil { // it may be closed by now
+			sockets[link] = true
+		}
+	}
+	for _, table := range []string{"tcp", "tcp6"} {
+		content, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", pid, table))
+		if err != nil {
+			return 0, err
+		}
+		for line := range strings.Lines(string(content)) {
+			// sl local_address rem_address st ... inode
+			f := strings.Fields(line)
+			if len(f) > 9 && strings.HasSuffix(f[2], fmt.Sprintf(":%04X", number)) && f[3] == "01" && sockets["socket:["+f[9]+"]"] {
+				n++
+			}
+		}
+	}
+	return n, nil
+}
+
+// streams measures how fast bytes go through kubectl exec and kubectl cp.
+func (b *bench) streams(ctx context.Context, r *report) (err error) {
+	proxies, stop, err := b.startAll(ctx, bare, plugin, official)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
+	kubeconfigs := map[string]string{direct: b.lab.AdminKubeconfig()}
+	kinds := []string{direct}
+	for _, p := range proxies {
+		path := filepath.Join(b.dir, nodeNames[p.kind]+".kubeconfig")
+		if err := b.lab.Callers["alice"].WriteKubeconfig(path, "http://"+p.Address); err != nil {
+			return err
+		}
+		kubeconfigs[p.kind] = path
+		kinds = append(kinds, p.kind)
+	}
+	payload := filepath.Join(b.dir, "payload")
+	if err := os.WriteFile(payload, bytes.Repeat([]byte("0123456789abcdef"), streamSize/16), 0o600); err != nil {
+		return err
+	}
+	for round := range streamRounds {
+		for i := range kinds {
+			kind := kinds[(round+i)%len(kinds)]
+			for what, run := range map[string]func(context.Context, string, string) error{"exec": pipe, "cp": cp} {
+				began := time.Now()
+				if err := run(ctx, kubeconfigs[kind], payload); err != nil {
+					return fmt.Errorf("%s through %s: %w", what, kind, err)
+				}
+				key := what + " " + kind
+				r.streams[key] = append(r.streams[key], streamSize/1e6/time.Since(began).Seconds())
+			}
+		}
+	}
+	return nil
+}
+
+// pipe sends the payload to cat in the pod and reads all of it back. The command
+// then waits to be killed: when one ends, Kubernetes drops what has not been read.
+func pipe(ctx context.Context, kubeconfig, payload string) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	cmd, err := lab.Kubectl(ctx, kubeconfig, "exec", "-i", lab.Pod, "--", "sh", "-c", "cat; sleep 600")
+	if err != nil {
+		return err
+	}
+	in, err := os.Open(payload)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	cmd.Stdin = in
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	n, err := io.CopyN(io.Discard, stdout, streamSize)
+	cancel()
+	_ = cmd.Wait() // it was killed
+	if err != nil {
+		return fmt.Errorf("%d bytes came back: %w", n, err)
+	}
+	return nil
+}
+
+// cp copies the payload into the pod.
+func cp(ctx context.Context, kubeconfig, payload string) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	cmd, err := lab.Kubectl(ctx, kubeconfig, "cp", payload, "default/"+lab.Pod+":"+payload+".copy")
+	if err != nil {
+		return err
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	info, err := os.Stat(payload + ".copy") // a pod of the lab has the host's files
+	if err == nil && info.Size() != streamSize {
+		err = fmt.Errorf("%d bytes arrived", info.Size())
+	}
+	return err
+}
+
+// peers measures a small answer on tailnets of more and more peers, each with a
+// grant of its own.
+func (b *bench) peers(ctx context.Context, r *report) error {
+	for _, n := range peerCounts {
+		if err := b.peersOf(ctx, r, n); err != nil {
+			return fmt.Errorf("%d peers: %w", n, err)
+		}
+		fmt.Printf("  %d peers: done\n", n)
+	}
+	return nil
+}
+
+func (b *bench) peersOf(ctx context.Context, r *report, n int) (err error) {
+	control := startControl(n, b.lab.Headscale.DERPMap())
+	defer control.stop()
+	discard := func(string, ...any) {}
+	dir, err := os.MkdirTemp(b.dir, "caller-")
+	if err != nil {
+		return err
+	}
+	caller := &tsnet.Server{Hostname: "caller", Dir: dir, ControlURL: control.url(), Logf: discard, UserLogf: discard}
+	defer func() { err = errors.Join(err, caller.Close()) }()
+	if _, err := caller.Up(ctx); err != nil {
+		return err
+	}
+	ip4, _ := caller.TailscaleIPs()
+	control.grant(ip4)
+	var targets []target
+	for _, kind := range []string{plugin, official} {
+		p, err := b.startOn(kind, control.url(), "")
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, p.stop()) }()
+		targets = append(targets, through(p, caller))
+	}
+	for _, t := range targets {
+		// Until the node knows the caller, and what it is granted.
+		for began := time.Now(); ; time.Sleep(100 * time.Millisecond) {
+			err := t.get(ctx, small)
+			if err == nil {
+				break
+			}
+			if time.Since(began) > time.Minute {
+				return fmt.Errorf("%s: %w", t.kind, err)
+			}
+		}
+	}
+	r.peers[n], err = b.inRounds(targets, func(t target, warmUp bool) (sample, error) {
+		return t.load(ctx, small, 16, b.slice)
+	})
+	return err
+}

@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+	"k8s.io/client-go/tools/clientcmd"
+	"tailscale.com/ipn"
+	apiproxy "tailscale.com/k8s-operator/api-proxy"
+	"tailscale.com/kube/kubetypes"
+	"tailscale.com/tsnet"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
+)
+
+// spec says what a proxy's process runs. It is read from its standard input.
+type spec struct {
+	Name       string // of the tailnet node
+	ControlURL string
+	AuthKey    string
+	Dir        string
+	// Caddyfile is what Caddy runs. If empty, Tailscale's proxy is run instead,
+	// with Kubeconfig.
+	Caddyfile  string
+	Kubeconfig string
+}
+
+// up is what a proxy's process says once it serves.
+type up struct{ Address string }
+
+// usage is what a proxy's process says of itself when it is asked.
+type usage struct{ Goroutines int }
+
+// serveProxy is a proxy's process: one node on the tailnet, and nothing else.
+func serveProxy() error {
+	in := json.NewDecoder(os.Stdin)
+	var s spec
+	if err := in.Decode(&s); err != nil {
+		return err
+	}
+	if err := os.Setenv("TS_NO_LOGS_NO_SUPPORT", "true"); err != nil {
+		return err
+	}
+	log.SetOutput(io.Discard)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var node *tsnet.Server
+	var err error
+	if s.Caddyfile != "" {
+		node, err = serveCaddy(ctx, s)
+	} else {
+		node, err = serveOfficial(ctx, s)
+	}
+	if err != nil {
+		return err
+	}
+	ip4, _ := node.TailscaleIPs()
+	out := json.NewEncoder(os.Stdout)
+	if err := out.Encode(up{ip4.String()}); err != nil {
+		return err
+	}
+	for {
+		var question struct{}
+		if err := in.Decode(&question); err != nil {
+			return nil // the bench is done
+		}
+		// What nothing needs any more is not the work's.
+		runtime.GC()
+		debug.FreeOSMemory()
+		if err := out.Encode(usage{runtime.NumGoroutine()}); err != nil {
+			return err
+		}
+	}
+}
+
+func serveCaddy(ctx context.Context, s spec) (*tsnet.Server, error) {
+	adapted, err := lab.Adapt(s.Caddyfile)
+	if err != nil {
+		return nil, err
+	}
+	if err := caddy.Load(adapted, true); err != nil {
+		return nil, err
+	}
+	node, ok := standin.Node(s.Name)
+	if !ok {
+		return nil, fmt.Errorf("caddy listens on no node %q", s.Name)
+	}
+	_, err = node.Up(ctx)
+	return node, err
+}
+
+// serveOfficial runs the API server proxy of Tailscale's Kubernetes operator as its
+// k8s-proxy does: the node's serve config forwards what arrives to it, with the
+// PROXY protocol. Only the port and the missing TLS differ: there is no authority
+// here that would give it a certificate.
+func serveOfficial(ctx context.Context, s spec) (*tsnet.Server, error) {
+	discard := func(string, ...any) {}
+	node := &tsnet.Server{Hostname: s.Name, Dir: s.Dir, ControlURL: s.ControlURL, AuthKey: s.AuthKey, Logf: discard, UserLogf: discard}
+	if _, err := node.Up(ctx); err != nil {
+		return nil, err
+	}
+	lc, err := node.LocalClient()
+	if err != nil {
+		return nil, err
+	}
+	if err := lc.SetServeConfig(ctx, &ipn.ServeConfig{TCP: map[uint16]*ipn.TCPPortHandler{
+		80: {TCPForward: "localhost:80", ProxyProtocol: 2},
+	}}); err != nil {
+		return nil, err
+	}
+	config, err := clientcmd.BuildConfigFromFlags("", s.Kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	proxy, err := apiproxy.NewAPIServerProxy(zap.NewNop().Sugar(), config, node, kubetypes.APIServerProxyModeAuth, false)
+	if err != nil {
+		return nil, err
+	}
+	go func() {
+		if err := proxy.Run(ctx); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}()
+	return node, nil
+}
+
+// proxy is a proxy's process as the bench sees it.
+type proxy struct {
+	kind    string
+	Address string // of its tailnet node
+
+	cmd   *exec.Cmd
+	stdin io.WriteCloser
+	in    *json.Encoder
+	out   *json.Decoder
+}
+
+// startProxy runs a proxy in a process of its own and waits until it is on the
+// tailnet.
+func startProxy(kind string, s spec, log string) (_ *proxy, err error) {
+	p := &proxy{kind: kind, cmd: exec.Command("/proc/self/exe", "proxy")}
+	if err := os.MkdirAll(s.Dir, 0o700); err != nil {
+		return nil, err
+	}
+	stderr, err := os.Create(log)
+	if err != nil {
+		return nil, err
+	}
+	defer stderr.Close()
+	p.cmd.Stderr = stderr
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	stdout, err := p.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := p.cmd.Start(); err != nil {
+		return nil, err
+	}
+	p.in, p.out = json.NewEncoder(p.stdin), json.NewDecoder(stdout)
+	if err := p.in.Encode(s); err != nil {
+		return nil, errors.Join(err, p.stop())
+	}
+	var u up
+	if err := p.out.Decode(&u); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s does not come up: %w (log: %s)", kind, err, log), p.stop())
+	}
+	p.Address = u.Address
+	return p, nil
+}
+
+// stop ends the process.
+func (p *proxy) stop() error {
+	_ = p.stdin.Close()
+	done := make(chan error, 1)
+	go func() { done <- p.cmd.Wait() }()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(10 * time.Second):
+		_ = p.cmd.Process.Kill()
+		<-done
+		return nil
+	}
+}
+
+// cpu returns the CPU time that the process has used, as the operating system
+// counts it.
+func (p *proxy) cpu() (time.Duration, error) {
+	var ts unix.Timespec
+	// The clock of a process: see clock_getcpuclockid(3).
+	clock := int32(^p.cmd.Process.Pid<<3 | 2)
+	if err := unix.ClockGettime(clock, &ts); err != nil {
+		return 0, fmt.Errorf("CPU time of %s: %w", p.kind, err)
+	}
+	return time.Duration(ts.Nano()), nil
+}
+
+// memory returns the resident memory of the process in bytes, and how many
+// goroutines it has.
+func (p *proxy) memory() (resident int64, goroutines int, err error) {
+	if err := p.in.Encode(struct{}{}); err != nil {
+		return 0, 0, err
+	}
+	var u usage
+	if err := p.out.Decode(&u); err != nil {
+		return 0, 0, err
+	}
+	status, err := os.Open(filepath.Join("/proc", strconv.Itoa(p.cmd.Process.Pid), "status"))
+	if err != nil {
+		return 0, 0, err
+	}
+	defer status.Close()
+	for scanner := bufio.NewScanner(status); scanner.Scan(); {
+		if value, ok := strings.CutPrefix(scanner.Text(), "VmRSS:"); ok {
+			kB, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(value, "kB")), 10, 64)
+			return kB << 10, u.Goroutines, err
+		}
+	}
+	return 0, 0, fmt.Errorf("%s has no VmRSS", status.Name())
+}

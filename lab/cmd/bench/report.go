@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"time"
+)
+
+var (
+	concurrencies = []int{1, 16, 64}
+	peerCounts    = []int{10, 1_000, 10_000}
+)
+
+const (
+	watchRounds  = 3
+	streamRounds = 3
+	streamSize   = 50_000_000
+)
+
+// report is what was measured.
+type report struct {
+	o       options
+	handler map[string][]float64        // by case and unit
+	gets    map[int]map[string][]sample // by callers and proxy
+	lists   map[string][]sample         // by proxy
+	watches map[string][]watched        // by proxy
+	streams map[string][]float64        // MB/s, by command and proxy
+	peers   map[int]map[string][]sample // by peers and proxy
+}
+
+func newReport(o options) *report {
+	return &report{
+		o:       o,
+		handler: make(map[string][]float64),
+		gets:    make(map[int]map[string][]sample),
+		watches: make(map[string][]watched),
+		streams: make(map[string][]float64),
+		peers:   make(map[int]map[string][]sample),
+	}
+}
+
+// cpus returns the CPU time of a request in each round, in microseconds.
+func cpus(samples []sample) []float64 { return each(samples, sample.perRequest) }
+
+func ms(d func(sample) time.Duration) func(sample) float64 {
+	return func(s sample) float64 { return float64(d(s).Microseconds()) / 1e3 }
+}
+
+// print writes the tables and the targets as Markdown.
+func (r *report) print(w io.Writer) {
+	table := func(title string, header ...string) func(...string) {
+		fmt.Fprintf(w, "### %s\n\n| %s |\n|%s\n", title, strings.Join(header, " | "), strings.Repeat(" --- |", len(header)))
+		return func(cells ...string) { fmt.Fprintf(w, "| %s |\n", strings.Join(cells, " | ")) }
+	}
+	if len(r.gets) > 0 {
+		row := table("A small answer (2 KB)", "callers", "through", "CPU of the proxy per request, us", "requests per CPU-second", "p50, ms", "p99, ms")
+		for _, callers := range concurrencies {
+			for _, kind := range []string{bare, plugin, official, direct} {
+				samples := r.gets[callers][kind]
+				cpu, perSecond := "-", "-"
+				if kind != direct {
+					e := estimateOf(cpus(samples))
+					cpu, perSecond = e.show(0), fmt.Sprintf("%.0f", 1e6/e.median)
+				}
+				row(fmt.Sprint(callers), kind, cpu, perSecond,
+					estimateOf(each(samples, ms(func(s sample) time.Duration { return s.p50 }))).show(1),
+					estimateOf(each(samples, ms(func(s sample) time.Duration { return s.p99 }))).show(1))
+			}
+		}
+		fmt.Fprintln(w)
+	}
+	if len(r.lists) > 0 {
+		row := table("A list of 5 MB", "through", "CPU of the proxy per list, ms", "time, ms")
+		for _, kind := range []string{bare, plugin, official, direct} {
+			cpu := "-"
+			if kind != direct {
+				cpu = estimateOf(each(r.lists[kind], func(s sample) float64 { return s.perRequest() / 1e3 })).show(1)
+			}
+			row(kind, cpu, estimateOf(each(r.lists[kind], ms(func(s sample) time.Duration { return s.p50 }))).show(1))
+		}
+		fmt.Fprintln(w)
+	}
+	if len(r.watches) > 0 {
+		row := table("1,000 idle watches of one client", "through", "memory per watch, kB", "goroutines per watch", "connections from the client", "connections to the API server")
+		for _, kind := range []string{bare, plugin, official} {
+			watches := r.watches[kind]
+			row(kind, estimateOf(each(watches, memory)).show(1),
+				estimateOf(each(watches, func(w watched) float64 { return w.goroutines })).show(1),
+				estimateOf(each(watches, func(w watched) float64 { return float64(w.down) })).show(0),
+				estimateOf(each(watches, func(w watched) float64 { return float64(w.up) })).show(0))
+		}
+		fmt.Fprintln(w)
+	}
+	if len(r.streams) > 0 {
+		row := table("50 MB through a session", "through", "`kubectl exec -i -- cat`, MB/s there and back", "`kubectl cp`, MB/s")
+		for _, kind := range []string{bare, plugin, official, direct} {
+			row(kind, estimateOf(r.streams["exec "+kind]).show(1), estimateOf(r.streams["cp "+kind]).show(1))
+		}
+		fmt.Fprintln(w)
+	}
+	if len(r.peers) > 0 {
+		row := table("A small answer on larger and larger tailnets (16 callers)", "peers, with a grant each", "through", "CPU of the proxy per request, us")
+		for _, n := range peerCounts {
+			for _, kind := range []string{plugin, official} {
+				row(fmt.Sprint(n), kind, estimateOf(cpus(r.peers[n][kind])).show(0))
+			}
+		}
+		fmt.Fprintln(w)
+	}
+	if len(r.handler) > 0 {
+		row := table("The handler alone (Go benchmark)", "the caller was asked about", "ns", "bytes", "allocations")
+		for name, title := range map[string]string{"hit": "a moment ago (hit)", "miss": "not yet (miss)"} {
+			row(title, estimateOf(r.handler[name+" ns"]).show(0), estimateOf(r.handler[name+" B"]).show(0), estimateOf(r.handler[name+" allocs"]).show(0))
+		}
+		fmt.Fprintln(w)
+	}
+	fmt.Fprint(w, "### Targets\n\n")
+	for _, t := range r.targets() {
+		verdict := "missed"
+		if t.met {
+			verdict = "met"
+		}
+		fmt.Fprintf(w, "- **%s**: %s. Measured: %s\n", verdict, t.what, t.measured)
+	}
+}
+
+func memory(w watched) float64 { return w.memory / 1e3 }
+
+// goal is something that was to be reached.
+type goal struct {
+	what, measured string
+	met            bool
+}
+
+// targets compares what was measured to what was to be reached.
+func (r *report) targets() (goals []goal) {
+	add := func(met bool, what, measured string, args ...any) {
+		goals = append(goals, goal{what, fmt.Sprintf(measured, args...), met})
+	}
+	if len(r.gets) > 0 {
+		for _, callers := range []int{16, 64} {
+			e := ratio(cpus(r.gets[callers][plugin]), cpus(r.gets[callers][bare]))
+			add(e.low <= 1.02, fmt.Sprintf("at %d callers, CPU per request within 2 %% of the bare proxy (the interval's low end at most 1.02)", callers), "%s times the bare proxy's", e.show(3))
+		}
+		for _, t := range []struct {
+			callers int
+			least   float64
+		}{{16, 4}, {1, 1.5}} {
+			e := ratio(cpus(r.gets[t.callers][official]), cpus(r.gets[t.callers][plugin]))
+			add(e.median >= t.least, fmt.Sprintf("at %d callers, at least %g times the requests per CPU-second of Tailscale's proxy", t.callers, t.least), "%s times", e.show(2))
+		}
+	}
+	if len(r.watches) > 0 {
+		mine, theirs := estimateOf(each(r.watches[plugin], memory)), estimateOf(each(r.watches[official], memory))
+		add(mine.median <= 25 && mine.median < theirs.median, "an idle watch costs at most 25 kB, and less than with Tailscale's proxy", "%s kB; Tailscale's: %s kB", mine.show(1), theirs.show(1))
+	}
+	if len(r.peers) > 0 {
+		few, many := cpus(r.peers[peerCounts[0]][plugin]), cpus(r.peers[peerCounts[len(peerCounts)-1]][plugin])
+		e := ratio(many, few)
+		add(e.median <= 1.05, "CPU per request flat (5 %) from 10 to 10,000 peers", "%s times; Tailscale's proxy: %s times", e.show(3),
+			ratio(cpus(r.peers[peerCounts[len(peerCounts)-1]][official]), cpus(r.peers[peerCounts[0]][official])).show(1))
+	}
+	if len(r.handler) > 0 {
+		ns, allocs := estimateOf(r.handler["hit ns"]), estimateOf(r.handler["hit allocs"])
+		add(ns.median < 1000 && allocs.median <= 6, "a hit in the handler under 1 us and at most 6 allocations", "%s ns, %.0f allocations", ns.show(0), allocs.median)
+	}
+	return goals
+}
+
+// write writes performance.md and its picture.
+func (r *report) write(docs string) error {
+	var b bytes.Buffer
+	fmt.Fprintf(&b, performance, time.Now().UTC().Format(time.DateOnly), machine(), versions(), r.o.rounds, r.o.slice, watchRounds, streamRounds)
+	r.print(&b)
+	if err := os.MkdirAll(docs, 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(docs, "performance.svg"), r.picture(), 0o644); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(docs, "performance.md"), b.Bytes(), 0o644)
+}
+
+const performance = `# Performance
+
+<!-- Written by make bench. -->
+
+What a request costs on its way through the plugin, beside the alternatives. Everything below comes from one run of ` + "`make bench`" + `:
+
+- Date: %s
+- Machine: %s
+- Versions: %s
+
+![CPU time of the proxy per request](performance.svg)
+
+How it is measured: a real API server, real nodes on a real tailnet (WireGuard included), each proxy in a process of its own, the
+client and the API server in others, all in a network namespace without any other traffic. CPU time is what the operating
+system has counted for the proxy's process alone. Every comparison is made in %d rounds of %v for each proxy, in turn, each
+round beginning with another; watches in %d rounds, with a new process each, and sessions in %d. Figures are medians, with their 95 %% interval in
+parentheses (order statistics; with three rounds, all there are).
+
+Each proxy is deployed as its users do it: the plugin as ` + "`tailscale_kubernetes`" + ` with its defaults; bare ` + "`reverse_proxy`" + ` on the same kind of listener,
+with a service account's token and nobody's identity; Tailscale's proxy as its ` + "`k8s-proxy`" + ` runs it, behind the node's serve config and the
+PROXY protocol. Small answers, lists and sessions go over plain HTTP inside the tailnet through all of them, since the lab has no authority
+that would give Tailscale's proxy a certificate. Watches go over HTTP/2 and TLS where the proxy offers them, as clients do; Tailscale's proxy
+offers HTTP/1.1 only. The larger tailnets are made up by Tailscale's control server for tests.
+
+`
+
+// machine describes what it was run on.
+func machine() string {
+	model := "unknown CPU"
+	if info, err := os.ReadFile("/proc/cpuinfo"); err == nil {
+		for line := range strings.Lines(string(info)) {
+			if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+				model = strings.TrimSpace(value)
+				break
+			}
+		}
+	}
+	return fmt.Sprintf("%d x %s, %s/%s", runtime.NumCPU(), model, runtime.GOOS, runtime.GOARCH)
+}
+
+// versions names what was measured.
+func versions() string {
+	wanted := map[string]string{
+		"github.com/caddyserver/caddy/v2": "Caddy", "tailscale.com": "Tailscale", "k8s.io/client-go": "client-go",
+	}
+	out := []string{runtime.Version()}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, m := range info.Deps {
+			if name := wanted[m.Path]; name != "" {
+				out = append(out, name+" "+m.Version)
+			}
+		}
+	}
+	return strings.Join(out, ", ")
+}
