@@ -160,7 +160,7 @@ type cluster struct {
 	token *tokenFile
 	// bearer is a bearer token that never changes, empty if there is none.
 	bearer string
-	// http2 speaks HTTP/2 where the server does, http1 never.
+	// http2 speaks HTTP/2 where the server does, http1, for upgrades, never.
 	http1, http2 http.RoundTripper
 }
 
@@ -266,22 +266,15 @@ func (c *cluster) request(r *http.Request) *http.Request {
 
 // send sends a request over the connections that suit it.
 //
-// An upgrade needs HTTP/1.1: neither SPDY nor a WebSocket can ride on HTTP/2. So
-// do short requests, which cost less over it (BenchmarkPools). Those that stay
-// open share a few HTTP/2 connections, or a thousand watches would hold a
-// thousand connections.
+// Nearly all share a few HTTP/2 connections. That is what watches need, of which a
+// thousand would hold as many connections otherwise, and it costs less under load:
+// what several callers send at once goes out together. An upgrade needs HTTP/1.1:
+// neither SPDY nor a WebSocket can ride on HTTP/2.
 func (c *cluster) send(r *http.Request) (*http.Response, error) {
-	if r.Header["Connection"] == nil && staysOpen(r.URL) {
-		return c.http2.RoundTrip(r)
+	if r.Header["Connection"] != nil {
+		return c.http1.RoundTrip(r)
 	}
-	return c.http1.RoundTrip(r)
-}
-
-// staysOpen reports whether a request for u looks like one that is answered for as
-// long as there is something to tell: a watch, or a log that is followed. That it
-// is only a guess costs nothing but the better connection.
-func staysOpen(u *url.URL) bool {
-	return strings.Contains(u.RawQuery, "watch=") || strings.Contains(u.RawQuery, "follow=") || strings.Contains(u.Path, "/watch/")
+	return c.http2.RoundTrip(r)
 }
 
 // dial connects to an upstream that reverse_proxy has chosen. Its errors tell

@@ -147,7 +147,7 @@ func TestDiscardedAnswersAreClosed(t *testing.T) {
 	rewrite(t, path, "")
 	expire(tr)
 	body := &closeRecorder{Reader: strings.NewReader("Unauthorized")}
-	tr.cluster.http1 = roundTripFunc(func(*http.Request) (*http.Response, error) {
+	tr.cluster.http2 = roundTripFunc(func(*http.Request) (*http.Response, error) {
 		return &http.Response{StatusCode: http.StatusUnauthorized, Body: body}, nil
 	})
 	checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable)

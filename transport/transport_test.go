@@ -582,8 +582,7 @@ func TestNoCompressionIsAskedFor(t *testing.T) {
 	}
 }
 
-// Neither SPDY nor a WebSocket can ride on HTTP/2, and short requests cost less
-// over HTTP/1.1. What stays open shares connections.
+// Neither SPDY nor a WebSocket can ride on HTTP/2. All else shares connections.
 func TestWhatGoesOverWhichProtocol(t *testing.T) {
 	s := newAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
@@ -593,10 +592,9 @@ func TestWhatGoesOverWhichProtocol(t *testing.T) {
 		proto         string
 		wantStatus    int
 	}{
-		{pods, "", "HTTP/1.1", http.StatusOK},
+		{pods, "", "HTTP/2.0", http.StatusOK},
 		{pods + "?watch=true", "", "HTTP/2.0", http.StatusOK},
 		{pods + "/web/log?follow=true", "", "HTTP/2.0", http.StatusOK},
-		{"/api/v1/watch/namespaces/default/pods", "", "HTTP/2.0", http.StatusOK},
 		{pods + "/web/exec?command=sh", "SPDY/3.1", "HTTP/1.1", http.StatusSwitchingProtocols},
 		{pods + "/web/exec?command=sh", "spdy/3.1", "HTTP/1.1", http.StatusSwitchingProtocols},
 		{pods + "/web/exec?command=sh", "websocket", "HTTP/1.1", http.StatusSwitchingProtocols},

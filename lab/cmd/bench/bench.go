@@ -42,11 +42,10 @@ type bench struct {
 	options
 	root string
 	lab  *lab.Lab
+	// apiServer is the real one, answers stands in for it.
+	apiServer, answers *upstream
 	// version is a resourceVersion from which nothing has happened since.
 	version string
-	// token is that of a service account that may do everything, for the proxy
-	// that impersonates nobody.
-	token string
 }
 
 func newBench(ctx context.Context, o options, root string) (_ *bench, err error) {
@@ -66,10 +65,19 @@ func newBench(ctx context.Context, o options, root string) (_ *bench, err error)
 	if err := b.fill(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("filling the cluster: %w", err), b.stop())
 	}
+	if b.answers, err = startAnswers(o.dir); err != nil {
+		return nil, errors.Join(err, b.stop())
+	}
 	return b, nil
 }
 
-func (b *bench) stop() error { return b.lab.Stop() }
+func (b *bench) stop() error {
+	var err error
+	if b.answers != nil {
+		err = b.answers.stop()
+	}
+	return errors.Join(err, b.lab.Stop())
+}
 
 // fill creates what is asked for.
 func (b *bench) fill(ctx context.Context) error {
@@ -94,9 +102,13 @@ subjects: [{kind: ServiceAccount, name: bare, namespace: default}]
 `)); err != nil {
 		return err
 	}
-	if b.token, err = b.lab.Cluster.ServiceAccountToken(ctx, "default", "bare", 12*time.Hour); err != nil {
+	// The token of an account that may do everything, for the proxy that
+	// impersonates nobody; the others use the one that may impersonate.
+	token, err := b.lab.Cluster.ServiceAccountToken(ctx, "default", "bare", 12*time.Hour)
+	if err != nil {
 		return err
 	}
+	b.apiServer = &upstream{Host: b.lab.Cluster.Host(), CA: string(b.lab.Cluster.CA()), Token: token, kubeconfig: b.lab.Kubeconfig()}
 	object := func(namespace, name string, size int) (*corev1.ConfigMap, error) {
 		return client.CoreV1().ConfigMaps(namespace).Create(ctx, &corev1.ConfigMap{
 			ObjectMeta: metav1.ObjectMeta{Name: name},
@@ -116,29 +128,29 @@ subjects: [{kind: ServiceAccount, name: bare, namespace: default}]
 	return nil
 }
 
-// start starts a proxy on the lab's tailnet.
-func (b *bench) start(ctx context.Context, kind string) (*proxy, error) {
+// start starts a proxy to u on the lab's tailnet.
+func (b *bench) start(ctx context.Context, kind string, u *upstream) (*proxy, error) {
 	key, err := b.lab.Headscale.TagKey(ctx, lab.ProxyTag)
 	if err != nil {
 		return nil, err
 	}
-	return b.startOn(kind, b.lab.Headscale.URL(), key)
+	return b.startOn(kind, u, b.lab.Headscale.URL(), key)
 }
 
-// startOn starts a proxy on the tailnet of a control server.
-func (b *bench) startOn(kind, controlURL, key string) (*proxy, error) {
+// startOn starts a proxy to u on the tailnet of a control server.
+func (b *bench) startOn(kind string, u *upstream, controlURL, key string) (*proxy, error) {
 	name := nodeNames[kind]
 	dir, err := os.MkdirTemp(b.dir, name+"-")
 	if err != nil {
 		return nil, err
 	}
-	s := spec{Name: name, ControlURL: controlURL, AuthKey: key, Dir: dir, Kubeconfig: b.lab.Kubeconfig()}
+	s := spec{Name: name, ControlURL: controlURL, AuthKey: key, Dir: dir, Kubeconfig: u.kubeconfig}
 	switch kind {
 	case plugin:
-		s.Caddyfile = b.caddyfile(s, fmt.Sprintf("tailscale_kubernetes {\n\t\tkubeconfig %s\n\t}", b.lab.Kubeconfig()))
+		s.Caddyfile = b.caddyfile(s, fmt.Sprintf("tailscale_kubernetes {\n\t\tkubeconfig %s\n\t}", u.kubeconfig))
 	case bare:
 		ca := filepath.Join(dir, "ca.crt")
-		if err := os.WriteFile(ca, b.lab.Cluster.CA(), 0o600); err != nil {
+		if err := os.WriteFile(ca, []byte(u.CA), 0o600); err != nil {
 			return nil, err
 		}
 		s.Caddyfile = b.caddyfile(s, fmt.Sprintf(`reverse_proxy %s {
@@ -147,7 +159,7 @@ func (b *bench) startOn(kind, controlURL, key string) (*proxy, error) {
 		transport http {
 			tls_trust_pool file %s
 		}
-	}`, b.lab.Cluster.Host(), b.token, ca))
+	}`, u.Host, u.Token, ca))
 	}
 	return startProxy(kind, s, dir+".log")
 }
@@ -185,8 +197,8 @@ http://:80, https://%[4]s.%[5]s {
 `, s.Dir, s.ControlURL, s.AuthKey, s.Name, lab.Domain, body)
 }
 
-// startAll starts several proxies. stop stops all.
-func (b *bench) startAll(ctx context.Context, kinds ...string) (proxies []*proxy, stop func() error, err error) {
+// startAll starts one proxy of each kind to u. stop stops all.
+func (b *bench) startAll(ctx context.Context, u *upstream) (proxies []*proxy, stop func() error, err error) {
 	stop = func() error {
 		var errs []error
 		for _, p := range proxies {
@@ -194,8 +206,8 @@ func (b *bench) startAll(ctx context.Context, kinds ...string) (proxies []*proxy
 		}
 		return errors.Join(errs...)
 	}
-	for _, kind := range kinds {
-		p, err := b.start(ctx, kind)
+	for _, kind := range []string{bare, plugin, official} {
+		p, err := b.start(ctx, kind, u)
 		if err != nil {
 			return nil, nil, errors.Join(err, stop())
 		}

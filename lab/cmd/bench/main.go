@@ -52,6 +52,8 @@ func main() {
 	switch {
 	case flag.Arg(0) == "proxy":
 		err = serveProxy()
+	case flag.Arg(0) == "answers":
+		err = serveAnswers()
 	case !inNamespace():
 		err = enterNamespace()
 	default:

@@ -57,14 +57,14 @@ func (b *bench) handler(ctx context.Context, r *report) error {
 }
 
 // gets measures small answers, with more and more callers at once.
-func (b *bench) gets(ctx context.Context, r *report) error {
-	proxies, stop, err := b.startAll(ctx, bare, plugin, official)
+func (b *bench) gets(ctx context.Context, r *report) (err error) {
+	proxies, stop, err := b.startAll(ctx, b.answers)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, stop()) }()
 	for _, callers := range concurrencies {
-		targets, err := b.targets(proxies)
+		targets, err := b.targets(proxies, b.answers)
 		if err != nil {
 			return err
 		}
@@ -83,24 +83,24 @@ func (b *bench) gets(ctx context.Context, r *report) error {
 	return nil
 }
 
-// targets are the proxies and the API server itself, with new clients.
-func (b *bench) targets(proxies []*proxy) ([]target, error) {
+// targets are the proxies and where they send requests, with new clients.
+func (b *bench) targets(proxies []*proxy, u *upstream) ([]target, error) {
 	var targets []target
 	for _, p := range proxies {
 		targets = append(targets, through(p, b.lab.Callers["alice"].Server))
 	}
-	t, err := without(b.lab.Cluster.Admin())
+	t, err := without(u.rest())
 	return append(targets, t), err
 }
 
 // lists measures answers of 5 MB, one after the other.
 func (b *bench) lists(ctx context.Context, r *report) (err error) {
-	proxies, stop, err := b.startAll(ctx, bare, plugin, official)
+	proxies, stop, err := b.startAll(ctx, b.apiServer)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, stop()) }()
-	targets, err := b.targets(proxies)
+	targets, err := b.targets(proxies, b.apiServer)
 	if err != nil {
 		return err
 	}
@@ -143,7 +143,7 @@ func (b *bench) watches(ctx context.Context, r *report) error {
 }
 
 func (b *bench) watchesOn(ctx context.Context, kind string) (w watched, err error) {
-	p, err := b.start(ctx, kind)
+	p, err := b.start(ctx, kind, b.apiServer)
 	if err != nil {
 		return watched{}, err
 	}
@@ -257,7 +257,7 @@ func connections(pid int, server string) (n int, err error) {
 
 // streams measures how fast bytes go through kubectl exec and kubectl cp.
 func (b *bench) streams(ctx context.Context, r *report) (err error) {
-	proxies, stop, err := b.startAll(ctx, bare, plugin, official)
+	proxies, stop, err := b.startAll(ctx, b.apiServer)
 	if err != nil {
 		return err
 	}
@@ -370,7 +370,7 @@ func (b *bench) peersOf(ctx context.Context, r *report, n int) (err error) {
 	control.grant(ip4)
 	var targets []target
 	for _, kind := range []string{plugin, official} {
-		p, err := b.startOn(kind, control.url(), "")
+		p, err := b.startOn(kind, b.answers, control.url(), "")
 		if err != nil {
 			return err
 		}

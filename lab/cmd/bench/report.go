@@ -201,8 +201,10 @@ What a request costs on its way through the plugin, beside the alternatives. Eve
 
 ![CPU time of the proxy per request](performance.svg)
 
-How it is measured: a real API server, real nodes on a real tailnet (WireGuard included), each proxy in a process of its own, the
-client and the API server in others, all in a network namespace without any other traffic. CPU time is what the operating
+How it is measured: real nodes on a real tailnet (WireGuard included), each proxy in a process of its own, the client and what
+answers in others, all in a network namespace without any other traffic. Lists, watches and sessions are answered by a real API
+server. Small answers come from a server that has them in memory: the API server works harder for each of them than any
+proxy does, and would crowd the proxies out on the same processors. CPU time is what the operating
 system has counted for the proxy's process alone. Every comparison is made in %d rounds of %v for each proxy, in turn, each
 round beginning with another; watches in %d rounds, with a new process each, and sessions in %d. Figures are medians, with their 95 %% interval in
 parentheses (order statistics; with three rounds, all there are).
