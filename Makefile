@@ -44,7 +44,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components assets-note demo test test-long bench lint xcaddy clean
+.PHONY: help components assets-note demo test test-long fuzz bench lint xcaddy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,16 @@ test: components ## run every test with the race detector
 # own in what one of these tests shows.
 test-long: components ## run the tests that wait for minutes: silence, pauses, ten rounds of 50 MB
 	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 45m -v ./e2e -long
+
+# Each fuzz target for that long.
+FUZZTIME ?= 60s
+FUZZ_TARGETS := .:FuzzRequest impersonate:FuzzStripClient impersonate:FuzzIdentity guard:FuzzLimit
+
+fuzz: ## run every fuzz target for FUZZTIME (default 60s)
+	@for target in $(FUZZ_TARGETS); do \
+		echo "==> fuzzing $${target#*:} for $(FUZZTIME)"; \
+		go test -run '^$$' -fuzz "^$${target#*:}$$" -fuzztime $(FUZZTIME) ./$${target%:*} || exit 1; \
+	done
 
 bench: $(DEMO_PARTS) ## measure what a request costs, beside the alternatives; writes docs/performance.md
 	cd lab && go build -o .bin/bench ./cmd/bench && .bin/bench

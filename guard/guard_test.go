@@ -174,3 +174,45 @@ func TestValidate(t *testing.T) {
 		}
 	}
 }
+
+// FuzzLimit checks that whatever the rails and the identity, nobody ends up with a
+// group that is denied or not allowed, or as one of the cluster's own by a prefix.
+func FuzzLimit(f *testing.F) {
+	f.Add("alice@example.com", "system:masters", "system:*", "", "", "")
+	f.Add("alice@example.com", "team:a", "*", "team:*", "tailnet:", "tailnet:")
+	f.Add("tem:admin", "tem:masters", "", "", "sys", "sys")
+	f.Fuzz(func(t *testing.T, user, group, deny, allow, userPrefix, groupPrefix string) {
+		r := Rails{UserPrefix: userPrefix, GroupPrefix: groupPrefix}
+		if deny != "" {
+			r.DenyGroups = groups(deny)
+		}
+		if allow != "" {
+			r.AllowGroups = groups(allow)
+		}
+		if r.Validate() != nil {
+			return
+		}
+		got, cut, err := r.Limit(impersonate.Identity{User: user, Groups: groups(group)})
+		if err != nil {
+			if got.User != "" || len(got.Groups) > 0 {
+				t.Errorf("got %+v along with error %v", got, err)
+			}
+			return
+		}
+		if got.User != userPrefix+user || (userPrefix != "" && strings.HasPrefix(got.User, "system:")) {
+			t.Errorf("got user %q from %q", got.User, user)
+		}
+		if len(got.Groups)+len(cut) != 1 {
+			t.Fatalf("got groups %q, cut %q; want one of them to be %q", got.Groups, cut, group)
+		}
+		if len(cut) > 0 {
+			return
+		}
+		if got.Groups[0] != groupPrefix+group || (groupPrefix != "" && strings.HasPrefix(got.Groups[0], "system:")) {
+			t.Errorf("got group %q from %q", got.Groups[0], group)
+		}
+		if deny == group || deny == "*" || (allow != "" && allow != group && !strings.Contains(allow, "*")) {
+			t.Errorf("group %q was let through; denied: %q, allowed: %q", group, deny, allow)
+		}
+	})
+}

@@ -3,6 +3,7 @@
 package impersonate_test
 
 import (
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -109,6 +110,20 @@ func TestAnswerThatNamesNobodyIsAnError(t *testing.T) {
 				t.Errorf("got a peer along with the error (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// A key that has expired is nobody's any more, user's device or not.
+func TestDeviceWithAnExpiredKeyIsAnError(t *testing.T) {
+	for _, who := range []*apitype.WhoIsResponse{aUser("alice@example.com", `{}`), aDevice("ci.example.ts.net.", []string{"tag:ci"})} {
+		who.Node.Expired = true
+		got, err := impersonate.PeerFrom(who)
+		if err == nil || !strings.Contains(err.Error(), "expired") {
+			t.Errorf("%s: got error %v; want one that says expired", who.Node.Name, err)
+		}
+		if diff := cmp.Diff(impersonate.Peer{}, got); diff != "" {
+			t.Errorf("%s: peer (-want +got):\n%s", who.Node.Name, diff)
+		}
 	}
 }
 

@@ -51,3 +51,28 @@ func TestAGrantThatIsWithdrawnEndsOpenStreams(t *testing.T) {
 		}
 	})
 }
+
+// What a new config no longer lets through, it does not let go on.
+func TestOpenStreamsAreJudgedByTheNewConfig(t *testing.T) {
+	const object = "judged-anew"
+	kubectl(t, "alice", "create", "configmap", object)
+	t.Cleanup(func() { kubectl(t, "alice", "delete", "configmap", object, "--ignore-not-found") })
+	watch := func(caller string) *session {
+		s := startKubectl(t, theLab.Callers[caller].Kubeconfig, nil, "get", "configmaps", "--watch", "--output-watch-events", "--no-headers", "--field-selector", "metadata.name="+object)
+		s.want(t, "ADDED")
+		return s
+	}
+	bobs, carols := watch("bob"), watch("carol")
+	stricter := replaceOnce(sites(theLab), "\ttailscale_kubernetes {\n", "\ttailscale_kubernetes {\n\t\tdeny_groups tailnet-readers\n")
+	if err := theLab.Caddy.Load(stricter); err != nil {
+		t.Fatal(err)
+	}
+	defer firstConfig(t)
+	select {
+	case <-bobs.ended:
+	case <-time.After(revokedWithin):
+		t.Errorf("bob's watch is still open %v after a config denied his group", revokedWithin)
+	}
+	kubectl(t, "alice", "label", "configmap", object, "seen=yes")
+	carols.want(t, "MODIFIED")
+}

@@ -25,6 +25,9 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
+// stageLimit is how long one kind of measurement may take before it counts as hung.
+const stageLimit = 15 * time.Minute
+
 // options are the command's flags.
 type options struct {
 	rounds int
@@ -113,7 +116,10 @@ func run(ctx context.Context, o options) (err error) {
 			continue
 		}
 		fmt.Printf("\nMeasuring: %s\n", m.name)
-		if err := m.run(ctx, r); err != nil {
+		ctx, cancel := context.WithTimeout(ctx, stageLimit)
+		err := m.run(ctx, r)
+		cancel()
+		if err != nil {
 			return fmt.Errorf("%s: %w", m.name, err)
 		}
 	}

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tailscaleimpersonate
+
+import (
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Caddy makes a new registry for every config, and several handlers share one.
+func TestRevocationsAreCountedAcrossConfigs(t *testing.T) {
+	const reason = "test"
+	for config := 1; config <= 2; config++ {
+		registry := prometheus.NewRegistry()
+		countRevocations(registry)
+		countRevocations(registry)
+		revocations.WithLabelValues(reason).Inc()
+		families, err := registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(families) != 1 || families[0].GetName() != "caddy_tailscale_impersonate_revoked_requests_total" {
+			t.Fatalf("got metrics %v; want only the revoked requests", families)
+		}
+		for _, m := range families[0].GetMetric() {
+			if label := m.GetLabel(); len(label) != 1 || label[0].GetName() != "reason" {
+				t.Errorf("got labels %v; want only the reason: a metric names nobody", label)
+			} else if label[0].GetValue() == reason && m.GetCounter().GetValue() != float64(config) {
+				t.Errorf("in config %d got %v; want %d", config, m.GetCounter().GetValue(), config)
+			}
+		}
+	}
+}
