@@ -44,7 +44,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components assets-note demo test test-long fuzz bench lint xcaddy clean
+.PHONY: help components assets-note demo test test-long conformance fuzz bench lint xcaddy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ test: components ## run every test with the race detector
 # own in what one of these tests shows.
 test-long: components ## run the tests that wait for minutes: silence, pauses, ten rounds of 50 MB
 	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 45m -v ./e2e -long
+
+conformance: $(DEMO_PARTS) ## attack the plugin in every way that such proxies are known to fail
+	cd lab && go run ./cmd/conformance
 
 # Each fuzz target for that long.
 FUZZTIME ?= 60s

@@ -46,8 +46,9 @@ func startControl(n int, relay *tailcfg.DERPMap) *control {
 func (c *control) url() string { return c.http.URL }
 
 func (c *control) stop() {
+	// Not Close, which waits for polls that nodes keep open.
+	_ = c.http.Listener.Close()
 	c.http.CloseClientConnections()
-	c.http.Close()
 }
 
 // grant grants the peer with that address system:masters.

@@ -120,6 +120,7 @@ func run(ctx context.Context, o options) (err error) {
 		err := m.run(ctx, r)
 		cancel()
 		if err != nil {
+			r.print(os.Stdout) // what there is
 			return fmt.Errorf("%s: %w", m.name, err)
 		}
 	}

@@ -375,7 +375,7 @@ func (b *bench) peersOf(ctx context.Context, r *report, n int) (err error) {
 	control.grant(ip4)
 	var targets []target
 	for _, kind := range []string{plugin, official} {
-		p, err := b.startOn(kind, b.answers, control.url(), "")
+		p, err := b.startOn(kind, b.answers, control.url(), "any-will-do")
 		if err != nil {
 			return err
 		}

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package conformance
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+)
+
+// Recorder takes the place of the API server and keeps the requests that arrive. It
+// switches to whatever protocol a request asks for.
+type Recorder struct {
+	next atomic.Int64
+	mu   sync.Mutex
+	seen map[string][]*http.Request
+}
+
+// marker returns the start of a path that no other request has.
+func (r *Recorder) marker() string { return "/conformance/" + strconv.FormatInt(r.next.Add(1), 10) }
+
+// take returns the requests whose path starts with marker.
+func (r *Recorder) take(marker string) []*http.Request {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	requests := r.seen[marker]
+	delete(r.seen, marker)
+	return requests
+}
+
+// takeAll returns all requests that nobody has taken, by marker.
+func (r *Recorder) takeAll() map[string][]*http.Request {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	requests := r.seen
+	r.seen = nil
+	return requests
+}
+
+// ServeHTTP implements [http.Handler].
+func (r *Recorder) ServeHTTP(w http.ResponseWriter, req *http.Request) {
+	_, _ = io.Copy(io.Discard, req.Body) // and the trailers with it; it may be cut off
+	// By what stands in the path, wherever: a proxy may have cleaned it.
+	path := req.URL.Path
+	if i := strings.Index(path, "/conformance/"); i >= 0 {
+		number, _, _ := strings.Cut(path[i+len("/conformance/"):], "/")
+		r.mu.Lock()
+		if r.seen == nil {
+			r.seen = make(map[string][]*http.Request)
+		}
+		r.seen["/conformance/"+number] = append(r.seen["/conformance/"+number], req)
+		r.mu.Unlock()
+	}
+	protocol := req.Header.Get("Upgrade")
+	if protocol == "" {
+		return
+	}
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", protocol)
+}
