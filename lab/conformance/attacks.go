@@ -4,6 +4,7 @@ package conformance
 
 import (
 	"math/rand/v2"
+	"slices"
 	"strings"
 )
 
@@ -21,15 +22,15 @@ var identityHeaders = []string{
 
 // attacks returns everything that is tried.
 func attacks() []attack {
-	random := rand.New(rand.NewPCG(1, 2))
+	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // it has to be the same in every run
 	var all []attack
 	add := func(pitfall string, a attack) {
 		a.pitfall = pitfall
 		all = append(all, a)
 	}
 	lines := func(pairs ...string) (fields []field) {
-		for i := 0; i < len(pairs); i += 2 {
-			fields = append(fields, field{pairs[i], pairs[i+1]})
+		for pair := range slices.Chunk(pairs, 2) {
+			fields = append(fields, field{pair[0], pair[1]})
 		}
 		return fields
 	}

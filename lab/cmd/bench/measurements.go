@@ -193,7 +193,7 @@ func (b *bench) watchesOn(ctx context.Context, kind string) (w watched, err erro
 				failed <- err
 				return
 			}
-			resp, err := client.Do(req)
+			resp, err := client.Do(req) //nolint:bodyclose // by who reads it to its end
 			if err != nil {
 				failed <- err
 				return

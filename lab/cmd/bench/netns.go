@@ -20,7 +20,7 @@ func inNamespace() bool { return os.Getenv(namespaced) != "" }
 // enterNamespace runs this command again in a network namespace of its own. No
 // traffic of the bench leaves it, and none from outside disturbs it.
 func enterNamespace() error {
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...) //nolint:gosec // this command again, as it was called
 	cmd.Env = append(os.Environ(), namespaced+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}

@@ -181,7 +181,7 @@ func startProxy(kind string, s spec, log string) (_ *proxy, err error) {
 		return nil, err
 	}
 	p.in, p.out = json.NewEncoder(p.stdin), json.NewDecoder(stdout)
-	if err := p.in.Encode(s); err != nil {
+	if err := p.in.Encode(s); err != nil { //nolint:gosec // the key of a tailnet that ends with the bench, to a process of its own
 		return nil, errors.Join(err, p.stop())
 	}
 	var u up
@@ -202,8 +202,7 @@ func (p *proxy) stop() error {
 		return err
 	case <-time.After(10 * time.Second):
 		_ = p.cmd.Process.Kill()
-		<-done
-		return nil
+		return errors.Join(fmt.Errorf("%s had to be killed", p.kind), <-done)
 	}
 }
 
@@ -212,7 +211,7 @@ func (p *proxy) stop() error {
 func (p *proxy) cpu() (time.Duration, error) {
 	var ts unix.Timespec
 	// The clock of a process: see clock_getcpuclockid(3).
-	clock := int32(^p.cmd.Process.Pid<<3 | 2)
+	clock := int32(^p.cmd.Process.Pid<<3 | 2) //nolint:gosec // process IDs have 22 bits at most
 	if err := unix.ClockGettime(clock, &ts); err != nil {
 		return 0, fmt.Errorf("CPU time of %s: %w", p.kind, err)
 	}
