@@ -80,7 +80,7 @@ func attackOther(ctx context.Context, p conformance.Proxy, listen, ca string) er
 	server.Listener = ln
 	server.EnableHTTP2 = true
 	server.StartTLS()
-	defer server.Close()
+	defer closeServer(server)
 	if err := os.WriteFile(ca, certificate(server), 0o600); err != nil {
 		return err
 	}
@@ -107,11 +107,11 @@ func attackLab(ctx context.Context) (err error) {
 	}
 	seen := new(conformance.Recorder)
 	plain := httptest.NewServer(seen)
-	defer plain.Close()
+	defer closeServer(plain)
 	encrypted := httptest.NewUnstartedServer(seen)
 	encrypted.EnableHTTP2 = true
 	encrypted.StartTLS()
-	defer encrypted.Close()
+	defer closeServer(encrypted)
 	kubeconfig := filepath.Join(dir, "recorder.kubeconfig")
 	const token = "the-proxys-own"
 	if err := clientcmd.WriteToFile(api.Config{
@@ -222,4 +222,10 @@ func attack(ctx context.Context, p conformance.Proxy) (failures int, err error) 
 // certificate returns the certificate of a server, as PEM.
 func certificate(s *httptest.Server) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})
+}
+
+// closeServer closes a server at once: some of the requests never end.
+func closeServer(s *httptest.Server) {
+	s.CloseClientConnections()
+	s.Close()
 }
