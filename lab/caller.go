@@ -160,11 +160,24 @@ func (c *Caller) WriteKubeconfig(path, server string) error {
 	}, path)
 }
 
+// closeTimeout is how long a node may take to leave the tailnet. It takes a tenth of
+// a second.
+const closeTimeout = 10 * time.Second
+
 // Stop takes the caller off the tailnet.
 func (c *Caller) Stop() error {
 	var errs []error
 	if c.Server != nil {
-		errs = append(errs, c.Server.Close())
+		// A node with some thousand connections that are not quite closed never
+		// ends (tsnet 1.102): it resets each of them into a queue that nobody
+		// empties any more. It goes with the process.
+		closed := make(chan error, 1)
+		go func() { closed <- c.Server.Close() }()
+		select {
+		case err := <-closed:
+			errs = append(errs, err)
+		case <-time.After(closeTimeout):
+		}
 	}
 	if c.socks != nil {
 		errs = append(errs, c.socks.Close())

@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"syscall"
@@ -59,11 +60,6 @@ func setUpNetwork() error {
 			return fmt.Errorf("bringing up %s: %w", link.Attrs().Name, err)
 		}
 	}
-	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: addr.IP.To4().Mask(addr.Mask)}); err != nil {
-		// A gateway of one's own network, which nobody is.
-		gw := append([]byte(nil), addr.IP.To4()...)
-		gw[3] = 254
-		return netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: gw})
-	}
-	return nil
+	// By way of a neighbour that is not there.
+	return netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: net.IPv4(192, 0, 2, 254)})
 }

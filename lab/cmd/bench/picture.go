@@ -40,9 +40,7 @@ func (r *report) picture() []byte {
 			e := estimateOf(cpus(r.gets[callers][kind]))
 			y := y + (bar+gap)*float64(j)
 			middle := y + bar/2
-			if j > 0 || callers != 0 {
-				fmt.Fprintf(&b, `<text x="%.0f" y="%.1f" text-anchor="end" fill="#1c2330">%s</text>`+"\n", left-8, middle+4, short(kind))
-			}
+			fmt.Fprintf(&b, `<text x="%.0f" y="%.1f" text-anchor="end" fill="#1c2330">%s</text>`+"\n", left-8, middle+4, short(kind))
 			fmt.Fprintf(&b, `<rect x="%.0f" y="%.1f" width="%.1f" height="%.0f" fill="%s"/>`+"\n", left, y, e.median*scale, bar, colours[kind])
 			fmt.Fprintf(&b, `<path d="M%.1f %.1fH%.1f" stroke="#1c2330" stroke-width="1.5"/>`+"\n", left+e.low*scale, middle, left+e.high*scale)
 			fmt.Fprintf(&b, `<text x="%.1f" y="%.1f" fill="#1c2330">%.0f</text>`+"\n", left+e.high*scale+6, middle+4, e.median)

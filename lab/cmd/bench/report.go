@@ -117,7 +117,8 @@ func (r *report) print(w io.Writer) {
 	}
 	if len(r.handler) > 0 {
 		row := table("The handler alone (Go benchmark)", "the caller was asked about", "ns", "bytes", "allocations")
-		for name, title := range map[string]string{"hit": "a moment ago (hit)", "miss": "not yet (miss)"} {
+		for _, name := range []string{"hit", "miss"} {
+			title := map[string]string{"hit": "a moment ago (hit)", "miss": "not yet (miss)"}[name]
 			row(title, estimateOf(r.handler[name+" ns"]).show(0), estimateOf(r.handler[name+" B"]).show(0), estimateOf(r.handler[name+" allocs"]).show(0))
 		}
 		fmt.Fprintln(w)

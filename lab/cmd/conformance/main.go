@@ -166,12 +166,7 @@ func attackLab(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() {
-		// Caddy waits for requests, and some of those that were sent never end.
-		plain.CloseClientConnections()
-		encrypted.CloseClientConnections()
-		err = errors.Join(err, l.Stop())
-	}()
+	defer func() { err = errors.Join(err, l.Stop()) }()
 
 	bob := l.Callers["bob"]
 	from, _ := bob.Server.TailscaleIPs()
