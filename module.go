@@ -16,7 +16,9 @@
 //	is it still so, in a long request?   recheck
 //	which credentials?                   transport
 //	what does a refused client read?     refusal
-//	what can be configured?              caddyfile, transport
+//	what does it ask for?                apirequest, matcher
+//	is that what is sent?                decided
+//	what can be configured?              caddyfile, transport, matcher
 package tailscaleimpersonate
 
 import (
@@ -43,7 +45,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 
-	// transport kubernetes comes with the handler: neither is complete alone.
+	// The matcher and the transport come with the handler: none is complete alone.
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/matcher"
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/transport"
 )
 
@@ -185,13 +188,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 
 	conn, decided, err := h.identify(r, asked)
 	if err != nil {
-		h.logger.Warn("request refused",
-			zap.String("reason", err.ErrStatus.Message),
-			zap.Int32("status", err.ErrStatus.Code),
-			zap.String("remote_addr", r.RemoteAddr),
-			zap.String("method", r.Method),
-			zap.String("host", r.Host),
-			zap.String("uri", r.RequestURI))
+		h.logRefusal(r, err)
 		return refusal.Write(w, err)
 	}
 	id := &decided.identity
@@ -219,12 +216,29 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	return h.explain(w, r, next.ServeHTTP(w, r))
 }
 
-// explain answers a request that reverse_proxy could not send, or got no answer
-// to, and returns any other error as it is. Caddy would answer with an empty body,
-// and kubectl report an error without a reason.
+// logRefusal says in the log what the caller reads.
+func (h *Handler) logRefusal(r *http.Request, err *apierrors.StatusError) {
+	h.logger.Warn("request refused",
+		zap.String("reason", err.ErrStatus.Message),
+		zap.Int32("status", err.ErrStatus.Code),
+		zap.String("remote_addr", r.RemoteAddr),
+		zap.String("method", r.Method),
+		zap.String("host", r.Host),
+		zap.String("uri", r.RequestURI))
+}
+
+// explain answers a request that a matcher could not decide about, or that
+// reverse_proxy could not send, or got no answer to, and returns any other error as
+// it is. Caddy would answer with an empty body, and kubectl report an error without
+// a reason.
 func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) error {
 	if err == nil {
 		return nil // and failed stays off the heap
+	}
+	var refused *apierrors.StatusError
+	if errors.As(err, &refused) {
+		h.logRefusal(r, refused)
+		return refusal.Write(w, refused)
 	}
 	var failed caddyhttp.HandlerError
 	if !errors.As(err, &failed) {

@@ -13,6 +13,7 @@
 package apirequest
 
 import (
+	"fmt"
 	"net/http"
 	"net/url"
 	"strings"
@@ -86,6 +87,9 @@ func (i Info) Class() Class {
 	return Ordinary
 }
 
+// String describes the request in a few words.
+func (i Info) String() string { return fmt.Sprintf("%s %q (%s)", i.Verb, i.Path, i.Class()) }
+
 // resolver is configured as every kube-apiserver's is.
 var resolver = request.RequestInfoFactory{
 	APIPrefixes:          sets.NewString("api", "apis"),
@@ -109,7 +113,7 @@ func Parse(r *http.Request) Info {
 		IsResourceRequest: parsed.IsResourceRequest,
 		Ambiguous:         err != nil || isAmbiguous(r.URL),
 	}
-	info.Interactive = isInteractive(info, asksForUpgrade(r.Header))
+	info.Interactive = isInteractive(info, AsksForUpgrade(r.Header))
 	return info
 }
 
@@ -133,9 +137,9 @@ func isInteractive(i Info, upgrade bool) bool {
 	return upgrade
 }
 
-// asksForUpgrade reports whether a proxy passes a request with the headers h on
-// as one that asks to upgrade the connection.
-func asksForUpgrade(h http.Header) bool {
+// AsksForUpgrade reports whether the headers h of a request ask for an upgrade of
+// the connection, in the way in which a proxy passes that on.
+func AsksForUpgrade(h http.Header) bool {
 	return len(h["Upgrade"]) > 0 && httpguts.HeaderValuesContainsToken(h["Connection"], "Upgrade")
 }
 
