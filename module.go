@@ -192,7 +192,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		return refusal.Write(w, err)
 	}
 	id := &decided.identity
-	if id.RecordingWanted {
+	if id.Recording.Wanted() {
 		h.logger.Warn("the caller's grants name session recorders, and recording is not supported yet: the session is not recorded",
 			zap.String("user", id.User),
 			zap.Stringer("remote_addr", conn.Remote))
@@ -366,6 +366,9 @@ func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) 
 	if err != nil {
 		return nil, refusal.Forbidden("no identity for %s: %v", peer, err)
 	}
+	if id.Recording.Enforce {
+		return nil, refusal.Forbidden("the grants of %s say enforceRecorder, and session recording is not supported yet", peer)
+	}
 	// What do the operators say to that?
 	if err := h.Check(peer); err != nil {
 		return nil, refusal.Forbidden("%s may not use this server: %v", peer, err)
@@ -378,7 +381,7 @@ func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) 
 	if err != nil {
 		return nil, refusal.Forbidden("%s may not use this server: %v", peer, err)
 	}
-	return newDecision(h, key.Node, id, asked), nil
+	return newDecision(h, key.Node, peer, id, asked), nil
 }
 
 // recheck returns who the peer at remote is that dialled local, as found out at
