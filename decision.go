@@ -24,6 +24,8 @@ const (
 // requests, so what each of them needs is ready in it, and it does not change.
 type decision struct {
 	identity impersonate.Identity
+	// peer is what that was decided on.
+	peer impersonate.Peer
 	// node is the tailnet node that was asked who the caller is, asked is when,
 	// and by is the handler that decided what follows from that.
 	node  *tailnet.Node
@@ -34,8 +36,8 @@ type decision struct {
 	get    caddy.ReplacerFunc
 }
 
-func newDecision(by *Handler, node *tailnet.Node, id impersonate.Identity, asked time.Time) *decision {
-	d := &decision{identity: id, node: node, asked: asked, by: by, values: map[string]any{
+func newDecision(by *Handler, node *tailnet.Node, peer impersonate.Peer, id impersonate.Identity, asked time.Time) *decision {
+	d := &decision{identity: id, peer: peer, node: node, asked: asked, by: by, values: map[string]any{
 		userID:                  id.User,
 		placeholders + "user":   id.User,
 		placeholders + "groups": strings.Join(id.Groups, ","),

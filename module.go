@@ -16,7 +16,9 @@
 //	is it still so, in a long request?   recheck
 //	which credentials?                   transport
 //	what does a refused client read?     refusal
-//	what can be configured?              caddyfile, transport
+//	what does it ask for?                apirequest, matcher
+//	is that what is sent?                decided
+//	what can be configured?              caddyfile, transport, matcher
 package tailscaleimpersonate
 
 import (
@@ -43,7 +45,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 
-	// transport kubernetes comes with the handler: neither is complete alone.
+	// The matcher and the transport come with the handler: none is complete alone.
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/matcher"
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/transport"
 )
 
@@ -185,17 +188,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 
 	conn, decided, err := h.identify(r, asked)
 	if err != nil {
-		h.logger.Warn("request refused",
-			zap.String("reason", err.ErrStatus.Message),
-			zap.Int32("status", err.ErrStatus.Code),
-			zap.String("remote_addr", r.RemoteAddr),
-			zap.String("method", r.Method),
-			zap.String("host", r.Host),
-			zap.String("uri", r.RequestURI))
+		h.logRefusal(r, err)
 		return refusal.Write(w, err)
 	}
 	id := &decided.identity
-	if id.RecordingWanted {
+	if id.Recording.Wanted() {
 		h.logger.Warn("the caller's grants name session recorders, and recording is not supported yet: the session is not recorded",
 			zap.String("user", id.User),
 			zap.Stringer("remote_addr", conn.Remote))
@@ -219,12 +216,29 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	return h.explain(w, r, next.ServeHTTP(w, r))
 }
 
-// explain answers a request that reverse_proxy could not send, or got no answer
-// to, and returns any other error as it is. Caddy would answer with an empty body,
-// and kubectl report an error without a reason.
+// logRefusal says in the log what the caller reads.
+func (h *Handler) logRefusal(r *http.Request, err *apierrors.StatusError) {
+	h.logger.Warn("request refused",
+		zap.String("reason", err.ErrStatus.Message),
+		zap.Int32("status", err.ErrStatus.Code),
+		zap.String("remote_addr", r.RemoteAddr),
+		zap.String("method", r.Method),
+		zap.String("host", r.Host),
+		zap.String("uri", r.RequestURI))
+}
+
+// explain answers a request that a matcher could not decide about, or that
+// reverse_proxy could not send, or got no answer to, and returns any other error as
+// it is. Caddy would answer with an empty body, and kubectl report an error without
+// a reason.
 func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) error {
 	if err == nil {
 		return nil // and failed stays off the heap
+	}
+	var refused *apierrors.StatusError
+	if errors.As(err, &refused) {
+		h.logRefusal(r, refused)
+		return refusal.Write(w, refused)
 	}
 	var failed caddyhttp.HandlerError
 	if !errors.As(err, &failed) {
@@ -352,6 +366,9 @@ func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) 
 	if err != nil {
 		return nil, refusal.Forbidden("no identity for %s: %v", peer, err)
 	}
+	if id.Recording.Enforce {
+		return nil, refusal.Forbidden("the grants of %s say enforceRecorder, and session recording is not supported yet", peer)
+	}
 	// What do the operators say to that?
 	if err := h.Check(peer); err != nil {
 		return nil, refusal.Forbidden("%s may not use this server: %v", peer, err)
@@ -364,7 +381,7 @@ func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) 
 	if err != nil {
 		return nil, refusal.Forbidden("%s may not use this server: %v", peer, err)
 	}
-	return newDecision(h, key.Node, id, asked), nil
+	return newDecision(h, key.Node, peer, id, asked), nil
 }
 
 // recheck returns who the peer at remote is that dialled local, as found out at

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/pattern"
 )
 
 // Rails are the options. The zero value lets everything through as it is.
@@ -105,14 +106,14 @@ func (r *Rails) Check(p impersonate.Peer) error {
 		return errors.New("the device was shared in from another tailnet, and deny_shared is on")
 	}
 	for _, tag := range p.Tags {
-		if matches(r.DenyTags, tag) {
+		if pattern.Any(r.DenyTags, tag) {
 			return fmt.Errorf("the device has the tag %s, which deny_tags names", tag)
 		}
 	}
 	if len(r.AllowTags) == 0 || !p.Tagged() {
 		return nil
 	}
-	if !slices.ContainsFunc(p.Tags, func(tag string) bool { return matches(r.AllowTags, tag) }) {
+	if !slices.ContainsFunc(p.Tags, func(tag string) bool { return pattern.Any(r.AllowTags, tag) }) {
 		return fmt.Errorf("the device has none of the tags that allow_tags names, but %s", strings.Join(p.Tags, ", "))
 	}
 	return nil
@@ -126,7 +127,7 @@ func (r *Rails) Limit(id impersonate.Identity) (limited impersonate.Identity, cu
 	limited.User = r.UserPrefix + id.User
 	limited.Groups = nil
 	for _, group := range id.Groups {
-		if (len(r.AllowGroups) > 0 && !matches(r.AllowGroups, group)) || matches(r.DenyGroups, group) {
+		if (len(r.AllowGroups) > 0 && !pattern.Any(r.AllowGroups, group)) || pattern.Any(r.DenyGroups, group) {
 			cut = append(cut, group)
 			continue
 		}
@@ -150,32 +151,6 @@ func (r *Rails) Limit(id impersonate.Identity) (limited impersonate.Identity, cu
 		}
 	}
 	return limited, cut, nil
-}
-
-// matches reports whether one of the patterns matches name.
-func matches(patterns []string, name string) bool {
-	return slices.ContainsFunc(patterns, func(pattern string) bool { return match(pattern, name) })
-}
-
-// match reports whether pattern matches all of name.
-func match(pattern, name string) bool {
-	parts := strings.Split(pattern, "*")
-	if len(parts) == 1 {
-		return name == pattern
-	}
-	first, last := parts[0], parts[len(parts)-1]
-	if len(name) < len(first)+len(last) || !strings.HasPrefix(name, first) || !strings.HasSuffix(name, last) {
-		return false
-	}
-	name = name[len(first) : len(name)-len(last)]
-	for _, part := range parts[1 : len(parts)-1] {
-		_, after, found := strings.Cut(name, part)
-		if !found {
-			return false
-		}
-		name = after
-	}
-	return true
 }
 
 // checkPattern returns an error if pattern matches no name that starts with prefix.

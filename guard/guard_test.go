@@ -115,34 +115,6 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-func TestMatch(t *testing.T) {
-	for _, tt := range []struct {
-		pattern string
-		yes, no []string
-	}{
-		{"a", groups("a"), groups("", "aa", "b", "A")},
-		{"*", groups("", "a", "a:b/c"), nil},
-		{"a*", groups("a", "ab", "a*"), groups("ba", "")},
-		{"*a", groups("a", "ba"), groups("ab")},
-		{"a*a", groups("aa", "aba"), groups("a", "ab")},
-		{"a*b*c", groups("abc", "axbxc", "abbc"), groups("ac", "acb", "abcd")},
-		{"*b*", groups("b", "abc"), groups("ac")},
-		{"a**c", groups("ac", "abc"), groups("a")},
-		{"a?[b]", groups("a?[b]"), groups("axb", "ax[b]")},
-	} {
-		for _, name := range tt.yes {
-			if !match(tt.pattern, name) {
-				t.Errorf("%q does not match %q; want it to", tt.pattern, name)
-			}
-		}
-		for _, name := range tt.no {
-			if match(tt.pattern, name) {
-				t.Errorf("%q matches %q; want it not to", tt.pattern, name)
-			}
-		}
-	}
-}
-
 func TestValidate(t *testing.T) {
 	for _, ok := range []Rails{
 		{}, {AllowGroups: groups("*", "system:masters", "a b")}, {DenyTags: groups("tag:ci", "tag:*", "*", "t*", "ta*i")},

@@ -41,9 +41,8 @@ type Identity struct {
 	Source Source
 	// Node is the tailnet name of the device that the caller used.
 	Node string
-	// RecordingWanted reports whether the grants name recorders for sessions,
-	// without insisting: grants that insist are an error.
-	RecordingWanted bool
+	// Recording is what the grants say about the recording of sessions.
+	Recording Recording
 }
 
 // Identity returns who the API server is to be told that p is.
@@ -55,8 +54,8 @@ type Identity struct {
 //	tagged   some               node name    those
 //
 // Grants are read from the first of capabilities that p has. It is an error,
-// with a zero Identity, if they cannot be read, if they insist on a session
-// recording, or if the user or a group is not a name that can be impersonated.
+// with a zero Identity, if they cannot be read, or if the user or a group is not
+// a name that can be impersonated.
 func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, error) {
 	id := Identity{User: p.user(), Source: SourceNone, Node: p.Node}
 	if err := checkUser(id.User); err != nil {
@@ -67,13 +66,8 @@ func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, error) 
 		return Identity{}, err
 	}
 	for _, rule := range rules {
-		if rule.EnforceRecorder {
-			return Identity{}, fmt.Errorf("the grants of %s say enforceRecorder, and session recording is not supported yet", p)
-		}
-		// The control server turns the names of recorders into addresses; one
-		// that does not leaves the wish standing all the same.
-		if len(rule.Recorders) > 0 || len(rule.RecorderAddrs) > 0 {
-			id.RecordingWanted = true
+		if err := id.Recording.add(rule); err != nil {
+			return Identity{}, fmt.Errorf("the grants of %s cannot be read: %w", p, err)
 		}
 		if rule.Impersonate == nil {
 			continue

@@ -17,12 +17,16 @@ type Peer struct {
 	// Node is the peer's tailnet name without the final dot
 	// ("laptop.example.ts.net").
 	Node string
+	// NodeID is what the control server calls it, for good.
+	NodeID tailcfg.StableNodeID
 	// Tags are the peer's tags ("tag:k8s-readers"). A device with tags belongs
 	// to no user.
 	Tags []string
 	// Login is the login name of the user that the peer belongs to, empty for a
 	// tagged device.
 	Login string
+	// UserID is what the control server calls that user, zero for a tagged device.
+	UserID tailcfg.UserID
 	// Shared reports whether the peer was shared in from another tailnet. Its
 	// tags are that tailnet's and mean nothing in this one.
 	Shared bool
@@ -41,6 +45,7 @@ func PeerFrom(who *apitype.WhoIsResponse) (Peer, error) {
 	}
 	p := Peer{
 		Node:         strings.TrimSuffix(who.Node.Name, "."),
+		NodeID:       who.Node.StableID,
 		Tags:         slices.Clone(who.Node.Tags),
 		Shared:       who.Node.Sharer != 0 || (who.Node.Hostinfo.Valid() && who.Node.Hostinfo.ShareeNode()),
 		Capabilities: who.CapMap,
@@ -52,6 +57,7 @@ func PeerFrom(who *apitype.WhoIsResponse) (Peer, error) {
 		return Peer{}, errors.New("the tailnet node's answer names no user for an untagged device")
 	}
 	p.Login = who.UserProfile.LoginName
+	p.UserID = who.Node.User
 	return p, nil
 }
 

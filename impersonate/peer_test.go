@@ -17,7 +17,7 @@ import (
 // one rule for tailscale.com/cap/kubernetes.
 func aUser(login string, grants ...string) *apitype.WhoIsResponse {
 	return &apitype.WhoIsResponse{
-		Node:        &tailcfg.Node{Name: "laptop.example.ts.net."},
+		Node:        &tailcfg.Node{Name: "laptop.example.ts.net.", StableID: "nLaptop", User: 7},
 		UserProfile: &tailcfg.UserProfile{LoginName: login},
 		CapMap:      capMap(grants...),
 	}
@@ -27,7 +27,7 @@ func aUser(login string, grants ...string) *apitype.WhoIsResponse {
 // gives the user "tagged-devices".
 func aDevice(name string, tags []string, grants ...string) *apitype.WhoIsResponse {
 	return &apitype.WhoIsResponse{
-		Node:        &tailcfg.Node{Name: name, Tags: tags},
+		Node:        &tailcfg.Node{Name: name, StableID: "nDevice", User: 8, Tags: tags},
 		UserProfile: &tailcfg.UserProfile{LoginName: "tagged-devices"},
 		CapMap:      capMap(grants...),
 	}
@@ -66,11 +66,11 @@ func TestPeerFrom(t *testing.T) {
 	}{
 		{
 			"user's device", aUser("alice@example.com", `{}`),
-			impersonate.Peer{Node: "laptop.example.ts.net", Login: "alice@example.com", Capabilities: grants},
+			impersonate.Peer{Node: "laptop.example.ts.net", NodeID: "nLaptop", Login: "alice@example.com", UserID: 7, Capabilities: grants},
 		},
 		{
 			"tagged device has no login", own,
-			impersonate.Peer{Node: "ci.example.ts.net", Tags: []string{"tag:ci"}},
+			impersonate.Peer{Node: "ci.example.ts.net", NodeID: "nDevice", Tags: []string{"tag:ci"}},
 		},
 		{
 			"tagged device without a user profile", &apitype.WhoIsResponse{Node: &tailcfg.Node{Name: "ci.example.ts.net.", Tags: []string{"tag:ci"}}},
@@ -78,7 +78,7 @@ func TestPeerFrom(t *testing.T) {
 		},
 		{
 			"shared-in device", sharedIn(aUser("bob@example.org")),
-			impersonate.Peer{Node: "laptop.example.ts.net", Login: "bob@example.org", Shared: true},
+			impersonate.Peer{Node: "laptop.example.ts.net", NodeID: "nLaptop", Login: "bob@example.org", UserID: 7, Shared: true},
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

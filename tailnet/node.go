@@ -14,6 +14,7 @@ import (
 
 	"tailscale.com/client/local"
 	"tailscale.com/client/tailscale/apitype"
+	"tailscale.com/net/tsaddr"
 	"tailscale.com/tsnet"
 )
 
@@ -54,6 +55,10 @@ type Node struct {
 	// ("k8s.example.ts.net"), empty if it gives none.
 	DNSName func(ctx context.Context) (string, error)
 
+	// DialPeer connects to an address of the tailnet, as the node. Use
+	// [Node.Dial].
+	DialPeer func(ctx context.Context, network, address string) (net.Conn, error)
+
 	// lastName is the last result of DNSName.
 	lastName atomic.Pointer[string]
 }
@@ -84,7 +89,25 @@ func FromServer(s *tsnet.Server) *Node {
 			}
 			return strings.TrimSuffix(status.Self.DNSName, "."), nil
 		},
+		DialPeer: s.Dial,
 	}
+}
+
+// Dial connects to the peer at address, an IP address and a port, as this node.
+// Any other address is refused: the node would dial it over the network of its
+// host, and what is meant for a peer is not encrypted there.
+func (n *Node) Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	peer, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return nil, err
+	}
+	if !tsaddr.IsTailscaleIP(peer.Addr()) {
+		return nil, fmt.Errorf("%v is not an address of a tailnet", peer.Addr())
+	}
+	if n.Is(peer.Addr().Unmap()) {
+		return nil, ErrSelf
+	}
+	return n.DialPeer(ctx, network, address)
 }
 
 // WhoIs returns who the peer at remote is, with the capabilities that it was

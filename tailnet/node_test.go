@@ -5,6 +5,7 @@ package tailnet
 import (
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 	"strings"
 	"testing"
@@ -332,6 +333,37 @@ func TestHostname(t *testing.T) {
 	} {
 		if got := Hostname(host); got != want {
 			t.Errorf("Hostname(%q): got %q; want %q", host, got, want)
+		}
+	}
+}
+
+// What a node sends to a peer is encrypted by the tailnet alone.
+func TestDialIsForPeersOnly(t *testing.T) {
+	dialled := ""
+	n := &Node{
+		Addrs: func() (ip4, ip6 netip.Addr) { return node4, node6 },
+		DialPeer: func(_ context.Context, network, address string) (net.Conn, error) {
+			dialled = network + " " + address
+			return nil, nil
+		},
+	}
+	for _, address := range []string{
+		"192.0.2.1:80", "127.0.0.1:80", "[2001:db8::1]:80", "[::ffff:192.0.2.1]:80", "recorder:80", "100.64.0.9", "", ":80",
+		netip.AddrPortFrom(node4, 80).String(), netip.AddrPortFrom(node6, 80).String(),
+	} {
+		if _, err := n.Dial(t.Context(), "tcp", address); err == nil {
+			t.Errorf("%q: got no error; want one", address)
+		}
+		if dialled != "" {
+			t.Fatalf("dialled %q", dialled)
+		}
+	}
+	for _, address := range []string{"100.100.0.9:80", "[fd7a:115c:a1e0::9]:80"} {
+		if _, err := n.Dial(t.Context(), "tcp", address); err != nil {
+			t.Errorf("%q: %v", address, err)
+		}
+		if want := "tcp " + address; dialled != want {
+			t.Errorf("dialled %q; want %q", dialled, want)
 		}
 	}
 }

@@ -23,6 +23,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/net/http/httpguts"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/decided"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 )
@@ -134,6 +135,10 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 		return refusal.Response(r, refusal.Forbidden("credentials client takes the caller's own credentials, which tailscale_impersonate in front of it has removed"))
 	case t.Credentials != Client && !identified:
 		return refusal.Response(r, refusal.Forbidden("the request has no identity: it reached transport kubernetes without passing tailscale_impersonate"))
+	}
+	// What a matcher was asked about has to be what is sent.
+	if refused := decided.Check(r); refused != nil {
+		return refusal.Response(r, refused)
 	}
 	if t.unusable != nil {
 		return refusal.Response(r, refusal.Unavailable("no cluster: %v", t.unusable))

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package decided_test
+
+import (
+	"context"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/decided"
+)
+
+// newRequest returns a request with variables, as Caddy's server makes it.
+func newRequest(method, target string) *http.Request {
+	r := httptest.NewRequest(method, target, nil)
+	return r.WithContext(context.WithValue(r.Context(), caddyhttp.VarsCtxKey, make(map[string]any)))
+}
+
+func TestWhatIsSentHasToBeWhatWasDecidedAbout(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		rewrite func(*http.Request)
+		refused bool
+	}{
+		{"nothing", func(*http.Request) {}, false},
+		{"another host", func(r *http.Request) { r.URL.Scheme, r.URL.Host, r.Host = "https", "k8s", "k8s" }, false},
+		{"another spelling", func(r *http.Request) { r.URL.RawPath = "/api/v1/namespaces/a/p%6Fds/p" }, false},
+		{"another header", func(r *http.Request) { r.Header.Set("Upgrade", "websocket") }, false},
+		{"another query", func(r *http.Request) { r.URL.RawQuery = "pretty=1" }, false},
+		{"another method", func(r *http.Request) { r.Method = http.MethodDelete }, true},
+		{"another path", func(r *http.Request) { r.URL.Path = "/api/v1/namespaces/b/pods/p" }, true},
+		{"an opaque URL", func(r *http.Request) { r.URL.Opaque = "/api/v1/namespaces/b/pods/p" }, true},
+		{"an ambiguous spelling", func(r *http.Request) { r.URL.RawPath = "/api/v1/namespaces/a/pods%2Fp" }, true},
+		{"an upgrade", func(r *http.Request) {
+			r.Header.Set("Connection", "Upgrade")
+			r.Header.Set("Upgrade", "websocket")
+		}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newRequest("GET", "/api/v1/namespaces/a/pods/p")
+			tt.rewrite(r)
+			if err := decided.Check(r); err != nil {
+				t.Fatalf("without a decision: %v", err)
+			}
+
+			r = newRequest("GET", "/api/v1/namespaces/a/pods/p")
+			if got := decided.On(r); got.Name != "p" || got.Ambiguous {
+				t.Fatalf("got %+v; want a GET of pod p", got)
+			}
+			tt.rewrite(r)
+			err := decided.Check(r)
+			if (err != nil) != tt.refused {
+				t.Fatalf("got error %v; want one: %v", err, tt.refused)
+			}
+			if err != nil && (err.ErrStatus.Code != http.StatusForbidden || !strings.Contains(err.ErrStatus.Message, `get "/api/v1/namespaces/a/pods/p" (ordinary)`)) {
+				t.Errorf("got %+v; want a 403 that says what was decided about", err.ErrStatus)
+			}
+		})
+	}
+}
+
+// A list becomes a watch by its query.
+func TestTheQueryCountsWhereItSaysWhatIsAskedFor(t *testing.T) {
+	r := newRequest("GET", "/api/v1/pods")
+	if got := decided.On(r).Verb; got != "list" {
+		t.Fatalf("got verb %s; want list", got)
+	}
+	r.URL.RawQuery = "watch=1"
+	if decided.Check(r) == nil {
+		t.Error("a watch would be sent, where a list was decided about")
+	}
+}
+
+func TestEveryDecisionCounts(t *testing.T) {
+	r := newRequest("GET", "/cluster/api/v1/pods")
+	decided.On(r)
+	r.URL.Path = "/api/v1/pods"
+	if got := decided.On(r).Resource; got != "pods" {
+		t.Fatalf("got resource %q; want pods", got)
+	}
+	if decided.Check(r) == nil {
+		t.Error("the request would be sent, and is not the one that the first decision was about")
+	}
+}
+
+func TestARefusalIsKeptThatNobodyGave(t *testing.T) {
+	r := newRequest("GET", "/api/v1//pods")
+	if !decided.On(r).Ambiguous {
+		t.Fatal("got an unambiguous request")
+	}
+	if err := decided.Check(r); err != nil {
+		t.Errorf("somebody asked and did not mind that it is ambiguous: %v", err)
+	}
+	answer := decided.Refuse(r)
+	if answer.ErrStatus.Code != http.StatusBadRequest || !strings.Contains(answer.ErrStatus.Message, `"/api/v1//pods"`) {
+		t.Errorf("got %+v; want a 400 that names the path", answer.ErrStatus)
+	}
+	// Not even after it was made a better one.
+	r.URL.Path = "/api/v1/pods"
+	if decided.Check(r) == nil {
+		t.Error("the request would be sent after it was refused")
+	}
+}
+
+func TestWhatCannotBeWrittenDownIsAmbiguous(t *testing.T) {
+	r := httptest.NewRequest("GET", "/api/v1/pods", nil)
+	if !decided.On(r).Ambiguous {
+		t.Error("without variables: got an unambiguous request")
+	}
+	decided.Refuse(r)
+
+	r = newRequest("GET", "/api/v1/pods")
+	caddyhttp.SetVar(r.Context(), "tailscale_impersonate.decided", "a config's own")
+	if !decided.On(r).Ambiguous {
+		t.Error("with the variable taken: got an unambiguous request")
+	}
+	if decided.Check(r) == nil {
+		t.Error("the request would be sent, with the variable overwritten")
+	}
+}
+
+// Requests about which nobody asks pay a look into a map.
+func TestCheckAllocatesNothing(t *testing.T) {
+	r := newRequest("GET", "/api/v1/pods")
+	if n := testing.AllocsPerRun(100, func() { _ = decided.Check(r) }); n > 0 {
+		t.Errorf("got %v allocations without a decision; want none", n)
+	}
+	decided.On(r)
+	if n := testing.AllocsPerRun(100, func() { _, _ = decided.On(r), decided.Check(r) }); n > 0 {
+		t.Errorf("got %v allocations where the request has been parsed; want none", n)
+	}
+}
