@@ -24,6 +24,7 @@ import (
 	"golang.org/x/net/http/httpguts"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 )
 
@@ -137,6 +138,9 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	if t.unusable != nil {
 		return refusal.Response(r, refusal.Unavailable("no cluster: %v", t.unusable))
+	}
+	if err := recording.Confirm(r); err != nil {
+		return refusal.Response(r, err)
 	}
 	if protocols, ok := upgradeAllowed(r.Header); !ok {
 		return refusal.Response(r, refusal.BadRequest("cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", protocols))
