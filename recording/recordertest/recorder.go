@@ -43,7 +43,7 @@ type Recorder struct {
 	mu         sync.Mutex
 	mode       Mode
 	recordings []*Recording
-	conns      map[net.Conn]bool
+	conns      map[*conn]bool
 }
 
 // Recording is what a recorder has received in one upload.
@@ -73,12 +73,12 @@ func (r *Recording) Err() error { return r.err }
 
 // New returns a recorder.
 func New() *Recorder {
-	r := &Recorder{closed: make(chan struct{}), conns: make(map[net.Conn]bool)}
+	r := &Recorder{closed: make(chan struct{}), conns: make(map[*conn]bool)}
 	mux := http.NewServeMux()
 	mux.HandleFunc("HEAD /v2/record", r.probe)
 	mux.HandleFunc("POST /v2/record", r.record2)
 	mux.HandleFunc("POST /record", r.record1)
-	r.server = &http.Server{Handler: mux, Protocols: new(http.Protocols), ConnState: r.track}
+	r.server = &http.Server{Handler: mux, Protocols: new(http.Protocols)}
 	r.server.Protocols.SetHTTP1(true)
 	r.server.Protocols.SetUnencryptedHTTP2(true)
 	return r
@@ -86,7 +86,7 @@ func New() *Recorder {
 
 // Serve serves ln until Close.
 func (r *Recorder) Serve(ln net.Listener) error {
-	if err := r.server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+	if err := r.server.Serve(listener{ln, r}); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil
@@ -111,9 +111,10 @@ func (r *Recorder) SetMode(m Mode) {
 func (r *Recorder) Cut() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for conn := range r.conns {
-		_ = conn.Close()
+	for c := range r.conns {
+		_ = c.Conn.Close()
 	}
+	clear(r.conns)
 }
 
 // Take returns the recordings that have begun since the last call.
@@ -132,14 +133,38 @@ func (r *Recorder) Conns() int {
 	return len(r.conns)
 }
 
-func (r *Recorder) track(conn net.Conn, state http.ConnState) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if state == http.StateClosed || state == http.StateHijacked {
-		delete(r.conns, conn)
-		return
+// listener accepts connections that the recorder remembers, those that turn into
+// HTTP/2 included.
+type listener struct {
+	net.Listener
+	recorder *Recorder
+}
+
+// Accept implements [net.Listener].
+func (l listener) Accept() (net.Conn, error) {
+	nc, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
 	}
-	r.conns[conn] = true
+	c := &conn{nc, l.recorder}
+	l.recorder.mu.Lock()
+	defer l.recorder.mu.Unlock()
+	l.recorder.conns[c] = true
+	return c, nil
+}
+
+// conn is a connection that tells its recorder when it is closed.
+type conn struct {
+	net.Conn
+	recorder *Recorder
+}
+
+// Close implements [net.Conn].
+func (c *conn) Close() error {
+	c.recorder.mu.Lock()
+	defer c.recorder.mu.Unlock()
+	delete(c.recorder.conns, c)
+	return c.Conn.Close()
 }
 
 // treat returns the mode. It does not return while there is nothing to answer, and
