@@ -194,7 +194,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 			zap.String("uri", r.RequestURI))
 		return refusal.Write(w, err)
 	}
-	id := &decided.identity
+	id := h.identityFor(r, decided)
 	if id.RecordingWanted {
 		h.logger.Warn("the caller's grants name session recorders, and recording is not supported yet: the session is not recorded",
 			zap.String("user", id.User),
@@ -212,7 +212,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	r = r.WithContext(impersonate.NewContext(r.Context(), id))
 	id.SetHeaders(r.Header)
 	// It must not remain on the request that handle_errors starts over with.
-	defer impersonate.RemoveHeaders(r.Header)
+	defer id.RemoveHeaders(r.Header)
 	// Trailers arrive behind the body, when headers have long been looked at.
 	// The API server has no use for any.
 	r.Trailer = nil
@@ -363,6 +363,11 @@ func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) 
 	}
 	if err != nil {
 		return nil, refusal.Forbidden("%s may not use this server: %v", peer, err)
+	}
+	if h.Audit {
+		if id, err = peer.Audited(id, key.Remote); err != nil {
+			return nil, refusal.Forbidden("no identity for %s: %v", peer, err)
+		}
 	}
 	return newDecision(h, key.Node, id, asked), nil
 }

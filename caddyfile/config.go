@@ -50,6 +50,18 @@ type Config struct {
 	//   person's permissions.
 	ClientImpersonation string `json:"client_impersonation,omitempty"`
 
+	// Whether the API server is told more about the caller than user and groups,
+	// for its audit log and its admission policies: as UID the ID of the tailnet
+	// user, or of a tagged device, and as extra fields
+	// `tailscale-impersonate.github.io/` followed by `node`, `node-id`, `address`,
+	// `tags`, `groups-source` and `request-id`. The last is also the ID of the
+	// request in the audit log (`Audit-ID`) and in Caddy's access log (`uuid`).
+	//
+	// The proxy's account needs the right to impersonate UIDs and these fields.
+	//
+	// Default: `false`.
+	Audit bool `json:"audit,omitempty"`
+
 	// The web origins (`https://dashboard.example.com`) whose pages may send
 	// requests. Identity on a tailnet is ambient: a page that any user of a
 	// device opens in a browser could act as that user, so a request that a

@@ -4,6 +4,7 @@ package impersonate
 
 import (
 	"net/http"
+	"slices"
 	"strings"
 
 	"golang.org/x/net/http/httpguts"
@@ -117,12 +118,32 @@ func (id *Identity) SetHeaders(h http.Header) {
 	} else {
 		delete(h, transport.ImpersonateGroupHeader)
 	}
+	if id.UID != "" {
+		h[transport.ImpersonateUIDHeader] = []string{id.UID}
+	}
+	for key, values := range id.Extra {
+		h[extraHeader(key)] = slices.Clone(values)
+	}
+	if id.RequestID != "" {
+		h[auditIDHeader] = []string{id.RequestID}
+		h[extraHeader(ExtraRequestID)] = []string{id.RequestID}
+	}
 }
 
 // RemoveHeaders removes from h what SetHeaders writes.
-func RemoveHeaders(h http.Header) {
+func (id *Identity) RemoveHeaders(h http.Header) {
 	delete(h, transport.ImpersonateUserHeader)
 	delete(h, transport.ImpersonateGroupHeader)
+	if id.UID != "" {
+		delete(h, transport.ImpersonateUIDHeader)
+	}
+	for key := range id.Extra {
+		delete(h, extraHeader(key))
+	}
+	if id.RequestID != "" {
+		delete(h, auditIDHeader)
+		delete(h, extraHeader(ExtraRequestID))
+	}
 }
 
 // stripBearerProtocol removes bearer tokens from the list of subprotocols in

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"tailscale.com/client/tailscale/apitype"
@@ -17,12 +18,18 @@ type Peer struct {
 	// Node is the peer's tailnet name without the final dot
 	// ("laptop.example.ts.net").
 	Node string
+	// NodeID is the stable ID of the peer's device, which a new name does not
+	// change.
+	NodeID string
 	// Tags are the peer's tags ("tag:k8s-readers"). A device with tags belongs
 	// to no user.
 	Tags []string
 	// Login is the login name of the user that the peer belongs to, empty for a
 	// tagged device.
 	Login string
+	// UserID is the ID of that user, which a new login name does not change. Empty
+	// for a tagged device.
+	UserID string
 	// Shared reports whether the peer was shared in from another tailnet. Its
 	// tags are that tailnet's and mean nothing in this one.
 	Shared bool
@@ -41,6 +48,7 @@ func PeerFrom(who *apitype.WhoIsResponse) (Peer, error) {
 	}
 	p := Peer{
 		Node:         strings.TrimSuffix(who.Node.Name, "."),
+		NodeID:       string(who.Node.StableID),
 		Tags:         slices.Clone(who.Node.Tags),
 		Shared:       who.Node.Sharer != 0 || (who.Node.Hostinfo.Valid() && who.Node.Hostinfo.ShareeNode()),
 		Capabilities: who.CapMap,
@@ -52,6 +60,9 @@ func PeerFrom(who *apitype.WhoIsResponse) (Peer, error) {
 		return Peer{}, errors.New("the tailnet node's answer names no user for an untagged device")
 	}
 	p.Login = who.UserProfile.LoginName
+	if id := who.UserProfile.ID; !id.IsZero() {
+		p.UserID = strconv.FormatInt(int64(id), 10)
+	}
 	return p, nil
 }
 

@@ -39,6 +39,7 @@ type Reason string
 // The reasons.
 const (
 	LostGroup   Reason = "lost_group"  // the caller is no longer in a group
+	LostTag     Reason = "lost_tag"    // the caller's device no longer has a tag
 	OtherUser   Reason = "other_user"  // the caller is another user by now
 	Refused     Reason = "refused"     // the caller would be refused by now
 	Unconfirmed Reason = "unconfirmed" // for too long, nobody could tell
@@ -217,6 +218,19 @@ func lost(had, has *impersonate.Identity) (Reason, string) {
 	for _, group := range had.Groups {
 		if !slices.Contains(has.Groups, group) {
 			return LostGroup, fmt.Sprintf("%s is no longer in group %s", had.User, group)
+		}
+	}
+	// What the API server was told beyond that may have let the request in as well,
+	// by an admission policy. A config that no longer tells it has no say in that.
+	if had.UID != has.UID && had.UID != "" && has.UID != "" {
+		return OtherUser, fmt.Sprintf("%s is another one of that name by now", had.User)
+	}
+	if has.Extra == nil {
+		return "", ""
+	}
+	for _, tag := range had.Extra[impersonate.ExtraTags] {
+		if !slices.Contains(has.Extra[impersonate.ExtraTags], tag) {
+			return LostTag, fmt.Sprintf("the device of %s no longer has the tag %s", had.User, tag)
 		}
 	}
 	return "", ""

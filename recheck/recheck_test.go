@@ -199,6 +199,40 @@ func TestWhoLosesAccessIsEndedWithinTheInterval(t *testing.T) {
 	}
 }
 
+// What an admission policy may have gone by is looked at as well.
+func TestWhoLosesWhatTheAPIServerWasToldIsEnded(t *testing.T) {
+	told := func(uid string, tags ...string) *impersonate.Identity {
+		return &impersonate.Identity{User: "ci.example.ts.net", UID: uid, Extra: map[string][]string{impersonate.ExtraTags: tags}}
+	}
+	for _, tt := range []struct {
+		name   string
+		now    *impersonate.Identity
+		reason Reason // none: the request goes on
+	}{
+		{"lost a tag", told("n1", "tag:b"), LostTag},
+		{"is another device of that name", told("n2", "tag:a", "tag:b"), OtherUser},
+		{"has a tag more", told("n1", "tag:c", "tag:b", "tag:a"), ""},
+		{"audit was turned off", &impersonate.Identity{User: "ci.example.ts.net"}, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				n := newNetwork()
+				n.knows(aliceAddr, tt.now)
+				site := new(Config).NewSite(nil, nil, n.rules())
+				c := connect(t, aliceAddr)
+				defer site.Open(c.conn, told("n1", "tag:a", "tag:b"), time.Now()).Close()
+				time.Sleep(interval)
+				synctest.Wait()
+				if tt.reason == "" {
+					c.wantOpen(t)
+					return
+				}
+				c.wantEnded(t, tt.reason, "ci.example.ts.net")
+			})
+		})
+	}
+}
+
 func TestGainingSomethingEndsNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
