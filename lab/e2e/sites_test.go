@@ -31,6 +31,7 @@ const (
 	portHTTP3            = "8443" // TLS with HTTP/3
 	portGroupRails       = "8012" // limits on groups, and prefixes
 	portDeviceRails      = "8013" // limits on devices
+	portAudit            = "8021" // audit
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
 
@@ -113,6 +114,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portStrip, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation strip\n\t}\n"+toCluster) +
 		site("http://:"+portGroupRails, k8s, "\ttailscale_impersonate {\n\t\tallow_groups a b system:*\n\t\tdeny_groups system:masters b\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
 		site("http://:"+portDeviceRails, k8s, "\ttailscale_impersonate {\n\t\trequire_groups\n\t\tallow_tags tag:k8s-*\n\t\tdeny_tags tag:k8s-ops\n\t\tdeny_shared\n\t}\n"+toCluster) +
+		site("http://:"+portAudit, k8s, "\ttailscale_impersonate {\n\t\taudit\n\t}\n"+toCluster) +
 		site("http://:"+portProxyProtocol, k8s, impersonate+toPlain) +
 		site("http://:"+portTwoNodes, k8s+" tailscale/"+secondNode, impersonate+toPlain) +
 		site("http://:"+portSameAddress, k8s+" tailscale/"+secondNode+" tailscale/"+foreignNode, impersonate+toPlain) +
