@@ -11,13 +11,19 @@ import (
 )
 
 // identityFor returns the identity that r is sent on with: that of the decision,
-// with an ID for r alone if the API server's audit log is to have one.
-func (h *Handler) identityFor(r *http.Request, decided *decision) *impersonate.Identity {
-	if !h.Audit {
+// with what is r's alone, if there is anything: its ID in the API server's audit
+// log, and whom it wants to act as.
+func (h *Handler) identityFor(r *http.Request, decided *decision, target *impersonate.Target) *impersonate.Identity {
+	if !h.Audit && target == nil {
 		return &decided.identity
 	}
 	own := decided.identity
-	own.RequestID = requestID(r)
+	if h.Audit {
+		own.RequestID = requestID(r)
+	}
+	if target != nil {
+		own.Wish = &impersonate.Wish{Target: target, MaxAge: h.TTL()}
+	}
 	return &own
 }
 

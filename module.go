@@ -117,6 +117,11 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	server.RegisterConnContext(tailnet.ConnContext)
 	warnOfBuffers(h.logger, server)
+	if h.ClientImpersonation == caddyfile.Authorize {
+		if err := checkTransports(server); err != nil {
+			return err
+		}
+	}
 	countRevocations(ctx.GetMetricsRegistry())
 	app, err := ctx.App("events")
 	if err != nil {
@@ -140,6 +145,7 @@ func (h *Handler) setUp(sites *recheck.Config, listeners []string) (err error) {
 		Interval: h.Interval(),
 		Grace:    h.Grace(),
 		Identify: h.recheck,
+		MayBe:    h.mayBe,
 		Ended:    h.accessWithdrawn,
 	})
 	return nil
@@ -181,9 +187,14 @@ func (h *Handler) Cleanup() error {
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	// First of all, so that whatever is decided below and whatever runs next,
 	// nothing that the client says about itself is left to be believed.
+	target, err := h.target(r)
 	asked := impersonate.StripClient(r.Header)
 
-	conn, decided, err := h.identify(r, asked)
+	var conn *tailnet.Conn
+	var decided *decision
+	if err == nil {
+		conn, decided, err = h.identify(r, asked)
+	}
 	if err != nil {
 		h.logger.Warn("request refused",
 			zap.String("reason", err.ErrStatus.Message),
@@ -194,7 +205,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 			zap.String("uri", r.RequestURI))
 		return refusal.Write(w, err)
 	}
-	id := h.identityFor(r, decided)
+	id := h.identityFor(r, decided, target)
 	if id.RecordingWanted {
 		h.logger.Warn("the caller's grants name session recorders, and recording is not supported yet: the session is not recorded",
 			zap.String("user", id.User),
@@ -205,6 +216,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	// From here on the caller can lose what it had, and the request ends.
 	request := h.site.Open(conn, id, decided.asked)
 	defer request.Close()
+	if id.Wish != nil {
+		id.Wish.Granted = request.Require
+	}
 
 	// The identity travels in the context as well: transport kubernetes takes
 	// it from there and writes the headers anew, so that no handler and no
@@ -283,17 +297,10 @@ func (h *Handler) identify(r *http.Request, asked string) (_ *tailnet.Conn, _ *d
 		}
 		conn.Note.Store(decided)
 	}
-	if asked != "" && h.ClientImpersonation != caddyfile.Strip && !passedAnother(r) {
-		return nil, nil, refusal.Forbidden("%s may not act as somebody else: the request asks for it with the header %s, as kubectl --as does", decided.identity.User, asked)
+	if refused = h.checkAsked(r, asked, decided.identity.User); refused != nil {
+		return nil, nil, refused
 	}
 	return conn, decided, nil
-}
-
-// passedAnother reports whether a handler like this one has seen r before: the
-// impersonation headers are its own then.
-func passedAnother(r *http.Request) bool {
-	_, ok := impersonate.FromContext(r.Context())
-	return ok
 }
 
 // decidedOn returns what was decided about requests on conn a moment ago, nil if

@@ -25,8 +25,9 @@ import (
 
 // What Config.ClientImpersonation can be.
 const (
-	Reject = "reject"
-	Strip  = "strip"
+	Reject    = "reject"
+	Strip     = "strip"
+	Authorize = "authorize"
 )
 
 // Config is the configuration of the tailscale_impersonate handler. The zero
@@ -48,6 +49,10 @@ type Config struct {
 	// - `strip` ignores what the client asked for and sends the request on as
 	//   the caller. The user of `kubectl --as` is then told about the wrong
 	//   person's permissions.
+	// - `authorize` sends the request on as whom the client asked for if the API
+	//   server says that the caller itself may impersonate that, and with the
+	//   caller in extra fields. It needs `transport kubernetes`, whose account asks
+	//   (`create` on `subjectaccessreviews`).
 	ClientImpersonation string `json:"client_impersonation,omitempty"`
 
 	// Whether the API server is told more about the caller than user and groups,
@@ -141,9 +146,9 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("capability %q: a capability name holds no blanks", c.Capability)
 	}
 	switch c.ClientImpersonation {
-	case "", Reject, Strip:
+	case "", Reject, Strip, Authorize:
 	default:
-		return fmt.Errorf("client_impersonation %q: must be %s or %s", c.ClientImpersonation, Reject, Strip)
+		return fmt.Errorf("client_impersonation %q: must be %s, %s or %s", c.ClientImpersonation, Reject, Strip, Authorize)
 	}
 	if c.TTL() < 0 {
 		return fmt.Errorf("cache_ttl %v: must not be negative", c.TTL())

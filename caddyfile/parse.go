@@ -11,7 +11,7 @@ import (
 //
 //	tailscale_impersonate [<matcher>] {
 //	    capability           <name>
-//	    client_impersonation reject|strip
+//	    client_impersonation reject|strip|authorize
 //	    audit
 //	    allow_origins        <origin...>
 //	    allow_hosts          <host...>

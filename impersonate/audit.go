@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"k8s.io/client-go/transport"
@@ -30,6 +31,9 @@ const (
 // AuditExtras are the keys that [Peer.Audited] and a request's ID add up to: those
 // that the proxy's account has to be allowed to impersonate.
 var AuditExtras = []string{ExtraNode, ExtraNodeID, ExtraAddress, ExtraTags, ExtraGroupsSource, ExtraRequestID}
+
+// OriginalExtras are the keys that [Identity.As] adds to those.
+var OriginalExtras = []string{ExtraOriginalUser, ExtraOriginalUID, ExtraOriginalGroups, ExtraNode}
 
 // auditIDHeader names a request in the API server's audit log.
 const auditIDHeader = "Audit-Id"
@@ -82,7 +86,7 @@ func extraHeader(key string) string {
 // are written are of these.
 var ownExtraHeaders = func() map[string]string {
 	names := make(map[string]string)
-	for _, key := range AuditExtras {
+	for _, key := range slices.Concat(AuditExtras, OriginalExtras) {
 		names[key] = encodeExtraHeader(key)
 	}
 	return names

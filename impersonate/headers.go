@@ -105,9 +105,22 @@ func setUpgrade(h http.Header, upgrade bool) {
 	}
 }
 
+// unanswered is what a request says for a UID, and without a user, that must not be
+// sent before it is known whether its caller may act as somebody else. The API
+// server refuses all that have a UID and no user, and kubectl prints this.
+const unanswered = "kubectl --as needs transport kubernetes"
+
 // SetHeaders writes id into h. Other impersonation headers that h holds must have
 // been removed.
+//
+// A caller that wants to act as somebody else must be sent neither as itself, who
+// may have more rights than it wanted to use, nor as the other. What is written
+// then is refused by every API server.
 func (id *Identity) SetHeaders(h http.Header) {
+	if id.Wish != nil {
+		h[transport.ImpersonateUIDHeader] = []string{unanswered}
+		return
+	}
 	// Values of its own, because header operations further on edit them in place.
 	values := make([]string, 1+len(id.Groups))
 	values[0] = id.User
@@ -134,7 +147,7 @@ func (id *Identity) SetHeaders(h http.Header) {
 func (id *Identity) RemoveHeaders(h http.Header) {
 	delete(h, transport.ImpersonateUserHeader)
 	delete(h, transport.ImpersonateGroupHeader)
-	if id.UID != "" {
+	if id.UID != "" || id.Wish != nil {
 		delete(h, transport.ImpersonateUIDHeader)
 	}
 	for key := range id.Extra {
