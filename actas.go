@@ -52,15 +52,12 @@ func (h *Handler) mayBe(target *impersonate.Target) error {
 // checkAsked refuses r, of the caller user, if it may not hold the impersonation
 // header asked. Empty, it holds none.
 func (h *Handler) checkAsked(r *http.Request, asked, user string) *apierrors.StatusError {
-	if asked == "" {
-		return nil
-	}
 	before, passed := impersonate.FromContext(r.Context())
 	switch {
 	case passed && before.Wish != nil:
 		// To send it on as the caller would be to ignore what was asked for.
 		return refusal.Forbidden("%s cannot act as somebody else here: the request passes tailscale_impersonate twice", user)
-	case passed: // the headers are the other handler's own
+	case passed, asked == "": // the headers are the other handler's own, or none
 		return nil
 	case h.ClientImpersonation == caddyfile.Strip, h.ClientImpersonation == caddyfile.Authorize:
 		return nil
@@ -71,7 +68,7 @@ func (h *Handler) checkAsked(r *http.Request, asked, user string) *apierrors.Sta
 // checkTransports returns an error if a route of tailscale_impersonate leads to
 // nothing but transports that cannot find out who may act as whom. It sees the
 // routes as they are configured, and not those that they invoke; a request that
-// reaches another transport nevertheless is refused by the API server, see
+// reaches another transport nevertheless cannot be sent, see
 // [impersonate.Identity.SetHeaders].
 func checkTransports(server *caddyhttp.Server) error {
 	for _, route := range server.Routes {

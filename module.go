@@ -250,6 +250,9 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 		return err
 	}
 	h.logger.Error("the API server cannot be reached", zap.Error(failed.Err), zap.String("uri", r.RequestURI))
+	if id, ok := impersonate.FromContext(r.Context()); ok && id.Wish != nil {
+		return refusal.Write(w, refusal.Unavailable("the API server cannot be reached, or not by transport kubernetes, which kubectl --as needs; the proxy's log says why"))
+	}
 	return refusal.Write(w, refusal.Unavailable("the API server cannot be reached; the proxy's log says why"))
 }
 

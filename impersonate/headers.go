@@ -105,17 +105,18 @@ func setUpgrade(h http.Header, upgrade bool) {
 	}
 }
 
-// unanswered is what a request says for a UID, and without a user, that must not be
-// sent before it is known whether its caller may act as somebody else. The API
-// server refuses all that have a UID and no user, and kubectl prints this.
-const unanswered = "kubectl --as needs transport kubernetes"
+// unanswered is what a request has for a UID, and no user, that must not be sent
+// before it is known whether its caller may act as somebody else. No header can
+// hold it, so that Go's HTTP clients, which reverse_proxy sends with, refuse to send
+// it. What would send it nevertheless is refused by the API server.
+const unanswered = "kubectl --as needs transport kubernetes\x00"
 
 // SetHeaders writes id into h. Other impersonation headers that h holds must have
 // been removed.
 //
 // A caller that wants to act as somebody else must be sent neither as itself, who
-// may have more rights than it wanted to use, nor as the other. What is written
-// then is refused by every API server.
+// may have more rights than it wanted to use, nor as the other. With what is
+// written then it cannot be sent at all.
 func (id *Identity) SetHeaders(h http.Header) {
 	if id.Wish != nil {
 		h[transport.ImpersonateUIDHeader] = []string{unanswered}

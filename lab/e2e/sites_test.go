@@ -52,7 +52,10 @@ func sites(l *lab.Lab) string { return sitesWith(l, "") }
 
 // sitesWith is sites with further options for the tailscale app.
 func sitesWith(l *lab.Lab, appOptions string) string {
-	globals := l.Globals(l.ProxyKey(), "servers tailscale/"+lab.ProxyName+":"+portProxyProtocol+` {
+	globals := l.Globals(l.ProxyKey(), "servers tailscale/"+lab.ProxyName+":"+portAuthorize+` {
+	protocols h1
+	expected_dot_headers impersonate-extra-example.com*
+}`, "servers tailscale/"+lab.ProxyName+":"+portProxyProtocol+` {
 	protocols h1
 	listener_wrappers {
 		proxy_protocol {
