@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 
@@ -113,7 +114,7 @@ func TestWhatCannotBeAuditedIsNoIdentity(t *testing.T) {
 // The API server demands this of keys in newer forms of impersonation, and reads
 // keys in lower case in all of them.
 func TestExtraKeysAreValid(t *testing.T) {
-	for _, key := range impersonate.AuditExtras {
+	for _, key := range slices.Concat(impersonate.AuditExtras, impersonate.OriginalExtras) {
 		if err := validation.IsDomainPrefixedPath(field.NewPath("key"), key).ToAggregate(); err != nil {
 			t.Errorf("key %s: %v", key, err)
 		}

@@ -223,7 +223,7 @@ func actors(requests []*Request) map[*Request]impersonate.StillMay {
 	defer mu.Unlock()
 	out := make(map[*Request]impersonate.StillMay)
 	for _, r := range requests {
-		if r.mayAct != nil {
+		if r.mayAct != nil && !r.ended {
 			out[r] = r.mayAct
 		}
 	}

@@ -332,6 +332,98 @@ func TestACheckThatSucceedsStartsTheGraceAnew(t *testing.T) {
 	})
 }
 
+// act opens a request in which alice acts as bob, for as long as mayAct allows.
+func act(t *testing.T, site *Site, mayAct impersonate.StillMay) client {
+	t.Helper()
+	id := *alice
+	id.Wish = &impersonate.Wish{Target: &impersonate.Target{User: "bob"}}
+	c := connect(t, aliceAddr)
+	request := site.Open(c.conn, &id, time.Now())
+	t.Cleanup(request.Close)
+	request.Require(mayAct)
+	return c
+}
+
+func TestWhoMayNoLongerActAsSomebodyElseIsEnded(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		n := newNetwork()
+		site := new(Config).NewSite(nil, nil, n.rules())
+		withdrawn := false
+		acting := act(t, site, func(_ context.Context, caller *impersonate.Identity, since time.Time) error {
+			if caller != alice || since != time.Now() {
+				t.Errorf("asked about %+v since %v; want who the caller is by now", caller, since)
+			}
+			if withdrawn {
+				return refusal.Forbidden("alice may not act as bob")
+			}
+			return nil
+		})
+		other := act(t, site, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		herself := connect(t, aliceAddr)
+		defer site.Open(herself.conn, alice, time.Now()).Close()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		acting.wantOpen(t)
+		withdrawn = true
+		time.Sleep(interval)
+		synctest.Wait()
+		acting.wantEnded(t, Refused, "alice may not act as bob")
+		other.wantOpen(t)
+		herself.wantOpen(t)
+	})
+}
+
+func TestWhoLosesAccessLosesItAsSomebodyElseToo(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		n := newNetwork()
+		site := new(Config).NewSite(nil, nil, n.rules())
+		c := act(t, site, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		n.knows(aliceAddr, &impersonate.Identity{User: alice.User, Groups: []string{"b"}})
+		time.Sleep(interval)
+		synctest.Wait()
+		c.wantEnded(t, LostGroup, "group a")
+	})
+}
+
+func TestWhenNobodyCanTellWhetherACallerMayActItGoesOnForTheGrace(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		n := newNetwork()
+		site := new(Config).NewSite(nil, nil, n.rules())
+		c := act(t, site, func(ctx context.Context, _ *impersonate.Identity, _ time.Time) error {
+			<-ctx.Done() // an API server that does not answer
+			return ctx.Err()
+		})
+		time.Sleep(grace - interval)
+		synctest.Wait()
+		c.wantOpen(t)
+		time.Sleep(4 * interval)
+		synctest.Wait()
+		c.wantEnded(t, Unconfirmed, alice.User)
+	})
+}
+
+// A config that no longer lets anybody act as somebody ends what began before it.
+func TestTheNewRulesJudgeWhomSomebodyActsAs(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		n := newNetwork()
+		listeners := []string{"tailscale/k8s:443"}
+		before := new(Config)
+		site := before.NewSite(listeners, "before", n.rules())
+		before.Run()
+		c := act(t, site, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		rules := n.rules()
+		rules.MayBe = func(target *impersonate.Target) error {
+			return refusal.Forbidden("nobody is %s here", target.User)
+		}
+		after := new(Config)
+		after.NewSite(listeners, "after", rules)
+		after.Run()
+		time.Sleep(interval)
+		synctest.Wait()
+		c.wantEnded(t, Refused, "nobody is bob here")
+	})
+}
+
 // One caller for whom no answer comes does not keep the others waiting.
 func TestCallersAreAskedAboutAtOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
