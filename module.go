@@ -125,6 +125,11 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	server.RegisterConnContext(tailnet.ConnContext)
 	warnOfBuffers(h.logger, server)
 	registerMetrics(ctx.GetMetricsRegistry())
+	if h.ClientImpersonation == caddyfile.Authorize {
+		if err := checkTransports(server); err != nil {
+			return err
+		}
+	}
 	app, err := ctx.App("events")
 	if err != nil {
 		return fmt.Errorf("getting the events app: %w", err)
@@ -154,6 +159,7 @@ func (h *Handler) setUp(sites *recheck.Config, listeners []string) (err error) {
 		Interval: h.Interval(),
 		Grace:    h.Grace(),
 		Identify: h.recheck,
+		MayBe:    h.mayBe,
 		Ended:    h.accessWithdrawn,
 	})
 	return nil
@@ -195,13 +201,18 @@ func (h *Handler) Cleanup() error {
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	// First of all, so that whatever is decided below and whatever runs next,
 	// nothing that the client says about itself is left to be believed.
+	target, err := h.target(r)
 	asked := impersonate.StripClient(r.Header)
 
-	conn, decided, err := h.identify(r, asked)
+	var conn *tailnet.Conn
+	var decided *decision
+	if err == nil {
+		conn, decided, err = h.identify(r, asked)
+	}
 	if err != nil {
 		return h.refuse(w, r, err)
 	}
-	id := &decided.identity
+	id := h.identityFor(r, decided, target)
 
 	// Is it a session that has to be recorded?
 	if h.recorder.Concerns(&id.Recording) {
@@ -220,6 +231,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	// From here on the caller can lose what it had, and the request ends.
 	request := h.site.Open(r.Context(), conn, id, decided.asked)
 	defer request.Close()
+	if id.Wish != nil {
+		id.Wish.Granted = request.Require
+	}
 
 	// The identity travels in the context as well: transport kubernetes takes
 	// it from there and writes the headers anew, so that no handler and no
@@ -227,7 +241,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	r = r.WithContext(request)
 	id.SetHeaders(r.Header)
 	// It must not remain on the request that handle_errors starts over with.
-	defer impersonate.RemoveHeaders(r.Header)
+	defer id.RemoveHeaders(r.Header)
 	// Trailers arrive behind the body, when headers have long been looked at.
 	// The API server has no use for any.
 	r.Trailer = nil
@@ -268,6 +282,9 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 		return err
 	}
 	h.logger.Error("the API server cannot be reached", zap.Error(failed.Err), zap.String("uri", r.RequestURI))
+	if id, ok := impersonate.FromContext(r.Context()); ok && id.Wish != nil {
+		return refusal.Write(w, refusal.Unavailable("the API server cannot be reached, or not by transport kubernetes, which kubectl --as needs; the proxy's log says why"))
+	}
 	return refusal.Write(w, refusal.Unavailable("the API server cannot be reached; the proxy's log says why"))
 }
 
@@ -315,17 +332,10 @@ func (h *Handler) identify(r *http.Request, asked string) (_ *tailnet.Conn, _ *d
 		}
 		conn.Note.Store(decided)
 	}
-	if asked != "" && h.ClientImpersonation != caddyfile.Strip && !passedAnother(r) {
-		return nil, nil, refusal.Forbidden("%s may not act as somebody else: the request asks for it with the header %s, as kubectl --as does", decided.identity.User, asked)
+	if refused = h.checkAsked(r, asked, decided.identity.User); refused != nil {
+		return nil, nil, refused
 	}
 	return conn, decided, nil
-}
-
-// passedAnother reports whether a handler like this one has seen r before: the
-// impersonation headers are its own then.
-func passedAnother(r *http.Request) bool {
-	_, ok := impersonate.FromContext(r.Context())
-	return ok
 }
 
 // decidedOn returns what was decided about requests on conn a moment ago, nil if
@@ -395,6 +405,11 @@ func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) 
 	}
 	if err != nil {
 		return nil, refusal.Forbidden("%s may not use this server: %v", peer, err)
+	}
+	if h.Audit {
+		if id, err = peer.Audited(id, key.Remote); err != nil {
+			return nil, refusal.Forbidden("no identity for %s: %v", peer, err)
+		}
 	}
 	return newDecision(h, key.Node, peer, id, asked), nil
 }

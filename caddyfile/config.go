@@ -25,8 +25,9 @@ import (
 
 // What Config.ClientImpersonation can be.
 const (
-	Reject = "reject"
-	Strip  = "strip"
+	Reject    = "reject"
+	Strip     = "strip"
+	Authorize = "authorize"
 )
 
 // Config is the configuration of the tailscale_impersonate handler. The zero
@@ -48,7 +49,23 @@ type Config struct {
 	// - `strip` ignores what the client asked for and sends the request on as
 	//   the caller. The user of `kubectl --as` is then told about the wrong
 	//   person's permissions.
+	// - `authorize` sends the request on as whom the client asked for if the API
+	//   server says that the caller itself may impersonate that, and with the
+	//   caller in extra fields. It needs `transport kubernetes`, whose account asks
+	//   (`create` on `subjectaccessreviews`).
 	ClientImpersonation string `json:"client_impersonation,omitempty"`
+
+	// Whether the API server is told more about the caller than user and groups,
+	// for its audit log and its admission policies: as UID the ID of the tailnet
+	// user, or of a tagged device, and as extra fields
+	// `tailscale-impersonate.github.io/` followed by `node`, `node-id`, `address`,
+	// `tags`, `groups-source` and `request-id`. The last is also the ID of the
+	// request in the audit log (`Audit-ID`) and in Caddy's access log (`uuid`).
+	//
+	// The proxy's account needs the right to impersonate UIDs and these fields.
+	//
+	// Default: `false`.
+	Audit bool `json:"audit,omitempty"`
 
 	// The web origins (`https://dashboard.example.com`) whose pages may send
 	// requests. Identity on a tailnet is ambient: a page that any user of a
@@ -140,9 +157,9 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("capability %q: a capability name holds no blanks", c.Capability)
 	}
 	switch c.ClientImpersonation {
-	case "", Reject, Strip:
+	case "", Reject, Strip, Authorize:
 	default:
-		return fmt.Errorf("client_impersonation %q: must be %s or %s", c.ClientImpersonation, Reject, Strip)
+		return fmt.Errorf("client_impersonation %q: must be %s, %s or %s", c.ClientImpersonation, Reject, Strip, Authorize)
 	}
 	if c.TTL() < 0 {
 		return fmt.Errorf("cache_ttl %v: must not be negative", c.TTL())

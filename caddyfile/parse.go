@@ -11,7 +11,8 @@ import (
 //
 //	tailscale_impersonate [<matcher>] {
 //	    capability           <name>
-//	    client_impersonation reject|strip
+//	    client_impersonation reject|strip|authorize
+//	    audit
 //	    allow_origins        <origin...>
 //	    allow_hosts          <host...>
 //	    cache_ttl            <duration>
@@ -58,6 +59,8 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = single(d, &c.Capability)
 	case "client_impersonation":
 		err = single(d, &c.ClientImpersonation)
+	case "audit":
+		err = on(d, &c.Audit)
 	case "allow_origins":
 		err = list(d, &c.AllowOrigins)
 	case "allow_hosts":

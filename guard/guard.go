@@ -26,7 +26,8 @@ type Rails struct {
 	// Default: all.
 	AllowGroups []string `json:"allow_groups,omitempty"`
 
-	// Patterns of groups that no caller may have, even if allow_groups names them.
+	// Patterns of groups that no caller may have, even if allow_groups names them,
+	// and even if it acts as somebody else (`client_impersonation authorize`).
 	// `system:masters` keeps everybody from being cluster-admin by that group,
 	// whatever the policy file says.
 	//
@@ -151,6 +152,23 @@ func (r *Rails) Limit(id impersonate.Identity) (limited impersonate.Identity, cu
 		}
 	}
 	return limited, cut, nil
+}
+
+// CheckTarget returns an error if nobody may act as t, whatever RBAC says. A caller
+// that asks for a group is subject to the same limits as one that is granted it, and
+// so is one that asks for a service account or a node, for the groups that these
+// are in. A target's names are those that the cluster knows, prefixes included.
+func (r *Rails) CheckTarget(t *impersonate.Target) error {
+	for _, group := range slices.Concat(t.Groups, t.ImpliedGroups()) {
+		bare, prefixed := strings.CutPrefix(group, r.GroupPrefix)
+		if pattern.Any(r.DenyGroups, group) || (prefixed && pattern.Any(r.DenyGroups, bare)) {
+			return fmt.Errorf("nobody may be in group %s here, which deny_groups names", group)
+		}
+		if len(r.AllowGroups) > 0 && !(prefixed && pattern.Any(r.AllowGroups, bare)) {
+			return fmt.Errorf("nobody may be in group %s here, which allow_groups does not name", group)
+		}
+	}
+	return nil
 }
 
 // checkPattern returns an error if pattern matches no name that starts with prefix.

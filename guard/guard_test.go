@@ -115,6 +115,42 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+func TestCheckTarget(t *testing.T) {
+	target := func(user string, groups ...string) *impersonate.Target {
+		return &impersonate.Target{User: user, Groups: groups}
+	}
+	const account, node = "system:serviceaccount:ns:sa", "system:node:n1"
+	for _, tt := range []struct {
+		name   string
+		rails  Rails
+		target *impersonate.Target
+		error  string // empty if there is to be none
+	}{
+		{"no rails", Rails{}, target("bob", "system:masters"), ""},
+		{"no groups", Rails{AllowGroups: groups("a"), DenyGroups: groups("*"), RequireGroups: true}, target("bob"), ""},
+		{"a denied group", Rails{DenyGroups: groups("system:masters")}, target("bob", "a", "system:masters"), "system:masters here, which deny_groups"},
+		{"a group that a pattern denies", Rails{DenyGroups: groups("system:*")}, target("bob", "system:nodes"), "system:nodes"},
+		{"a group that is allowed", Rails{AllowGroups: groups("a*")}, target("bob", "ab"), ""},
+		{"a group that is not", Rails{AllowGroups: groups("a*")}, target("bob", "a", "b"), "group b here, which allow_groups"},
+		{"deny goes before allow", Rails{AllowGroups: groups("*"), DenyGroups: groups("b")}, target("bob", "b"), "deny_groups"},
+		{"a denied group with the prefix", Rails{DenyGroups: groups("b"), GroupPrefix: "t:"}, target("bob", "t:b"), "deny_groups"},
+		{"a denied group without the prefix", Rails{DenyGroups: groups("system:masters"), GroupPrefix: "t:"}, target("bob", "system:masters"), "deny_groups"},
+		{"an allowed group with the prefix", Rails{AllowGroups: groups("a"), GroupPrefix: "t:"}, target("bob", "t:a"), ""},
+		{"another's group of an allowed name", Rails{AllowGroups: groups("a"), GroupPrefix: "t:"}, target("bob", "a"), "allow_groups"},
+		{"a service account's groups are denied", Rails{DenyGroups: groups("system:serviceaccounts:ns")}, target(account), "system:serviceaccounts:ns"},
+		{"a service account's groups are not allowed", Rails{AllowGroups: groups("a")}, target(account), "system:serviceaccounts"},
+		{"a service account's groups are allowed", Rails{AllowGroups: groups("system:serviceaccounts*")}, target(account), ""},
+		{"a node's group is denied", Rails{DenyGroups: groups("system:nodes")}, target(node), "system:nodes"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			err := tt.rails.CheckTarget(tt.target)
+			if (err != nil) != (tt.error != "") || (err != nil && !strings.Contains(err.Error(), tt.error)) {
+				t.Errorf("got error %v; want one that mentions %q", err, tt.error)
+			}
+		})
+	}
+}
+
 func TestValidate(t *testing.T) {
 	for _, ok := range []Rails{
 		{}, {AllowGroups: groups("*", "system:masters", "a b")}, {DenyTags: groups("tag:ci", "tag:*", "*", "t*", "ta*i")},

@@ -4,6 +4,7 @@ package impersonate
 
 import (
 	"net/http"
+	"slices"
 	"strings"
 
 	"golang.org/x/net/http/httpguts"
@@ -104,9 +105,23 @@ func setUpgrade(h http.Header, upgrade bool) {
 	}
 }
 
+// unanswered is what a request has for a UID, and no user, that must not be sent
+// before it is known whether its caller may act as somebody else. No header can
+// hold it, so that Go's HTTP clients, which reverse_proxy sends with, refuse to send
+// it. What would send it nevertheless is refused by the API server.
+const unanswered = "kubectl --as needs transport kubernetes\x00"
+
 // SetHeaders writes id into h. Other impersonation headers that h holds must have
 // been removed.
+//
+// A caller that wants to act as somebody else must be sent neither as itself, who
+// may have more rights than it wanted to use, nor as the other. With what is
+// written then it cannot be sent at all.
 func (id *Identity) SetHeaders(h http.Header) {
+	if id.Wish != nil {
+		h[transport.ImpersonateUIDHeader] = []string{unanswered}
+		return
+	}
 	// Values of its own, because header operations further on edit them in place.
 	values := make([]string, 1+len(id.Groups))
 	values[0] = id.User
@@ -117,12 +132,32 @@ func (id *Identity) SetHeaders(h http.Header) {
 	} else {
 		delete(h, transport.ImpersonateGroupHeader)
 	}
+	if id.UID != "" {
+		h[transport.ImpersonateUIDHeader] = []string{id.UID}
+	}
+	for key, values := range id.Extra {
+		h[extraHeader(key)] = slices.Clone(values)
+	}
+	if id.RequestID != "" {
+		h[auditIDHeader] = []string{id.RequestID}
+		h[extraHeader(ExtraRequestID)] = []string{id.RequestID}
+	}
 }
 
 // RemoveHeaders removes from h what SetHeaders writes.
-func RemoveHeaders(h http.Header) {
+func (id *Identity) RemoveHeaders(h http.Header) {
 	delete(h, transport.ImpersonateUserHeader)
 	delete(h, transport.ImpersonateGroupHeader)
+	if id.UID != "" || id.Wish != nil {
+		delete(h, transport.ImpersonateUIDHeader)
+	}
+	for key := range id.Extra {
+		delete(h, extraHeader(key))
+	}
+	if id.RequestID != "" {
+		delete(h, auditIDHeader)
+		delete(h, extraHeader(ExtraRequestID))
+	}
 }
 
 // stripBearerProtocol removes bearer tokens from the list of subprotocols in

@@ -37,6 +37,20 @@ type Identity struct {
 	// Groups are the Kubernetes groups, in the order in which the grants name
 	// them, each once. The API server adds system:authenticated by itself.
 	Groups []string
+	// UID and Extra are what the API server is told about the caller beyond that,
+	// for its audit log and its admission policies: see [Peer.Audited]. Empty
+	// unless that was asked for.
+	UID   string
+	Extra map[string][]string
+	// RequestID is what the one request that the identity is used for is called in
+	// the API server's audit log. Empty where the API server is to choose, and in
+	// every identity that is shared among requests.
+	RequestID string
+	// Wish is the caller's to act as somebody else, for the one request that the
+	// identity is used for. As long as nobody has found out whether it may, the
+	// identity cannot be sent: [Identity.SetHeaders] sees to that. Nil if there is
+	// none.
+	Wish *Wish
 	// Source says where Groups came from.
 	Source Source
 	// Node is the tailnet name of the device that the caller used.

@@ -17,7 +17,8 @@ type Peer struct {
 	// Node is the peer's tailnet name without the final dot
 	// ("laptop.example.ts.net").
 	Node string
-	// NodeID is what the control server calls it, for good.
+	// NodeID is what the control server calls it, for good: a new name does not
+	// change it.
 	NodeID tailcfg.StableNodeID
 	// Tags are the peer's tags ("tag:k8s-readers"). A device with tags belongs
 	// to no user.
@@ -25,7 +26,8 @@ type Peer struct {
 	// Login is the login name of the user that the peer belongs to, empty for a
 	// tagged device.
 	Login string
-	// UserID is what the control server calls that user, zero for a tagged device.
+	// UserID is what the control server calls that user, whatever the login name
+	// becomes. Zero for a tagged device.
 	UserID tailcfg.UserID
 	// Shared reports whether the peer was shared in from another tailnet. Its
 	// tags are that tailnet's and mean nothing in this one.

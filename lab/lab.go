@@ -178,7 +178,7 @@ func (l *Lab) startCluster(ctx context.Context, examples string) error {
 		if l.Cluster, err = cluster.Start(ctx, cluster.Config{Dir: filepath.Join(l.Dir, "cluster")}); err != nil {
 			return err
 		}
-		for _, name := range []string{"00-namespace.yaml", "10-impersonator.yaml", "30-bindings.yaml"} {
+		for _, name := range []string{"00-namespace.yaml", "10-impersonator.yaml", "11-audit.yaml", "12-act-as.yaml", "30-bindings.yaml"} {
 			manifest, err := os.ReadFile(filepath.Join(examples, "kubernetes", name))
 			if err != nil {
 				return err

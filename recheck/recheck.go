@@ -33,12 +33,18 @@ import (
 // answer comes do not keep the others waiting.
 const lookups = 16
 
+// actingTimeout is how long it may take to find out whether a caller may still act
+// as somebody else, for all its requests together: longer than that, nobody could
+// tell.
+const actingTimeout = 5 * time.Second
+
 // Reason says in a word why requests were ended.
 type Reason string
 
 // The reasons.
 const (
 	LostGroup   Reason = "lost_group"  // the caller is no longer in a group
+	LostTag     Reason = "lost_tag"    // the caller's device no longer has a tag
 	OtherUser   Reason = "other_user"  // the caller is another user by now
 	Refused     Reason = "refused"     // the caller would be refused by now
 	Unconfirmed Reason = "unconfirmed" // for too long, nobody could tell
@@ -70,6 +76,9 @@ type Rules struct {
 	// out at since or later. An error that is forbidden ([apierrors.IsForbidden])
 	// says that the peer has no access, any other that nobody could tell.
 	Identify func(ctx context.Context, remote, local netip.Addr, since time.Time) (*impersonate.Identity, error)
+	// MayBe returns an error if nobody may act as target, which is then forbidden.
+	// Nil if anybody may.
+	MayBe func(target *impersonate.Target) error
 	// Ended is told of every caller that has lost access.
 	Ended func(*Ended)
 }
@@ -90,6 +99,9 @@ type Request struct {
 	// confirmed is when the caller was last known to have the right to it.
 	confirmed time.Time
 	ended     bool
+	// mayAct is how to find out whether the caller may still act as it does, nil
+	// if it acts as itself, or has not been let through yet.
+	mayAct impersonate.StillMay
 }
 
 // Open records a request on conn that is made as id, which was found out at asked.
@@ -111,6 +123,14 @@ func (r *Request) Close() {
 	mu.Lock()
 	defer mu.Unlock()
 	r.site.remove(r)
+}
+
+// Require has the request end as soon as its caller may no longer act as somebody
+// else, as it does in this request.
+func (r *Request) Require(mayAct impersonate.StillMay) {
+	mu.Lock()
+	defer mu.Unlock()
+	r.mayAct = mayAct
 }
 
 // caller is who is asked about, once for all its requests.
@@ -153,6 +173,12 @@ func judge(c caller, requests []*Request, rules []Rules, began time.Time) {
 		id, err := rule.Identify(context.Background(), c.remote, c.local, began)
 		verdicts[i] = verdict{id, err, rule.Grace}
 	}
+	acting := make(map[*Request][]verdict)
+	ctx, cancel := context.WithTimeout(context.Background(), actingTimeout)
+	defer cancel()
+	for r, mayAct := range actors(requests) {
+		acting[r] = onActing(ctx, r, mayAct, verdicts, rules, began)
+	}
 
 	var ended *Ended
 	conns := make(map[*tailnet.Conn]bool)
@@ -162,7 +188,11 @@ func judge(c caller, requests []*Request, rules []Rules, began time.Time) {
 			continue
 		}
 		confirmed := true
-		for _, v := range verdicts {
+		judging := verdicts
+		if own, ok := acting[r]; ok {
+			judging = own
+		}
+		for _, v := range judging {
 			sure, reason, detail := v.on(r, began)
 			confirmed = confirmed && sure
 			if reason == "" {
@@ -188,6 +218,37 @@ func judge(c caller, requests []*Request, rules []Rules, began time.Time) {
 		conn.End(ended)
 	}
 	rules[0].Ended(ended)
+}
+
+// actors returns those of the requests whose callers act as somebody else.
+func actors(requests []*Request) map[*Request]impersonate.StillMay {
+	mu.Lock()
+	defer mu.Unlock()
+	out := make(map[*Request]impersonate.StillMay)
+	for _, r := range requests {
+		if r.mayAct != nil && !r.ended {
+			out[r] = r.mayAct
+		}
+	}
+	return out
+}
+
+// onActing returns the verdicts on a request whose caller acts as somebody else:
+// those on the caller, and where there is nothing against it, those on that.
+func onActing(ctx context.Context, r *Request, mayAct impersonate.StillMay, verdicts []verdict, rules []Rules, began time.Time) []verdict {
+	own := slices.Clone(verdicts)
+	for i, v := range own {
+		if v.err != nil {
+			continue
+		}
+		if mayBe := rules[i].MayBe; mayBe != nil {
+			own[i].err = mayBe(r.ID.Wish.Target)
+		}
+		if own[i].err == nil {
+			own[i].err = mayAct(ctx, v.id, began)
+		}
+	}
+	return own
 }
 
 // verdict is what one site's rules say about a caller.
@@ -220,6 +281,19 @@ func lost(had, has *impersonate.Identity) (Reason, string) {
 	for _, group := range had.Groups {
 		if !slices.Contains(has.Groups, group) {
 			return LostGroup, fmt.Sprintf("%s is no longer in group %s", had.User, group)
+		}
+	}
+	// What the API server was told beyond that may have let the request in as well,
+	// by an admission policy. A config that no longer tells it has no say in that.
+	if had.UID != has.UID && had.UID != "" && has.UID != "" {
+		return OtherUser, fmt.Sprintf("%s is another one of that name by now", had.User)
+	}
+	if has.Extra == nil {
+		return "", ""
+	}
+	for _, tag := range had.Extra[impersonate.ExtraTags] {
+		if !slices.Contains(has.Extra[impersonate.ExtraTags], tag) {
+			return LostTag, fmt.Sprintf("the device of %s no longer has the tag %s", had.User, tag)
 		}
 	}
 	return "", ""

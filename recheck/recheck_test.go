@@ -199,6 +199,40 @@ func TestWhoLosesAccessIsEndedWithinTheInterval(t *testing.T) {
 	}
 }
 
+// What an admission policy may have gone by is looked at as well.
+func TestWhoLosesWhatTheAPIServerWasToldIsEnded(t *testing.T) {
+	told := func(uid string, tags ...string) *impersonate.Identity {
+		return &impersonate.Identity{User: "ci.example.ts.net", UID: uid, Extra: map[string][]string{impersonate.ExtraTags: tags}}
+	}
+	for _, tt := range []struct {
+		name   string
+		now    *impersonate.Identity
+		reason Reason // none: the request goes on
+	}{
+		{"lost a tag", told("n1", "tag:b"), LostTag},
+		{"is another device of that name", told("n2", "tag:a", "tag:b"), OtherUser},
+		{"has a tag more", told("n1", "tag:c", "tag:b", "tag:a"), ""},
+		{"audit was turned off", &impersonate.Identity{User: "ci.example.ts.net"}, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				n := newNetwork()
+				n.knows(aliceAddr, tt.now)
+				site := new(Config).NewSite(nil, nil, n.rules())
+				c := connect(t, aliceAddr)
+				defer site.Open(t.Context(), c.conn, told("n1", "tag:a", "tag:b"), time.Now()).Close()
+				time.Sleep(interval)
+				synctest.Wait()
+				if tt.reason == "" {
+					c.wantOpen(t)
+					return
+				}
+				c.wantEnded(t, tt.reason, "ci.example.ts.net")
+			})
+		})
+	}
+}
+
 func TestGainingSomethingEndsNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
@@ -295,6 +329,98 @@ func TestACheckThatSucceedsStartsTheGraceAnew(t *testing.T) {
 			synctest.Wait()
 		}
 		c.wantOpen(t)
+	})
+}
+
+// act opens a request in which alice acts as bob, for as long as mayAct allows.
+func act(t *testing.T, site *Site, mayAct impersonate.StillMay) client {
+	t.Helper()
+	id := *alice
+	id.Wish = &impersonate.Wish{Target: &impersonate.Target{User: "bob"}}
+	c := connect(t, aliceAddr)
+	request := site.Open(t.Context(), c.conn, &id, time.Now())
+	t.Cleanup(request.Close)
+	request.Require(mayAct)
+	return c
+}
+
+func TestWhoMayNoLongerActAsSomebodyElseIsEnded(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		n := newNetwork()
+		site := new(Config).NewSite(nil, nil, n.rules())
+		withdrawn := false
+		acting := act(t, site, func(_ context.Context, caller *impersonate.Identity, since time.Time) error {
+			if caller != alice || since != time.Now() {
+				t.Errorf("asked about %+v since %v; want who the caller is by now", caller, since)
+			}
+			if withdrawn {
+				return refusal.Forbidden("alice may not act as bob")
+			}
+			return nil
+		})
+		other := act(t, site, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		herself := connect(t, aliceAddr)
+		defer site.Open(t.Context(), herself.conn, alice, time.Now()).Close()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		acting.wantOpen(t)
+		withdrawn = true
+		time.Sleep(interval)
+		synctest.Wait()
+		acting.wantEnded(t, Refused, "alice may not act as bob")
+		other.wantOpen(t)
+		herself.wantOpen(t)
+	})
+}
+
+func TestWhoLosesAccessLosesItAsSomebodyElseToo(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		n := newNetwork()
+		site := new(Config).NewSite(nil, nil, n.rules())
+		c := act(t, site, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		n.knows(aliceAddr, &impersonate.Identity{User: alice.User, Groups: []string{"b"}})
+		time.Sleep(interval)
+		synctest.Wait()
+		c.wantEnded(t, LostGroup, "group a")
+	})
+}
+
+func TestWhenNobodyCanTellWhetherACallerMayActItGoesOnForTheGrace(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		n := newNetwork()
+		site := new(Config).NewSite(nil, nil, n.rules())
+		c := act(t, site, func(ctx context.Context, _ *impersonate.Identity, _ time.Time) error {
+			<-ctx.Done() // an API server that does not answer
+			return ctx.Err()
+		})
+		time.Sleep(grace - interval)
+		synctest.Wait()
+		c.wantOpen(t)
+		time.Sleep(4 * interval)
+		synctest.Wait()
+		c.wantEnded(t, Unconfirmed, alice.User)
+	})
+}
+
+// A config that no longer lets anybody act as somebody ends what began before it.
+func TestTheNewRulesJudgeWhomSomebodyActsAs(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		n := newNetwork()
+		listeners := []string{"tailscale/k8s:443"}
+		before := new(Config)
+		site := before.NewSite(listeners, "before", n.rules())
+		before.Run()
+		c := act(t, site, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		rules := n.rules()
+		rules.MayBe = func(target *impersonate.Target) error {
+			return refusal.Forbidden("nobody is %s here", target.User)
+		}
+		after := new(Config)
+		after.NewSite(listeners, "after", rules)
+		after.Run()
+		time.Sleep(interval)
+		synctest.Wait()
+		c.wantEnded(t, Refused, "nobody is bob here")
 	})
 }
 

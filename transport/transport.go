@@ -22,11 +22,13 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"go.uber.org/zap"
 	"golang.org/x/net/http/httpguts"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/decided"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/review"
 )
 
 func init() {
@@ -68,6 +70,8 @@ type Transport struct {
 	// cluster is where requests with the proxy's credentials go, anonymous where
 	// those without go.
 	cluster, anonymous *cluster
+	// reviewer finds out whether callers may act as somebody else.
+	reviewer *review.Reviewer
 	// unusable is why there is no cluster, if there is none.
 	unusable error
 }
@@ -99,6 +103,9 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 		return nil
 	}
 	if err := config.checkUser(); err != nil {
+		return err
+	}
+	if t.reviewer, err = review.NewReviewer(); err != nil {
 		return err
 	}
 	t.cluster, err = config.connect(t.logger)
@@ -165,11 +172,18 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 }
 
-// impersonate sends r with the proxy's credentials, as id.
+// impersonate sends r with the proxy's credentials, as id, or as whom id wants to
+// act as and may.
 func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*http.Response, error) {
 	authorization, stale, err := t.cluster.authorization()
 	if err != nil {
 		return refusal.Response(r, refusal.Unavailable("no credentials for the cluster: %v", err))
+	}
+	if id.Wish != nil {
+		var refused *apierrors.StatusError
+		if id, refused = t.actAs(r, id); refused != nil {
+			return refusal.Response(r, refused)
+		}
 	}
 	out := t.cluster.request(r)
 	// From here to the wire nothing else touches the headers.

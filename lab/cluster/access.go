@@ -10,8 +10,10 @@ import (
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/clientcmd/api"
+	"sigs.k8s.io/controller-runtime/pkg/envtest"
 )
 
 // AdminKubeconfig writes a kubeconfig that may do everything.
@@ -20,6 +22,16 @@ func (c *Cluster) AdminKubeconfig(path string) error {
 		ClientCertificateData: c.admin.CertData,
 		ClientKeyData:         c.admin.KeyData,
 	})
+}
+
+// As returns a configuration for clients that come with a certificate of their own,
+// for a user in groups.
+func (c *Cluster) As(user string, groups ...string) (*rest.Config, error) {
+	added, err := c.plane.AddUser(envtest.User{Name: user, Groups: groups}, &rest.Config{QPS: -1})
+	if err != nil {
+		return nil, fmt.Errorf("certificate for %s: %w", user, err)
+	}
+	return added.Config(), nil
 }
 
 // WriteTokenKubeconfig writes a kubeconfig that authenticates with the token in

@@ -32,6 +32,10 @@ const (
 	portGroupRails       = "8012" // limits on groups, and prefixes
 	portDeviceRails      = "8013" // limits on devices
 	portFiles            = "8014" // sessions are recorded in recordings(lab)
+	portAudit            = "8021" // audit
+	portAuthorize        = "8022" // client_impersonation authorize
+	portAuthorizeRails   = "8023" // the same with audit, deny_groups and allow_groups
+	portAuthorizeHTTP    = "8024" // the same with transport http, to the plain recorder
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
 
@@ -49,7 +53,10 @@ func sites(l *lab.Lab) string { return sitesWith(l, "") }
 
 // sitesWith is sites with further options for the tailscale app.
 func sitesWith(l *lab.Lab, appOptions string) string {
-	globals := l.Globals(l.ProxyKey(), "servers tailscale/"+lab.ProxyName+":"+portProxyProtocol+` {
+	globals := l.Globals(l.ProxyKey(), "servers tailscale/"+lab.ProxyName+":"+portAuthorize+` {
+	protocols h1
+	expected_dot_headers impersonate-extra-example.com*
+}`, "servers tailscale/"+lab.ProxyName+":"+portProxyProtocol+` {
 	protocols h1
 	listener_wrappers {
 		proxy_protocol {
@@ -115,6 +122,11 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portGroupRails, k8s, "\ttailscale_impersonate {\n\t\tallow_groups a b system:*\n\t\tdeny_groups system:masters b\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
 		site("http://:"+portDeviceRails, k8s, "\ttailscale_impersonate {\n\t\trequire_groups\n\t\tallow_tags tag:k8s-*\n\t\tdeny_tags tag:k8s-ops\n\t\tdeny_shared\n\t}\n"+toCluster) +
 		site("http://:"+portFiles, k8s, "\ttailscale_impersonate {\n\t\trecord "+recordings(l)+"\n\t}\n"+toCluster) +
+		site("http://:"+portAudit, k8s, "\ttailscale_impersonate {\n\t\taudit\n\t}\n"+toCluster) +
+		site("http://:"+portAuthorize, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t}\n"+toCluster) +
+		site("http://:"+portAuthorizeRails, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t\taudit\n\t\tallow_groups acted-* tailnet-* system:*\n\t\tdeny_groups system:masters system:serviceaccounts system:nodes\n\t}\n"+toCluster) +
+		"&(plain) {\n" + toPlain + "}\n" +
+		site("http://:"+portAuthorizeHTTP, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t}\n\tinvoke plain\n") +
 		site("http://:"+portProxyProtocol, k8s, impersonate+toPlain) +
 		site("http://:"+portTwoNodes, k8s+" tailscale/"+secondNode, impersonate+toPlain) +
 		site("http://:"+portSameAddress, k8s+" tailscale/"+secondNode+" tailscale/"+foreignNode, impersonate+toPlain) +

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tailscaleimpersonate
+
+import (
+	"encoding/json"
+	"errors"
+	"net/http"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
+)
+
+// target returns whom r asks to act as, nil if it asks for nobody, or if that is not
+// what is to be done about it. It looks at r's headers as the client sent them.
+func (h *Handler) target(r *http.Request) (*impersonate.Target, *apierrors.StatusError) {
+	if h.ClientImpersonation != caddyfile.Authorize {
+		return nil, nil
+	}
+	if _, passed := impersonate.FromContext(r.Context()); passed {
+		return nil, nil // the headers are another handler's
+	}
+	target, err := impersonate.ParseTarget(r.Header)
+	if err != nil {
+		return nil, refusal.BadRequest("%v", err)
+	}
+	if target == nil {
+		return nil, nil
+	}
+	if err := h.CheckTarget(target); err != nil {
+		return nil, refusal.Forbidden("no request is sent as %s: %v", target.User, err)
+	}
+	return target, nil
+}
+
+// mayBe returns an error, which is forbidden, if this handler lets nobody act as
+// target.
+func (h *Handler) mayBe(target *impersonate.Target) error {
+	if h.ClientImpersonation != caddyfile.Authorize {
+		return refusal.Forbidden("callers may no longer act as somebody else")
+	}
+	if err := h.CheckTarget(target); err != nil {
+		return refusal.Forbidden("requests as %s are no longer sent: %v", target.User, err)
+	}
+	return nil
+}
+
+// checkAsked refuses r, of the caller user, if it may not hold the impersonation
+// header asked. Empty, it holds none.
+func (h *Handler) checkAsked(r *http.Request, asked, user string) *apierrors.StatusError {
+	before, passed := impersonate.FromContext(r.Context())
+	switch {
+	case passed && before.Wish != nil:
+		// To send it on as the caller would be to ignore what was asked for.
+		return refusal.Forbidden("%s cannot act as somebody else here: the request passes tailscale_impersonate twice", user)
+	case passed, asked == "": // the headers are the other handler's own, or none
+		return nil
+	case h.ClientImpersonation == caddyfile.Strip, h.ClientImpersonation == caddyfile.Authorize:
+		return nil
+	}
+	return refusal.Forbidden("%s may not act as somebody else: the request asks for it with the header %s, as kubectl --as does", user, asked)
+}
+
+// checkTransports returns an error if a route of tailscale_impersonate leads to
+// nothing but transports that cannot find out who may act as whom. It sees the
+// routes as they are configured, and not those that they invoke; a request that
+// reaches another transport nevertheless cannot be sent, see
+// [impersonate.Identity.SetHeaders].
+func checkTransports(server *caddyhttp.Server) error {
+	for _, route := range server.Routes {
+		var config any
+		raw, err := json.Marshal(route.HandlersRaw)
+		if err != nil || json.Unmarshal(raw, &config) != nil {
+			continue // Caddy says what is wrong with it
+		}
+		authorizes, proxies, reviews := false, false, false
+		objects(config, func(o map[string]any) {
+			switch o["handler"] {
+			case "tailscale_impersonate":
+				authorizes = authorizes || o["client_impersonation"] == caddyfile.Authorize
+			case "reverse_proxy":
+				proxies = true
+				transport, _ := o["transport"].(map[string]any)
+				reviews = reviews || transport["protocol"] == "kubernetes"
+			}
+		})
+		if authorizes && proxies && !reviews {
+			return errors.New("client_impersonation authorize needs transport kubernetes in reverse_proxy, as its account asks the API server who may act as whom")
+		}
+	}
+	return nil
+}

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tailscaleimpersonate
+
+import (
+	"net/http"
+
+	"github.com/caddyserver/caddy/v2"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+)
+
+// identityFor returns the identity that r is sent on with: that of the decision,
+// with what is r's alone, if there is anything: its ID in the API server's audit
+// log, and whom it wants to act as.
+func (h *Handler) identityFor(r *http.Request, decided *decision, target *impersonate.Target) *impersonate.Identity {
+	if !h.Audit && target == nil {
+		return &decided.identity
+	}
+	own := decided.identity
+	if h.Audit {
+		own.RequestID = requestID(r)
+	}
+	if target != nil {
+		own.Wish = &impersonate.Wish{Target: target, MaxAge: h.TTL()}
+	}
+	return &own
+}
+
+// requestID returns Caddy's ID of r. Asked for, it is in the access log as well,
+// where the field is called uuid.
+func requestID(r *http.Request) string {
+	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if !ok {
+		return ""
+	}
+	id, _ := repl.GetString("http.request.uuid")
+	return id
+}

@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	authenticationv1 "k8s.io/api/authentication/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+)
+
+// erinsRights are what erin may act as. What starts with "old" she may by the verb
+// impersonate, what starts with "new" by the constrained form, and that for some
+// requests only.
+const erinsRights = `
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: e2e-act-as}
+rules:
+- {apiGroups: [""], verbs: [impersonate], resources: [users], resourceNames: [old-user, "system:node:old-node", "system:anonymous", "system:kube-scheduler", "old:user with blanks"]}
+- {apiGroups: [""], verbs: [impersonate], resources: [groups], resourceNames: [old-group, other-old-group, acted-group, "system:masters", "system:authenticated", "system:unauthenticated"]}
+- {apiGroups: [authentication.k8s.io], verbs: [impersonate], resources: [uids], resourceNames: [old-uid]}
+- {apiGroups: [authentication.k8s.io], verbs: [impersonate], resources: [userextras/scopes, userextras/example.com/role], resourceNames: [old-value, other-old-value]}
+- {apiGroups: [authentication.k8s.io], verbs: ["impersonate:user-info"], resources: [users], resourceNames: [new-user]}
+- {apiGroups: [authentication.k8s.io], verbs: ["impersonate:user-info"], resources: [groups], resourceNames: [new-group, "system:masters"]}
+- {apiGroups: [authentication.k8s.io], verbs: ["impersonate:user-info"], resources: [uids], resourceNames: [new-uid]}
+- {apiGroups: [authentication.k8s.io], verbs: ["impersonate:user-info"], resources: [userextras/example.com/role, userextras/scopes], resourceNames: [new-value]}
+- {apiGroups: [authentication.k8s.io], verbs: ["impersonate:arbitrary-node"], resources: [nodes], resourceNames: [new-node]}
+- {apiGroups: [authentication.k8s.io], verbs: ["impersonate-on:user-info:create", "impersonate-on:arbitrary-node:create", "impersonate-on:serviceaccount:create"], resources: [selfsubjectreviews]}
+- {apiGroups: [""], verbs: ["impersonate-on:user-info:list"], resources: [pods]}
+- {nonResourceURLs: [/version], verbs: ["impersonate-on:user-info:get"]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: e2e-act-as}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: e2e-act-as}
+subjects:
+- {apiGroup: rbac.authorization.k8s.io, kind: User, name: erin@example.com}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: e2e-act-as, namespace: default}
+rules:
+- {apiGroups: [""], verbs: [impersonate], resources: [serviceaccounts], resourceNames: [old-account]}
+- {apiGroups: [authentication.k8s.io], verbs: ["impersonate:serviceaccount"], resources: [serviceaccounts], resourceNames: [new-account]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: e2e-act-as, namespace: default}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: e2e-act-as}
+subjects:
+- {apiGroup: rbac.authorization.k8s.io, kind: User, name: erin@example.com}
+---
+# A right that comes with a group, and one on as much as anybody may ask for.
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: e2e-act-as-by-group}
+rules:
+- {apiGroups: [""], verbs: [impersonate], resources: [users], resourceNames: [for-group-a]}
+- {apiGroups: [authentication.k8s.io], verbs: ["impersonate:user-info"], resources: [groups, "userextras/*"], resourceNames: ["*"]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: e2e-act-as-by-group}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: e2e-act-as-by-group}
+subjects:
+- {apiGroup: rbac.authorization.k8s.io, kind: Group, name: a}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: e2e-act-as-authenticated}
+rules:
+- {apiGroups: [""], verbs: [impersonate], resources: [users], resourceNames: [for-everybody]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: e2e-act-as-authenticated}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: e2e-act-as-authenticated}
+subjects:
+- {apiGroup: rbac.authorization.k8s.io, kind: Group, name: system:authenticated}
+---
+# What the proxy's account has to be allowed for what these ask for.
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: e2e-act-as-proxy}
+rules:
+- {apiGroups: [authentication.k8s.io], verbs: [impersonate], resources: [uids, userextras/scopes, userextras/example.com/role, userextras/example.com/other]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: e2e-act-as-proxy}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: e2e-act-as-proxy}
+subjects:
+- {kind: ServiceAccount, name: proxy, namespace: tailscale-impersonate}
+`
+
+// erinDirectly is erin with a certificate of her own, at the API server itself.
+func erinDirectly(t *testing.T) *rest.Config {
+	t.Helper()
+	config, err := theLab.Cluster.As("erin@example.com", "b", "a", "c")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return config
+}
+
+// giveErinRights gives erin her rights, and waits until they are in force.
+func giveErinRights(t *testing.T) {
+	t.Helper()
+	if err := theLab.Cluster.Apply(t.Context(), []byte(erinsRights)); err != nil {
+		t.Fatal(err)
+	}
+	direct := erinDirectly(t)
+	eventually(t, "the rights are in force", func() error {
+		for _, user := range []string{"for-everybody", "for-group-a", "old-user", "new-user", "system:node:new-node", "system:serviceaccount:default:new-account", "system:serviceaccount:default:old-account"} {
+			if o, err := do(t.Context(), direct, rest.ImpersonationConfig{UserName: user}, whoami); err != nil || o.Refused != "" {
+				return fmt.Errorf("as %s: %v %s", user, err, o.Refused)
+			}
+		}
+		return nil
+	})
+}
+
+// The requests of the table.
+const (
+	whoami  = "who am I"
+	pods    = "list pods"
+	secrets = "list secrets"
+	version = "get /version"
+)
+
+// dotless encodes the dots in the names of headers.
+type dotless struct{ http.RoundTripper }
+
+func (d dotless) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	for name, values := range r.Header {
+		if strings.Contains(name, ".") {
+			delete(r.Header, name)
+			r.Header[strings.ReplaceAll(name, ".", "%2e")] = values
+		}
+	}
+	return d.RoundTripper.RoundTrip(r)
+}
+
+// outcome is what became of a request.
+type outcome struct {
+	Who     authenticationv1.UserInfo // of whoami
+	Refused string                    // the API server's, or the proxy's, words
+	Code    int32
+}
+
+// do makes a request.
+func do(ctx context.Context, config *rest.Config, as rest.ImpersonationConfig, request string) (outcome, error) {
+	config = rest.CopyConfig(config)
+	config.Impersonate = as
+	client, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		return outcome{}, err
+	}
+	var o outcome
+	switch request {
+	case whoami:
+		var review *authenticationv1.SelfSubjectReview
+		if review, err = client.AuthenticationV1().SelfSubjectReviews().Create(ctx, &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{}); err == nil {
+			o.Who = review.Status.UserInfo
+		}
+	case pods:
+		_, err = client.CoreV1().Pods("default").List(ctx, metav1.ListOptions{})
+	case secrets:
+		_, err = client.CoreV1().Secrets("default").List(ctx, metav1.ListOptions{})
+	case version:
+		err = client.RESTClient().Get().AbsPath("/version").Do(ctx).Error()
+	default:
+		return outcome{}, fmt.Errorf("unknown request %q", request)
+	}
+	var status *apierrors.StatusError
+	if errors.As(err, &status) {
+		o.Refused, o.Code = status.ErrStatus.Message, status.ErrStatus.Code
+		return o, nil
+	}
+	return o, err
+}
+
+// Whatever erin asks for with a certificate of her own, at the API server itself, and
+// over the tailnet, comes to the same.
+func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
+	giveErinRights(t)
+	direct := erinDirectly(t)
+	proxied, err := theLab.Callers["erin"].REST()
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxied.Host, proxied.TLSClientConfig, proxied.QPS = "http://"+lab.ProxyName+":"+portAuthorize, rest.TLSClientConfig{}, -1
+
+	// Caddy drops headers with dots in their names. Encoded, they are the same to
+	// the API server.
+	proxied.WrapTransport = func(rt http.RoundTripper) http.RoundTripper { return dotless{rt} }
+
+	as := func(user string, groups ...string) rest.ImpersonationConfig {
+		return rest.ImpersonationConfig{UserName: user, Groups: groups}
+	}
+	uid := func(c rest.ImpersonationConfig, uid string) rest.ImpersonationConfig { c.UID = uid; return c }
+	extra := func(c rest.ImpersonationConfig, key string, values ...string) rest.ImpersonationConfig {
+		c.Extra = maps.Clone(c.Extra)
+		if c.Extra == nil {
+			c.Extra = make(map[string][]string)
+		}
+		c.Extra[key] = values
+		return c
+	}
+	const account = "system:serviceaccount:default:"
+	rows := []struct {
+		as      rest.ImpersonationConfig
+		request string
+		may     bool
+	}{
+		// The verb impersonate.
+		{as("old-user"), whoami, true},
+		{as("old-user"), pods, true},
+		{as("old-user"), secrets, true},
+		{as("old-user"), version, true},
+		{as("nobody"), whoami, false},
+		{as("nobody"), pods, false},
+		{as("nobody"), version, false},
+		{as("old:user with blanks"), whoami, true},
+		{as("Old-User"), whoami, false},
+		{as("erin@example.com"), whoami, false},
+		{as("for-group-a"), whoami, true},
+		{as("for-everybody"), whoami, true},
+		{as("old-user", "old-group"), whoami, true},
+		{as("old-user", "old-group", "other-old-group"), whoami, true},
+		{as("old-user", "old-group", "nobodys"), whoami, false},
+		{as("old-user", "nobodys"), whoami, false},
+		{as("nobody", "old-group"), whoami, false},
+		{as("old-user", "system:masters"), secrets, true},
+		{as("old-user", "system:authenticated"), whoami, true},
+		{as("old-user", "system:unauthenticated"), whoami, true},
+		{as("old-user", "a"), whoami, false},
+		{uid(as("old-user"), "old-uid"), whoami, true},
+		{uid(as("old-user"), "nobodys"), whoami, false},
+		{uid(as("nobody"), "old-uid"), whoami, false},
+		{extra(as("old-user"), "scopes", "old-value"), whoami, true},
+		{extra(as("old-user"), "scopes", "old-value", "other-old-value"), whoami, true},
+		{extra(as("old-user"), "scopes", "old-value", "nobodys"), whoami, false},
+		{extra(as("old-user"), "example.com/role", "old-value"), whoami, true},
+		{extra(as("old-user"), "example.com/other", "old-value"), whoami, false},
+		{extra(extra(uid(as("old-user", "old-group"), "old-uid"), "scopes", "old-value"), "example.com/role", "other-old-value"), whoami, true},
+		{extra(extra(uid(as("old-user", "old-group"), "old-uid"), "scopes", "old-value"), "example.com/role", "nobodys"), whoami, false},
+		{as(account + "old-account"), whoami, true},
+		{as(account + "old-account"), pods, true},
+		{as(account + "nobodys"), whoami, false},
+		{as("system:serviceaccount:kube-system:old-account"), whoami, false},
+		{as(account+"old-account", "old-group"), whoami, true},
+		{as(account+"old-account", "nobodys"), whoami, false},
+		{uid(as(account+"old-account"), "old-uid"), whoami, true},
+		{as("system:serviceaccount:default"), whoami, false}, // is none
+		{as("system:node:old-node"), whoami, true},
+		{as("system:node:nobodys"), whoami, false},
+		{as("system:node:old-node", "old-group"), whoami, true},
+		{as("system:anonymous"), whoami, true},
+		{as("system:kube-scheduler"), whoami, true},
+		{as("system:kube-controller-manager"), whoami, false},
+
+		// The constrained form, which goes by the request as well.
+		{as("new-user"), whoami, true},
+		{as("new-user"), pods, true},
+		{as("new-user"), secrets, false},
+		{as("new-user"), version, true},
+		{as("new-user", "new-group"), whoami, true},
+		{as("new-user", "new-group"), secrets, false},
+		{as("new-user", "nobodys"), whoami, false},
+		{as("new-user", "system:masters"), whoami, false},
+		{as("new-user", "g1", "g2", "g3"), whoami, false},
+		{as("new-user", "g1", "g2", "g3", "g4"), whoami, true}, // from four on, "*" is enough
+		{as("new-user", "g1", "g2", "g3", "system:masters"), whoami, false},
+		{uid(as("new-user"), "new-uid"), whoami, true},
+		{uid(as("new-user"), "old-uid"), whoami, false},
+		{extra(as("new-user"), "example.com/role", "new-value"), whoami, true},
+		{extra(as("new-user"), "example.com/role", "old-value"), whoami, false},
+		{extra(as("new-user"), "scopes", "new-value"), whoami, false}, // a key without a domain
+		{extra(as("new-user"), "example.com/role", "v1", "v2", "v3", "v4"), whoami, true},
+		{as(account + "new-account"), whoami, true},
+		{as(account + "new-account"), pods, false},
+		{as(account+"new-account", "new-group"), whoami, false},
+		{as("system:node:new-node"), whoami, true},
+		{as("system:node:new-node"), pods, false},
+		{uid(as("system:node:new-node"), "new-uid"), whoami, false},
+
+		// Half of each form is none of them.
+		{as("old-user", "new-group"), whoami, false},
+		{as("new-user", "old-group"), whoami, false},
+		{uid(as("old-user"), "new-uid"), whoami, false},
+	}
+	if len(rows) < 40 {
+		t.Fatalf("the table has %d rows; want at least 40", len(rows))
+	}
+	for _, row := range rows {
+		name := fmt.Sprintf("%s as %s", row.request, row.as.UserName)
+		if len(row.as.Groups) > 0 {
+			name += fmt.Sprintf(" in %q", row.as.Groups)
+		}
+		if row.as.UID != "" {
+			name += " with UID " + row.as.UID
+		}
+		for key, values := range row.as.Extra {
+			name += fmt.Sprintf(" with %s=%q", key, values)
+		}
+		t.Run(name, func(t *testing.T) {
+			want, err := do(t.Context(), direct, row.as, row.request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := do(t.Context(), proxied, row.as, row.request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			refused := strings.Contains(want.Refused, `User "erin@example.com" cannot impersonate`)
+			if refused == row.may {
+				t.Errorf("the API server says %q to erin herself; want her to be let through: %t", want.Refused, row.may)
+			}
+			if refused {
+				if got.Code != want.Code || !strings.HasPrefix(got.Refused, "tailscale_impersonate: ") || !strings.Contains(got.Refused, want.Refused) {
+					t.Errorf("the proxy says %d %q; want the refusal that the API server gives: %d %q", got.Code, got.Refused, want.Code, want.Refused)
+				}
+				return
+			}
+			if row.request == whoami && got.Refused == "" {
+				if got.Who.Extra[impersonate.ExtraOriginalUser] == nil {
+					t.Errorf("the extra fields are %v; want erin to be in them", got.Who.Extra)
+				}
+				for _, key := range impersonate.OriginalExtras {
+					delete(got.Who.Extra, key)
+				}
+				if len(got.Who.Extra) == 0 && len(want.Who.Extra) == 0 {
+					got.Who.Extra = want.Who.Extra // nil or empty
+				}
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("the proxy comes to something else (-direct +proxied):\n%s", diff)
+			}
+		})
+	}
+}
