@@ -98,6 +98,8 @@ func TestWhatCannotBeAuditedIsNoIdentity(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			switch name {
+			case "no ID":
+				change.who.Node.StableID = ""
 			case "no name":
 				change.who.Node.Name = ""
 			case "an unprintable name":

@@ -59,7 +59,7 @@ func PeerFrom(who *apitype.WhoIsResponse) (Peer, error) {
 		return Peer{}, errors.New("the tailnet node's answer names no user for an untagged device")
 	}
 	p.Login = who.UserProfile.LoginName
-	p.UserID = who.Node.User
+	p.UserID = who.UserProfile.ID
 	return p, nil
 }
 

@@ -17,8 +17,8 @@ import (
 // one rule for tailscale.com/cap/kubernetes.
 func aUser(login string, grants ...string) *apitype.WhoIsResponse {
 	return &apitype.WhoIsResponse{
-		Node:        &tailcfg.Node{Name: "laptop.example.ts.net.", StableID: "nLaptop", User: 7},
-		UserProfile: &tailcfg.UserProfile{LoginName: login},
+		Node:        &tailcfg.Node{Name: "laptop.example.ts.net.", StableID: "nLaptop"},
+		UserProfile: &tailcfg.UserProfile{ID: 7, LoginName: login},
 		CapMap:      capMap(grants...),
 	}
 }
@@ -27,8 +27,8 @@ func aUser(login string, grants ...string) *apitype.WhoIsResponse {
 // gives the user "tagged-devices".
 func aDevice(name string, tags []string, grants ...string) *apitype.WhoIsResponse {
 	return &apitype.WhoIsResponse{
-		Node:        &tailcfg.Node{Name: name, StableID: "nDevice", User: 8, Tags: tags},
-		UserProfile: &tailcfg.UserProfile{LoginName: "tagged-devices"},
+		Node:        &tailcfg.Node{Name: name, StableID: "nDevice", Tags: tags},
+		UserProfile: &tailcfg.UserProfile{ID: 8, LoginName: "tagged-devices"},
 		CapMap:      capMap(grants...),
 	}
 }
