@@ -5,9 +5,11 @@ package tailscaleimpersonate
 import (
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
@@ -21,7 +23,8 @@ const (
 )
 
 // decision is what was decided about a caller. It is made once and used for many
-// requests, so what each of them needs is ready in it, and it does not change.
+// requests, so what each of them needs is ready in it, and but for dropped it does
+// not change.
 type decision struct {
 	identity impersonate.Identity
 	// peer is what that was decided on.
@@ -34,10 +37,14 @@ type decision struct {
 	// values are those of the placeholders, and get finds them.
 	values map[string]any
 	get    caddy.ReplacerFunc
+	// allowed counts the requests that are sent on because of it.
+	allowed prometheus.Counter
+	// dropped says that it must not be used any more.
+	dropped atomic.Bool
 }
 
 func newDecision(by *Handler, node *tailnet.Node, peer impersonate.Peer, id impersonate.Identity, asked time.Time) *decision {
-	d := &decision{identity: id, peer: peer, node: node, asked: asked, by: by, values: map[string]any{
+	d := &decision{identity: id, peer: peer, node: node, asked: asked, by: by, allowed: allowed[id.Source], values: map[string]any{
 		userID:                  id.User,
 		placeholders + "user":   id.User,
 		placeholders + "groups": strings.Join(id.Groups, ","),

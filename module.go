@@ -17,6 +17,8 @@
 //	which credentials?                   transport
 //	what does a refused client read?     refusal
 //	what can be configured?              caddyfile, transport
+//	what does a caller's page say?       whoami
+//	what is counted?                     metrics
 package tailscaleimpersonate
 
 import (
@@ -38,7 +40,9 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/cache"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/guard"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
@@ -86,6 +90,8 @@ type Handler struct {
 
 	// decisions are those of a moment ago.
 	decisions *cache.Cache[*decision]
+	// listeners are the addresses of the server, as they are configured.
+	listeners []string
 	// site is where open requests are recorded, sites all those of the config.
 	site  *recheck.Site
 	sites *recheck.Config
@@ -117,7 +123,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	server.RegisterConnContext(tailnet.ConnContext)
 	warnOfBuffers(h.logger, server)
-	countRevocations(ctx.GetMetricsRegistry())
+	metrics.Register(ctx.GetMetricsRegistry(), recheck.Streams{})
 	app, err := ctx.App("events")
 	if err != nil {
 		return fmt.Errorf("getting the events app: %w", err)
@@ -135,7 +141,7 @@ func (h *Handler) setUp(sites *recheck.Config, listeners []string) (err error) {
 	if h.decisions, err = cache.New(h.TTL(), h.decide); err != nil {
 		return fmt.Errorf("making a cache: %w", err)
 	}
-	h.sites = sites
+	h.sites, h.listeners = sites, listeners
 	h.site = sites.NewSite(listeners, h.Config, recheck.Rules{
 		Interval: h.Interval(),
 		Grace:    h.Grace(),
@@ -155,8 +161,13 @@ type started struct {
 
 // Handle implements caddyevents.Handler.
 func (s started) Handle(context.Context, caddy.Event) error {
-	s.handler.setReady(tailnet.FromListeners(s.server.Listeners()))
+	nodes := tailnet.FromListeners(s.server.Listeners())
+	if s.handler.Tailscaled != "" {
+		nodes = tailnet.Nodes{tailnet.FromDaemon(s.handler.DaemonSocket())}
+	}
+	s.handler.setReady(nodes)
 	s.handler.sites.Run()
+	running.add(s.handler)
 	return nil
 }
 
@@ -173,6 +184,7 @@ func (h *Handler) setReady(nodes tailnet.Nodes) {
 // that did start goes on answering: connections that its server has accepted
 // outlive the config.
 func (h *Handler) Cleanup() error {
+	running.remove(h)
 	h.setReady(nil)
 	return nil
 }
@@ -182,18 +194,16 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	// First of all, so that whatever is decided below and whatever runs next,
 	// nothing that the client says about itself is left to be believed.
 	asked := impersonate.StripClient(r.Header)
+	if h.Whoami != "" && r.URL.Path == h.Whoami {
+		return h.serveWhoami(w, r)
+	}
 
 	conn, decided, err := h.identify(r, asked)
 	if err != nil {
-		h.logger.Warn("request refused",
-			zap.String("reason", err.ErrStatus.Message),
-			zap.Int32("status", err.ErrStatus.Code),
-			zap.String("remote_addr", r.RemoteAddr),
-			zap.String("method", r.Method),
-			zap.String("host", r.Host),
-			zap.String("uri", r.RequestURI))
-		return refusal.Write(w, err)
+		return h.refuse(w, r, decided, err)
 	}
+	decided.allowed.Inc()
+	h.logAllowed(r, decided)
 	id := &decided.identity
 	if id.Recording.Wanted() {
 		h.logger.Warn("the caller's grants name session recorders, and recording is not supported yet: the session is not recorded",
@@ -203,7 +213,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	decided.setPlaceholders(r)
 
 	// From here on the caller can lose what it had, and the request ends.
-	request := h.site.Open(conn, id, decided.asked)
+	request := h.site.Open(conn, id, decided.asked, recheck.KindOf(r))
 	defer request.Close()
 
 	// The identity travels in the context as well: transport kubernetes takes
@@ -236,12 +246,13 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 		return err
 	}
 	h.logger.Error("the API server cannot be reached", zap.Error(failed.Err), zap.String("uri", r.RequestURI))
-	return refusal.Write(w, refusal.Unavailable("the API server cannot be reached; the proxy's log says why"))
+	return refusal.Write(w, refusal.Because(refusal.UpstreamAway, refusal.Unavailable("the API server cannot be reached; the proxy's log says why")))
 }
 
 // identify returns the connection that r came on and what was decided about the
 // peer at its other end, or the reason to refuse r. asked is the impersonation
-// header that the client sent, empty if none.
+// header that the client sent, empty if none. What was decided about the peer of a
+// refused request is for the log.
 func (h *Handler) identify(r *http.Request, asked string) (_ *tailnet.Conn, _ *decision, refused *apierrors.StatusError) {
 	// What kind of request?
 	if refused = checkProtocol(r); refused != nil {
@@ -252,41 +263,54 @@ func (h *Handler) identify(r *http.Request, asked string) (_ *tailnet.Conn, _ *d
 	}
 
 	// Which node accepted the connection?
-	select {
-	case <-h.ready:
-	default:
-		select {
-		case <-h.ready:
-		case <-r.Context().Done():
-			return nil, nil, refusal.TryAgain("the server is starting")
-		}
-	}
-	conn, err := tailnet.ConnFrom(r.Context())
-	if err != nil {
-		return nil, nil, refusal.Forbidden("%v", err)
-	}
-	decided := h.decidedOn(conn)
-	key := cache.Key{Remote: conn.Remote.Addr(), Local: conn.Local}
-	if decided != nil {
-		key.Node = decided.node
-	} else if key.Node, refused = h.accepting(conn.Local); refused != nil {
-		return nil, nil, refused
-	}
-	if refused = h.checkHost(r, key.Node); refused != nil {
+	conn, decided, key, refused := h.reached(r)
+	if refused != nil {
 		return nil, nil, refused
 	}
 
 	// Who is the peer, and which user and groups?
-	if decided == nil {
+	if decided != nil {
+		metrics.CacheHits.Inc()
+	} else {
 		if decided, refused = h.decisionOn(r.Context(), key, conn.Accepted); refused != nil {
 			return nil, nil, refused
 		}
 		conn.Note.Store(decided)
 	}
 	if asked != "" && h.ClientImpersonation != caddyfile.Strip && !passedAnother(r) {
-		return nil, nil, refusal.Forbidden("%s may not act as somebody else: the request asks for it with the header %s, as kubectl --as does", decided.identity.User, asked)
+		return nil, decided, refusal.Because(refusal.Impersonation, refusal.Forbidden("%s may not act as somebody else: the request asks for it with the header %s, as kubectl --as does", decided.identity.User, asked))
 	}
 	return conn, decided, nil
+}
+
+// reached returns the connection that r came on, what was decided about requests on
+// it a moment ago, nil if nothing was, and whom to ask about its peer.
+func (h *Handler) reached(r *http.Request) (conn *tailnet.Conn, decided *decision, key cache.Key, refused *apierrors.StatusError) {
+	select {
+	case <-h.ready:
+	default:
+		select {
+		case <-h.ready:
+		case <-r.Context().Done():
+			return nil, nil, key, refusal.Because(refusal.Starting, refusal.TryAgain("the server is starting"))
+		}
+	}
+	connFrom := tailnet.ConnFrom
+	if h.Tailscaled != "" {
+		connFrom = tailnet.HostConnFrom
+	}
+	conn, err := connFrom(r.Context())
+	if err != nil {
+		return nil, nil, key, refusal.Because(refusal.NotFromTailnet, refusal.Forbidden("%v", err))
+	}
+	decided = h.decidedOn(conn)
+	key = cache.Key{Remote: conn.Remote.Addr(), Local: conn.Local}
+	if decided != nil {
+		key.Node = decided.node
+	} else if key.Node, refused = h.accepting(conn.Local); refused != nil {
+		return nil, nil, key, refused
+	}
+	return conn, decided, key, h.checkHost(r, key.Node)
 }
 
 // passedAnother reports whether a handler like this one has seen r before: the
@@ -300,7 +324,7 @@ func passedAnother(r *http.Request) bool {
 // nothing was.
 func (h *Handler) decidedOn(conn *tailnet.Conn) *decision {
 	d, _ := conn.Note.Load().(*decision)
-	if d == nil || d.by != h || time.Since(d.asked) >= h.TTL() {
+	if d == nil || d.by != h || d.dropped.Load() || time.Since(d.asked) >= h.TTL() {
 		return nil
 	}
 	return d
@@ -311,9 +335,9 @@ func (h *Handler) accepting(local netip.Addr) (*tailnet.Node, *apierrors.StatusE
 	node, err := h.nodes.Accepting(local)
 	switch {
 	case errors.Is(err, tailnet.ErrNotConnected):
-		return nil, refusal.TryAgain("%v", err)
+		return nil, refusal.Because(refusal.Starting, refusal.TryAgain("%v", err))
 	case err != nil:
-		return nil, refusal.Forbidden("%v", err)
+		return nil, refusal.Because(refusal.AmbiguousNode, refusal.Forbidden("%v", err))
 	}
 	return node, nil
 }
@@ -327,45 +351,61 @@ func (h *Handler) decisionOn(ctx context.Context, key cache.Key, since time.Time
 	}
 	var refused *apierrors.StatusError
 	if !errors.As(err, &refused) {
-		refused = refusal.TryAgain("tailnet node %q does not say who %v is: %v", key.Node.Name, key.Remote, err)
+		refused = unanswered(key, err)
 	}
 	return nil, refused
 }
 
+// unanswered refuses what key's node has not answered for.
+func unanswered(key cache.Key, err error) *apierrors.StatusError {
+	return refusal.Because(refusal.NoAnswer, refusal.TryAgain("tailnet node %q does not say who %v is: %v", key.Node.Name, key.Remote, err))
+}
+
 // decide finds out who the peer of key is, and decides which user and groups.
 func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) {
+	return h.judge(ctx, key, nil)
+}
+
+// judge is decide, and writes what it finds on the way into found, if that is not
+// nil.
+func (h *Handler) judge(ctx context.Context, key cache.Key, found *findings) (*decision, error) {
 	asked := time.Now()
 	who, err := key.Node.WhoIs(ctx, key.Remote, key.Local)
+	countQuestion(asked, err)
 	switch {
 	case errors.Is(err, tailnet.ErrPeerNotFound):
-		return nil, refusal.Forbidden("tailnet node %q knows no peer with the address %v", key.Node.Name, key.Remote)
+		return nil, refusal.Because(refusal.UnknownPeer, refusal.Forbidden("tailnet node %q knows no peer with the address %v: the device is not on the tailnet, or its traffic comes through a subnet router", key.Node.Name, key.Remote))
 	case errors.Is(err, tailnet.ErrSelf):
-		return nil, refusal.Forbidden("the request comes from tailnet node %q itself, which is no caller", key.Node.Name)
+		return nil, refusal.Because(refusal.Self, refusal.Forbidden("the request comes from tailnet node %q itself, which is no caller", key.Node.Name))
 	case err != nil:
 		return nil, err
 	}
 	peer, err := impersonate.PeerFrom(who)
 	if err != nil {
-		return nil, refusal.Forbidden("no identity for %v: %v", key.Remote, err)
+		return nil, refusal.Because(refusal.NoIdentity, refusal.Forbidden("no identity for %v: %v", key.Remote, err))
 	}
-	id, err := peer.Identity(h.Capabilities())
+	id, err := peer.Explain(h.Capabilities(), found.of(peer))
 	if err != nil {
-		return nil, refusal.Forbidden("no identity for %s: %v", peer, err)
+		return nil, about(peer, refusal.NoIdentity, refusal.Forbidden("no identity for %s: %v", peer.Describe(), err))
 	}
 	if id.Recording.Enforce {
 		return nil, refusal.Forbidden("the grants of %s say enforceRecorder, and session recording is not supported yet", peer)
 	}
 	// What do the operators say to that?
 	if err := h.Check(peer); err != nil {
-		return nil, refusal.Forbidden("%s may not use this server: %v", peer, err)
+		return nil, about(peer, refusal.Guard, refusal.Forbidden("%s may not use this server: %v", peer.Describe(), err))
 	}
 	id, cut, err := h.Limit(id)
+	found.limited(id, cut)
 	if len(cut) > 0 {
 		h.logger.Warn("granted groups are left out, as allow_groups and deny_groups say",
 			zap.Stringer("peer", peer), zap.Strings("groups", cut))
 	}
-	if err != nil {
-		return nil, refusal.Forbidden("%s may not use this server: %v", peer, err)
+	switch {
+	case errors.Is(err, guard.ErrNoGroup):
+		return nil, about(peer, refusal.NoGroups, refusal.Forbidden("%s may not use this server: %v: the tailnet policy file has no grant that gives it groups under %q", peer.Describe(), err, h.Capabilities()[0]))
+	case err != nil:
+		return nil, about(peer, refusal.Guard, refusal.Forbidden("%s may not use this server: %v", peer.Describe(), err))
 	}
 	return newDecision(h, key.Node, peer, id, asked), nil
 }
@@ -387,7 +427,7 @@ func (h *Handler) recheck(ctx context.Context, remote, local netip.Addr, since t
 
 // accessWithdrawn reports that a caller's requests were ended.
 func (h *Handler) accessWithdrawn(e *recheck.Ended) {
-	revocations.WithLabelValues(string(e.Reason)).Add(float64(e.Requests))
+	metrics.Revocations.WithLabelValues(string(e.Reason)).Add(float64(e.Requests))
 	h.logger.Warn("open requests ended",
 		zap.String("reason", e.Detail),
 		zap.String("user", e.User),
@@ -401,12 +441,12 @@ func checkProtocol(r *http.Request) *apierrors.StatusError {
 	// ConnContext, and its CONNECT can turn into a WebSocket behind the
 	// handler's back. 421 sends a client back to HTTP/2 or HTTP/1.1.
 	if r.ProtoMajor > 2 {
-		return refusal.Misdirected("HTTP/3 is not supported; say `protocols h1 h2` in the servers option")
+		return refusal.Because(refusal.Protocol, refusal.Misdirected("HTTP/3 is not supported; say `protocols h1 h2` in the servers option"))
 	}
 	// The same goes for HTTP/2's extended CONNECT. The API server has no use
 	// for CONNECT in any form.
 	if r.Method == http.MethodConnect {
-		return refusal.MethodNotAllowed("method CONNECT is not supported")
+		return refusal.Because(refusal.Protocol, refusal.MethodNotAllowed("method CONNECT is not supported"))
 	}
 	return nil
 }
@@ -421,7 +461,7 @@ func (h *Handler) checkOrigin(r *http.Request) *apierrors.StatusError {
 	origins, ok := r.Header["Origin"]
 	for _, origin := range origins {
 		if !slices.Contains(h.AllowOrigins, origin) {
-			return refusal.Forbidden("a web page of origin %q sent the request; if it may act as whoever opens it, name the origin in allow_origins", origin)
+			return refusal.Because(refusal.WebPage, refusal.Forbidden("a web page of origin %q sent the request; if it may act as whoever opens it, name the origin in allow_origins", origin))
 		}
 	}
 	if ok {
@@ -430,7 +470,7 @@ func (h *Handler) checkOrigin(r *http.Request) *apierrors.StatusError {
 	// A browser leaves Origin out of some requests, such as an image's.
 	for _, site := range r.Header["Sec-Fetch-Site"] {
 		if site != "none" && site != "same-origin" {
-			return refusal.Forbidden("a web page of another site sent the request (Sec-Fetch-Site: %s)", site)
+			return refusal.Because(refusal.WebPage, refusal.Forbidden("a web page of another site sent the request (Sec-Fetch-Site: %s)", site))
 		}
 	}
 	return nil
@@ -447,10 +487,10 @@ func (h *Handler) checkHost(r *http.Request, node *tailnet.Node) *apierrors.Stat
 	}
 	owns, err := node.Owns(r.Context(), r.Host)
 	if err != nil {
-		return refusal.TryAgain("cannot tell whether host %q is this server: %v", r.Host, err)
+		return refusal.Because(refusal.NoAnswer, refusal.TryAgain("cannot tell whether host %q is this server: %v", r.Host, err))
 	}
 	if !owns {
-		return refusal.Forbidden("host %q is neither the name nor an address of tailnet node %q; if it is meant for this server, name it in allow_hosts or use https", r.Host, node.Name)
+		return refusal.Because(refusal.Host, refusal.Forbidden("host %q is neither the name nor an address of tailnet node %q; if it is meant for this server, name it in allow_hosts or use https", r.Host, node.Name))
 	}
 	return nil
 }

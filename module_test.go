@@ -591,7 +591,7 @@ func TestRefusalsAreLogged(t *testing.T) {
 		t.Errorf("the reason %q does not name the peer", reason)
 	}
 	delete(got, "reason")
-	want := map[string]any{"status": int32(403), "remote_addr": aliceAddr + ":40000", "method": "GET", "host": "k8s", "uri": "http://k8s/api?x=y"}
+	want := map[string]any{"code": "unknown_peer", "request_id": "", "status": int32(403), "remote_addr": aliceAddr + ":40000", "method": "GET", "host": "k8s", "uri": "http://k8s/api?x=y"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("log entry differs (-want +got):\n%s", diff)
 	}

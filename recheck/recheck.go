@@ -78,6 +78,7 @@ type Rules struct {
 type Request struct {
 	conn *tailnet.Conn
 	id   *impersonate.Identity
+	kind Kind
 
 	// What follows is guarded by mu.
 
@@ -92,10 +93,11 @@ type Request struct {
 
 // Open records a request on conn that is made as id, which was found out at asked.
 // Close must be called when it has ended.
-func (s *Site) Open(conn *tailnet.Conn, id *impersonate.Identity, asked time.Time) *Request {
-	r := &Request{conn: conn, id: id, confirmed: asked}
+func (s *Site) Open(conn *tailnet.Conn, id *impersonate.Identity, asked time.Time, kind Kind) *Request {
+	r := &Request{conn: conn, id: id, kind: kind, confirmed: asked}
 	mu.Lock()
 	defer mu.Unlock()
+	open[kind]++
 	for s.next != nil {
 		s = s.next
 	}
@@ -107,6 +109,7 @@ func (s *Site) Open(conn *tailnet.Conn, id *impersonate.Identity, asked time.Tim
 func (r *Request) Close() {
 	mu.Lock()
 	defer mu.Unlock()
+	open[r.kind]--
 	r.site.remove(r)
 }
 

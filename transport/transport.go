@@ -24,6 +24,7 @@ import (
 	"golang.org/x/net/http/httpguts"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 )
 
@@ -99,8 +100,14 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if err := config.checkUser(); err != nil {
 		return err
 	}
-	t.cluster, err = config.connect(t.logger)
-	return err
+	if t.cluster, err = config.connect(t.logger); err != nil {
+		return err
+	}
+	if t.cluster.token != nil {
+		tokenAges.add(t.cluster)
+		metrics.Register(ctx.GetMetricsRegistry(), tokenAges)
+	}
+	return nil
 }
 
 // Validate returns an error if the options cannot be used.
@@ -115,6 +122,7 @@ func (t *Transport) Validate() error {
 
 // Cleanup closes connections that nothing uses any more.
 func (t *Transport) Cleanup() error {
+	tokenAges.remove(t.cluster)
 	for _, c := range []*cluster{t.cluster, t.anonymous} {
 		if c != nil {
 			c.close()
@@ -131,15 +139,15 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	switch {
 	case check:
 	case t.Credentials == Client && identified:
-		return refusal.Response(r, refusal.Forbidden("credentials client takes the caller's own credentials, which tailscale_impersonate in front of it has removed"))
+		return refusal.Response(r, refusal.Because(refusal.NoHandler, refusal.Forbidden("credentials client takes the caller's own credentials, which tailscale_impersonate in front of it has removed")))
 	case t.Credentials != Client && !identified:
-		return refusal.Response(r, refusal.Forbidden("the request has no identity: it reached transport kubernetes without passing tailscale_impersonate"))
+		return refusal.Response(r, refusal.Because(refusal.NoHandler, refusal.Forbidden("the request has no identity: it reached transport kubernetes without passing tailscale_impersonate")))
 	}
 	if t.unusable != nil {
-		return refusal.Response(r, refusal.Unavailable("no cluster: %v", t.unusable))
+		return refusal.Response(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("no cluster: %v", t.unusable)))
 	}
 	if protocols, ok := upgradeAllowed(r.Header); !ok {
-		return refusal.Response(r, refusal.BadRequest("cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", protocols))
+		return refusal.Response(r, refusal.Because(refusal.Protocol, refusal.BadRequest("cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", protocols)))
 	}
 
 	switch {
@@ -160,7 +168,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*http.Response, error) {
 	authorization, stale, err := t.cluster.authorization()
 	if err != nil {
-		return refusal.Response(r, refusal.Unavailable("no credentials for the cluster: %v", err))
+		return refusal.Response(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("no credentials for the cluster: %v", err)))
 	}
 	out := t.cluster.request(r)
 	// From here to the wire nothing else touches the headers.
@@ -182,7 +190,7 @@ func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*htt
 		// Passed on, a 401 would tell the caller to log in, who is not the one
 		// that has to.
 		_ = resp.Body.Close()
-		return refusal.Response(r, refusal.Unavailable("the API server no longer accepts the proxy's credentials, and they cannot be renewed: %v", stale))
+		return refusal.Response(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("the API server no longer accepts the proxy's credentials, and they cannot be renewed: %v", stale)))
 	}
 	return resp, nil
 }
