@@ -237,12 +237,12 @@ func dropPeer(w http.ResponseWriter, name string) error {
 
 // forget has the caller at remote asked about again before its next request.
 func (h *Handler) forget(remote, local netip.Addr) {
-	h.decisions.All(func(key cache.Key, d *decision) {
+	h.decisions.All(func(key cache.Key, _ *decision) {
 		if key.Remote == remote && key.Local == local {
-			d.dropped.Store(true)
 			h.decisions.Forget(key)
 		}
 	})
+	h.drops.Add(1)
 }
 
 func writeJSON(w http.ResponseWriter, v any) error {

@@ -5,7 +5,6 @@ package tailscaleimpersonate
 import (
 	"net/http"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -23,8 +22,7 @@ const (
 )
 
 // decision is what was decided about a caller. It is made once and used for many
-// requests, so what each of them needs is ready in it, and but for dropped it does
-// not change.
+// requests, so what each of them needs is ready in it, and it does not change.
 type decision struct {
 	identity impersonate.Identity
 	// peer is what that was decided on.
@@ -39,12 +37,12 @@ type decision struct {
 	get    caddy.ReplacerFunc
 	// allowed counts the requests that are sent on because of it.
 	allowed prometheus.Counter
-	// dropped says that it must not be used any more.
-	dropped atomic.Bool
+	// drops is how often callers had been dropped by then.
+	drops uint64
 }
 
 func newDecision(by *Handler, node *tailnet.Node, peer impersonate.Peer, id impersonate.Identity, asked time.Time) *decision {
-	d := &decision{identity: id, peer: peer, node: node, asked: asked, by: by, allowed: allowed[id.Source], values: map[string]any{
+	d := &decision{identity: id, peer: peer, node: node, asked: asked, by: by, allowed: allowed[id.Source], drops: by.drops.Load(), values: map[string]any{
 		userID:                  id.User,
 		placeholders + "user":   id.User,
 		placeholders + "groups": strings.Join(id.Groups, ","),

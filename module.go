@@ -29,6 +29,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -90,6 +91,9 @@ type Handler struct {
 
 	// decisions are those of a moment ago.
 	decisions *cache.Cache[*decision]
+	// drops is how often an operator has dropped a caller: what was noted with a
+	// connection before the last time may be about one of those.
+	drops atomic.Uint64
 	// listeners are the addresses of the server, as they are configured.
 	listeners []string
 	// site is where open requests are recorded, sites all those of the config.
@@ -324,7 +328,7 @@ func passedAnother(r *http.Request) bool {
 // nothing was.
 func (h *Handler) decidedOn(conn *tailnet.Conn) *decision {
 	d, _ := conn.Note.Load().(*decision)
-	if d == nil || d.by != h || d.dropped.Load() || time.Since(d.asked) >= h.TTL() {
+	if d == nil || d.by != h || d.drops != h.drops.Load() || time.Since(d.asked) >= h.TTL() {
 		return nil
 	}
 	return d
