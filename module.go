@@ -48,6 +48,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 
+	// The command caddy tailscale-impersonate.
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/cli"
 	// transport kubernetes comes with the handler: neither is complete alone.
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/transport"
 )
