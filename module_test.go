@@ -1066,12 +1066,13 @@ const proxyToken = "Bearer proxy-token"
 func (u *upstream) expand(t *testing.T, text string) string {
 	t.Helper()
 	dir := t.TempDir()
-	ca, kubeconfig := filepath.Join(dir, "ca.pem"), filepath.Join(dir, "kubeconfig")
+	ca, token, kubeconfig := filepath.Join(dir, "ca.pem"), filepath.Join(dir, "token"), filepath.Join(dir, "kubeconfig")
+	writeFile(t, token, "proxy-token")
 	writeFile(t, ca, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: u.Certificate().Raw})))
 	writeFile(t, kubeconfig, fmt.Sprintf(`{"apiVersion": "v1", "kind": "Config", "current-context": "c",
 		"contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
 		"clusters": [{"name": "k", "cluster": {"server": %q, "certificate-authority": %q}}],
-		"users": [{"name": "u", "user": {"token": "proxy-token"}}]}`, u.URL, ca))
+		"users": [{"name": "u", "user": {"tokenFile": %q}}]}`, u.URL, ca, token))
 	return strings.NewReplacer(
 		"$UPSTREAM", u.Listener.Addr().String(),
 		"$KUBERNETES", "transport kubernetes {\nkubeconfig "+kubeconfig+"\n}\n",

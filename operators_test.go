@@ -563,3 +563,44 @@ func TestOperatorsSeeTheRunningConfig(t *testing.T) {
 		t.Errorf("%d handlers are running after the last config", n)
 	}
 }
+
+// Whoever may not use Caddy's admin API may not use this part of it either.
+func TestCaddysAdminRulesApply(t *testing.T) {
+	port := freePort(t)
+	listen := fmt.Sprintf("127.0.0.1:%d", port)
+	if err := caddy.Load([]byte(`{"admin": {"listen": "`+listen+`", "config": {"persist": false}}, "logging": {"logs": {"default": {"writer": {"output": "discard"}}}}}`), true); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := caddy.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	registered(t, caddyfile.Config{}, aliceNode())
+	for _, tt := range []struct {
+		name, method, host, origin string
+		want                       int
+	}{
+		{"from here", "GET", listen, "", http.StatusOK},
+		{"by DNS rebinding", "GET", "evil.example.com", "", http.StatusForbidden},
+		{"from a web page", "DELETE", listen, "https://evil.example.com", http.StatusForbidden},
+	} {
+		r, err := http.NewRequestWithContext(t.Context(), tt.method, "http://"+listen+"/tailscale_impersonate/peers", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Host = tt.host
+		if tt.origin != "" {
+			r.Header.Set("Origin", tt.origin)
+			r.Header.Set("Sec-Fetch-Mode", "cors")
+		}
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != tt.want {
+			t.Errorf("%s: %s; want %d", tt.name, resp.Status, tt.want)
+		}
+	}
+}
