@@ -36,7 +36,7 @@ func Callers() []Caller {
 			i, ok := index[key]
 			if !ok { // and the list begins with the latest
 				i, index[key] = len(callers), len(callers)
-				callers = append(callers, Caller{Remote: key.remote, Local: key.local, Identity: r.id, Open: make(map[Kind]int)})
+				callers = append(callers, Caller{Remote: key.remote, Local: key.local, Identity: r.ID, Open: make(map[Kind]int)})
 			}
 			callers[i].Open[r.kind]++
 		}
@@ -62,7 +62,7 @@ func Drop(remote, local netip.Addr, detail string) map[Kind]int {
 				continue
 			}
 			r.ended = true
-			ended.User = r.id.User
+			ended.User = r.ID.User
 			ended.Requests++
 			dropped[r.kind]++
 			conns[r.conn] = true

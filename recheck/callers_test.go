@@ -74,14 +74,14 @@ func TestOpenRequestsAreCountedAcrossConfigs(t *testing.T) {
 		first.Run()
 		a, b := connect(t, aliceAddr), connect(t, bobAddr)
 		requests := []*Request{
-			old.Open(a.conn, alice, time.Now(), Watch),
-			old.Open(a.conn, alice, time.Now(), Watch),
-			old.Open(b.conn, bob, time.Now(), Exec),
-			old.Open(b.conn, bob, time.Now(), Short),
+			old.Open(t.Context(), a.conn, alice, time.Now(), Watch),
+			old.Open(t.Context(), a.conn, alice, time.Now(), Watch),
+			old.Open(t.Context(), b.conn, bob, time.Now(), Exec),
+			old.Open(t.Context(), b.conn, bob, time.Now(), Short),
 		}
 		site := second.NewSite([]string{":443"}, "a", n.rules())
 		second.Run()
-		requests = append(requests, site.Open(a.conn, alice, time.Now(), Log))
+		requests = append(requests, site.Open(t.Context(), a.conn, alice, time.Now(), Log))
 
 		want := []Caller{
 			{Remote: aliceAddr, Local: nodeAddr, Identity: alice, Open: map[Kind]int{Watch: 2, Log: 1}},
@@ -109,9 +109,9 @@ func TestDropEndsOneCallersRequests(t *testing.T) {
 		site := new(Config).NewSite(nil, nil, n.rules())
 		a, a2, b := connect(t, aliceAddr), connect(t, aliceAddr), connect(t, bobAddr)
 		for _, c := range []client{a, a2} {
-			defer site.Open(c.conn, alice, time.Now(), Exec).Close()
+			defer site.Open(t.Context(), c.conn, alice, time.Now(), Exec).Close()
 		}
-		defer site.Open(b.conn, bob, time.Now(), Watch).Close()
+		defer site.Open(t.Context(), b.conn, bob, time.Now(), Watch).Close()
 
 		if got := Drop(aliceAddr, netip.MustParseAddr("100.64.9.9"), "other node"); len(got) > 0 {
 			t.Errorf("dropped %v, who dialled another address", got)
