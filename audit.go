@@ -5,8 +5,6 @@ package tailscaleimpersonate
 import (
 	"net/http"
 
-	"github.com/caddyserver/caddy/v2"
-
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
 
@@ -25,15 +23,4 @@ func (h *Handler) identityFor(r *http.Request, decided *decision, target *impers
 		own.Wish = &impersonate.Wish{Target: target, MaxAge: h.TTL()}
 	}
 	return &own
-}
-
-// requestID returns Caddy's ID of r. Asked for, it is in the access log as well,
-// where the field is called uuid.
-func requestID(r *http.Request) string {
-	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
-	if !ok {
-		return ""
-	}
-	id, _ := repl.GetString("http.request.uuid")
-	return id
 }

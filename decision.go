@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
@@ -35,10 +36,14 @@ type decision struct {
 	// values are those of the placeholders, and get finds them.
 	values map[string]any
 	get    caddy.ReplacerFunc
+	// allowed counts the requests that are sent on because of it.
+	allowed prometheus.Counter
+	// drops is how often callers had been dropped by then.
+	drops uint64
 }
 
 func newDecision(by *Handler, node *tailnet.Node, peer impersonate.Peer, id impersonate.Identity, asked time.Time) *decision {
-	d := &decision{identity: id, peer: peer, node: node, asked: asked, by: by, values: map[string]any{
+	d := &decision{identity: id, peer: peer, node: node, asked: asked, by: by, allowed: allowed[id.Source], drops: by.drops.Load(), values: map[string]any{
 		userID:                  id.User,
 		placeholders + "user":   id.User,
 		placeholders + "groups": strings.Join(id.Groups, ","),

@@ -20,6 +20,8 @@
 //	what does it ask for?                apirequest, matcher
 //	is that what is sent?                decided
 //	what can be configured?              caddyfile, transport, matcher
+//	what does a caller's page say?       whoami
+//	what is counted?                     metrics
 package tailscaleimpersonate
 
 import (
@@ -30,6 +32,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -41,12 +44,16 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/cache"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/guard"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 
+	// The command caddy tailscale-impersonate.
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/cli"
 	// The matcher and the transport come with the handler: none is complete alone.
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/matcher"
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/transport"
@@ -91,6 +98,11 @@ type Handler struct {
 
 	// decisions are those of a moment ago.
 	decisions *cache.Cache[*decision]
+	// drops is how often an operator has dropped a caller: what was noted with a
+	// connection before the last time may be about one of those.
+	drops atomic.Uint64
+	// listeners are the addresses of the server, as they are configured.
+	listeners []string
 	// site is where open requests are recorded, sites all those of the config.
 	site  *recheck.Site
 	sites *recheck.Config
@@ -124,12 +136,12 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	server.RegisterConnContext(tailnet.ConnContext)
 	warnOfBuffers(h.logger, server)
-	registerMetrics(ctx.GetMetricsRegistry())
 	if h.ClientImpersonation == caddyfile.Authorize {
 		if err := checkTransports(server); err != nil {
 			return err
 		}
 	}
+	metrics.Register(ctx.GetMetricsRegistry(), recheck.Streams{})
 	app, err := ctx.App("events")
 	if err != nil {
 		return fmt.Errorf("getting the events app: %w", err)
@@ -152,9 +164,9 @@ func (h *Handler) setUp(sites *recheck.Config, listeners []string) (err error) {
 		return fmt.Errorf("record %q: %w", h.Record, err)
 	}
 	h.recorder = &recording.Site{Dir: dir, Logger: h.logger, Count: func(o recording.Outcome) {
-		recordings.WithLabelValues(string(o)).Inc()
+		metrics.Recordings.WithLabelValues(string(o)).Inc()
 	}}
-	h.sites = sites
+	h.sites, h.listeners = sites, listeners
 	h.site = sites.NewSite(listeners, h.Config, recheck.Rules{
 		Interval: h.Interval(),
 		Grace:    h.Grace(),
@@ -175,8 +187,13 @@ type started struct {
 
 // Handle implements caddyevents.Handler.
 func (s started) Handle(context.Context, caddy.Event) error {
-	s.handler.setReady(tailnet.FromListeners(s.server.Listeners()))
+	nodes := tailnet.FromListeners(s.server.Listeners())
+	if s.handler.Tailscaled != "" {
+		nodes = tailnet.Nodes{tailnet.FromDaemon(s.handler.DaemonSocket())}
+	}
+	s.handler.setReady(nodes)
 	s.handler.sites.Run()
+	running.add(s.handler)
 	return nil
 }
 
@@ -193,6 +210,7 @@ func (h *Handler) setReady(nodes tailnet.Nodes) {
 // that did start goes on answering: connections that its server has accepted
 // outlive the config.
 func (h *Handler) Cleanup() error {
+	running.remove(h)
 	h.setReady(nil)
 	return nil
 }
@@ -203,6 +221,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	// nothing that the client says about itself is left to be believed.
 	target, err := h.target(r)
 	asked := impersonate.StripClient(r.Header)
+	if h.Whoami != "" && r.URL.Path == h.Whoami {
+		return h.serveWhoami(w, r)
+	}
 
 	var conn *tailnet.Conn
 	var decided *decision
@@ -210,7 +231,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		conn, decided, err = h.identify(r, asked)
 	}
 	if err != nil {
-		return h.refuse(w, r, err)
+		return h.refuse(w, r, decided, err)
 	}
 	id := h.identityFor(r, decided, target)
 
@@ -218,7 +239,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	if h.recorder.Concerns(&id.Recording) {
 		var session *recording.Session
 		if r, session, err = h.recorder.Begin(r, decided.caller(conn)); err != nil {
-			return h.refuse(w, r, err)
+			return h.refuse(w, r, decided, err)
 		}
 		if session != nil {
 			defer session.Close()
@@ -226,10 +247,12 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		}
 	}
 
+	decided.allowed.Inc()
+	h.logAllowed(r, decided)
 	decided.setPlaceholders(r)
 
 	// From here on the caller can lose what it had, and the request ends.
-	request := h.site.Open(r.Context(), conn, id, decided.asked)
+	request := h.site.Open(r.Context(), conn, id, decided.asked, recheck.KindOf(r))
 	defer request.Close()
 	if id.Wish != nil {
 		id.Wish.Granted = request.Require
@@ -248,18 +271,6 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	return h.explain(w, r, next.ServeHTTP(w, r))
 }
 
-// refuse answers r with the reason why it goes no further, which the log has as well.
-func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, err *apierrors.StatusError) error {
-	h.logger.Warn("request refused",
-		zap.String("reason", err.ErrStatus.Message),
-		zap.Int32("status", err.ErrStatus.Code),
-		zap.String("remote_addr", r.RemoteAddr),
-		zap.String("method", r.Method),
-		zap.String("host", r.Host),
-		zap.String("uri", r.RequestURI))
-	return refusal.Write(w, err)
-}
-
 // explain answers a request that a matcher could not decide about, or that
 // reverse_proxy could not send, or got no answer to, and returns any other error as
 // it is. Caddy would answer with an empty body, and kubectl report an error without
@@ -270,7 +281,8 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 	}
 	var refused *apierrors.StatusError
 	if errors.As(err, &refused) {
-		return h.refuse(w, r, refused)
+		h.logRefusal(r, nil, refused)
+		return refusal.Write(w, refused)
 	}
 	var failed caddyhttp.HandlerError
 	if !errors.As(err, &failed) {
@@ -282,15 +294,17 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 		return err
 	}
 	h.logger.Error("the API server cannot be reached", zap.Error(failed.Err), zap.String("uri", r.RequestURI))
+	said := "the API server cannot be reached; the proxy's log says why"
 	if id, ok := impersonate.FromContext(r.Context()); ok && id.Wish != nil {
-		return refusal.Write(w, refusal.Unavailable("the API server cannot be reached, or not by transport kubernetes, which kubectl --as needs; the proxy's log says why"))
+		said = "the API server cannot be reached, or not by transport kubernetes, which kubectl --as needs; the proxy's log says why"
 	}
-	return refusal.Write(w, refusal.Unavailable("the API server cannot be reached; the proxy's log says why"))
+	return refusal.Write(w, refusal.Because(refusal.UpstreamAway, refusal.Unavailable("%s", said)))
 }
 
 // identify returns the connection that r came on and what was decided about the
 // peer at its other end, or the reason to refuse r. asked is the impersonation
-// header that the client sent, empty if none.
+// header that the client sent, empty if none. What was decided about the peer of a
+// refused request is for the log.
 func (h *Handler) identify(r *http.Request, asked string) (_ *tailnet.Conn, _ *decision, refused *apierrors.StatusError) {
 	// What kind of request?
 	if refused = checkProtocol(r); refused != nil {
@@ -301,48 +315,61 @@ func (h *Handler) identify(r *http.Request, asked string) (_ *tailnet.Conn, _ *d
 	}
 
 	// Which node accepted the connection?
-	select {
-	case <-h.ready:
-	default:
-		select {
-		case <-h.ready:
-		case <-r.Context().Done():
-			return nil, nil, refusal.TryAgain("the server is starting")
-		}
-	}
-	conn, err := tailnet.ConnFrom(r.Context())
-	if err != nil {
-		return nil, nil, refusal.Forbidden("%v", err)
-	}
-	decided := h.decidedOn(conn)
-	key := cache.Key{Remote: conn.Remote.Addr(), Local: conn.Local}
-	if decided != nil {
-		key.Node = decided.node
-	} else if key.Node, refused = h.accepting(conn.Local); refused != nil {
-		return nil, nil, refused
-	}
-	if refused = h.checkHost(r, key.Node); refused != nil {
+	conn, decided, key, refused := h.reached(r)
+	if refused != nil {
 		return nil, nil, refused
 	}
 
 	// Who is the peer, and which user and groups?
-	if decided == nil {
+	if decided != nil {
+		metrics.CacheHits.Inc()
+	} else {
 		if decided, refused = h.decisionOn(r.Context(), key, conn.Accepted); refused != nil {
 			return nil, nil, refused
 		}
 		conn.Note.Store(decided)
 	}
 	if refused = h.checkAsked(r, asked, decided.identity.User); refused != nil {
-		return nil, nil, refused
+		return nil, decided, refusal.Because(refusal.Impersonation, refused)
 	}
 	return conn, decided, nil
+}
+
+// reached returns the connection that r came on, what was decided about requests on
+// it a moment ago, nil if nothing was, and whom to ask about its peer.
+func (h *Handler) reached(r *http.Request) (conn *tailnet.Conn, decided *decision, key cache.Key, refused *apierrors.StatusError) {
+	select {
+	case <-h.ready:
+	default:
+		select {
+		case <-h.ready:
+		case <-r.Context().Done():
+			return nil, nil, key, refusal.Because(refusal.Starting, refusal.TryAgain("the server is starting"))
+		}
+	}
+	connFrom := tailnet.ConnFrom
+	if h.Tailscaled != "" {
+		connFrom = tailnet.HostConnFrom
+	}
+	conn, err := connFrom(r.Context())
+	if err != nil {
+		return nil, nil, key, refusal.Because(refusal.NotFromTailnet, refusal.Forbidden("%v", err))
+	}
+	decided = h.decidedOn(conn)
+	key = cache.Key{Remote: conn.Remote.Addr(), Local: conn.Local}
+	if decided != nil {
+		key.Node = decided.node
+	} else if key.Node, refused = h.accepting(conn.Local); refused != nil {
+		return nil, nil, key, refused
+	}
+	return conn, decided, key, h.checkHost(r, key.Node)
 }
 
 // decidedOn returns what was decided about requests on conn a moment ago, nil if
 // nothing was.
 func (h *Handler) decidedOn(conn *tailnet.Conn) *decision {
 	d, _ := conn.Note.Load().(*decision)
-	if d == nil || d.by != h || time.Since(d.asked) >= h.TTL() {
+	if d == nil || d.by != h || d.drops != h.drops.Load() || time.Since(d.asked) >= h.TTL() {
 		return nil
 	}
 	return d
@@ -353,9 +380,9 @@ func (h *Handler) accepting(local netip.Addr) (*tailnet.Node, *apierrors.StatusE
 	node, err := h.nodes.Accepting(local)
 	switch {
 	case errors.Is(err, tailnet.ErrNotConnected):
-		return nil, refusal.TryAgain("%v", err)
+		return nil, refusal.Because(refusal.Starting, refusal.TryAgain("%v", err))
 	case err != nil:
-		return nil, refusal.Forbidden("%v", err)
+		return nil, refusal.Because(refusal.AmbiguousNode, refusal.Forbidden("%v", err))
 	}
 	return node, nil
 }
@@ -369,42 +396,58 @@ func (h *Handler) decisionOn(ctx context.Context, key cache.Key, since time.Time
 	}
 	var refused *apierrors.StatusError
 	if !errors.As(err, &refused) {
-		refused = refusal.TryAgain("tailnet node %q does not say who %v is: %v", key.Node.Name, key.Remote, err)
+		refused = unanswered(key, err)
 	}
 	return nil, refused
 }
 
+// unanswered refuses what key's node has not answered for.
+func unanswered(key cache.Key, err error) *apierrors.StatusError {
+	return refusal.Because(refusal.NoAnswer, refusal.TryAgain("tailnet node %q does not say who %v is: %v", key.Node.Name, key.Remote, err))
+}
+
 // decide finds out who the peer of key is, and decides which user and groups.
 func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) {
+	return h.judge(ctx, key, nil)
+}
+
+// judge is decide, and writes what it finds on the way into found, if that is not
+// nil.
+func (h *Handler) judge(ctx context.Context, key cache.Key, found *findings) (*decision, error) {
 	asked := time.Now()
 	who, err := key.Node.WhoIs(ctx, key.Remote, key.Local)
+	countQuestion(asked, err)
 	switch {
 	case errors.Is(err, tailnet.ErrPeerNotFound):
-		return nil, refusal.Forbidden("tailnet node %q knows no peer with the address %v", key.Node.Name, key.Remote)
+		return nil, refusal.Because(refusal.UnknownPeer, refusal.Forbidden("tailnet node %q knows no peer with the address %v: the device is not on the tailnet, or its traffic comes through a subnet router", key.Node.Name, key.Remote))
 	case errors.Is(err, tailnet.ErrSelf):
-		return nil, refusal.Forbidden("the request comes from tailnet node %q itself, which is no caller", key.Node.Name)
+		return nil, refusal.Because(refusal.Self, refusal.Forbidden("the request comes from tailnet node %q itself, which is no caller", key.Node.Name))
 	case err != nil:
 		return nil, err
 	}
 	peer, err := impersonate.PeerFrom(who)
 	if err != nil {
-		return nil, refusal.Forbidden("no identity for %v: %v", key.Remote, err)
+		return nil, refusal.Because(refusal.NoIdentity, refusal.Forbidden("no identity for %v: %v", key.Remote, err))
 	}
-	id, err := peer.Identity(h.Capabilities())
+	id, err := peer.Explain(h.Capabilities(), found.of(peer))
 	if err != nil {
-		return nil, refusal.Forbidden("no identity for %s: %v", peer, err)
+		return nil, about(peer, refusal.NoIdentity, refusal.Forbidden("no identity for %s: %v", peer.Describe(), err))
 	}
 	// What do the operators say to that?
 	if err := h.Check(peer); err != nil {
-		return nil, refusal.Forbidden("%s may not use this server: %v", peer, err)
+		return nil, about(peer, refusal.Guard, refusal.Forbidden("%s may not use this server: %v", peer.Describe(), err))
 	}
 	id, cut, err := h.Limit(id)
+	found.limited(id, cut)
 	if len(cut) > 0 {
 		h.logger.Warn("granted groups are left out, as allow_groups and deny_groups say",
 			zap.Stringer("peer", peer), zap.Strings("groups", cut))
 	}
-	if err != nil {
-		return nil, refusal.Forbidden("%s may not use this server: %v", peer, err)
+	switch {
+	case errors.Is(err, guard.ErrNoGroup):
+		return nil, about(peer, refusal.NoGroups, refusal.Forbidden("%s may not use this server: %v: the tailnet policy file has no grant that gives it groups under %q", peer.Describe(), err, h.Capabilities()[0]))
+	case err != nil:
+		return nil, about(peer, refusal.Guard, refusal.Forbidden("%s may not use this server: %v", peer.Describe(), err))
 	}
 	if h.Audit {
 		if id, err = peer.Audited(id, key.Remote); err != nil {
@@ -431,7 +474,7 @@ func (h *Handler) recheck(ctx context.Context, remote, local netip.Addr, since t
 
 // accessWithdrawn reports that a caller's requests were ended.
 func (h *Handler) accessWithdrawn(e *recheck.Ended) {
-	revocations.WithLabelValues(string(e.Reason)).Add(float64(e.Requests))
+	metrics.Revocations.WithLabelValues(string(e.Reason)).Add(float64(e.Requests))
 	h.logger.Warn("open requests ended",
 		zap.String("reason", e.Detail),
 		zap.String("user", e.User),
@@ -445,12 +488,12 @@ func checkProtocol(r *http.Request) *apierrors.StatusError {
 	// ConnContext, and its CONNECT can turn into a WebSocket behind the
 	// handler's back. 421 sends a client back to HTTP/2 or HTTP/1.1.
 	if r.ProtoMajor > 2 {
-		return refusal.Misdirected("HTTP/3 is not supported; say `protocols h1 h2` in the servers option")
+		return refusal.Because(refusal.Protocol, refusal.Misdirected("HTTP/3 is not supported; say `protocols h1 h2` in the servers option"))
 	}
 	// The same goes for HTTP/2's extended CONNECT. The API server has no use
 	// for CONNECT in any form.
 	if r.Method == http.MethodConnect {
-		return refusal.MethodNotAllowed("method CONNECT is not supported")
+		return refusal.Because(refusal.Protocol, refusal.MethodNotAllowed("method CONNECT is not supported"))
 	}
 	return nil
 }
@@ -465,7 +508,7 @@ func (h *Handler) checkOrigin(r *http.Request) *apierrors.StatusError {
 	origins, ok := r.Header["Origin"]
 	for _, origin := range origins {
 		if !slices.Contains(h.AllowOrigins, origin) {
-			return refusal.Forbidden("a web page of origin %q sent the request; if it may act as whoever opens it, name the origin in allow_origins", origin)
+			return refusal.Because(refusal.WebPage, refusal.Forbidden("a web page of origin %q sent the request; if it may act as whoever opens it, name the origin in allow_origins", origin))
 		}
 	}
 	if ok {
@@ -474,7 +517,7 @@ func (h *Handler) checkOrigin(r *http.Request) *apierrors.StatusError {
 	// A browser leaves Origin out of some requests, such as an image's.
 	for _, site := range r.Header["Sec-Fetch-Site"] {
 		if site != "none" && site != "same-origin" {
-			return refusal.Forbidden("a web page of another site sent the request (Sec-Fetch-Site: %s)", site)
+			return refusal.Because(refusal.WebPage, refusal.Forbidden("a web page of another site sent the request (Sec-Fetch-Site: %s)", site))
 		}
 	}
 	return nil
@@ -491,10 +534,10 @@ func (h *Handler) checkHost(r *http.Request, node *tailnet.Node) *apierrors.Stat
 	}
 	owns, err := node.Owns(r.Context(), r.Host)
 	if err != nil {
-		return refusal.TryAgain("cannot tell whether host %q is this server: %v", r.Host, err)
+		return refusal.Because(refusal.NoAnswer, refusal.TryAgain("cannot tell whether host %q is this server: %v", r.Host, err))
 	}
 	if !owns {
-		return refusal.Forbidden("host %q is neither the name nor an address of tailnet node %q; if it is meant for this server, name it in allow_hosts or use https", r.Host, node.Name)
+		return refusal.Because(refusal.Host, refusal.Forbidden("host %q is neither the name nor an address of tailnet node %q; if it is meant for this server, name it in allow_hosts or use https", r.Host, node.Name))
 	}
 	return nil
 }

@@ -576,7 +576,7 @@ func TestRefusalsAreLogged(t *testing.T) {
 		t.Errorf("the reason %q does not name the peer", reason)
 	}
 	delete(got, "reason")
-	want := map[string]any{"status": int32(403), "remote_addr": aliceAddr + ":40000", "method": "GET", "host": "k8s", "uri": "http://k8s/api?x=y"}
+	want := map[string]any{"code": "unknown_peer", "request_id": "", "status": int32(403), "remote_addr": aliceAddr + ":40000", "method": "GET", "host": "k8s", "uri": "http://k8s/api?x=y"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("log entry differs (-want +got):\n%s", diff)
 	}
@@ -1051,12 +1051,13 @@ const proxyToken = "Bearer proxy-token"
 func (u *upstream) expand(t *testing.T, text string) string {
 	t.Helper()
 	dir := t.TempDir()
-	ca, kubeconfig := filepath.Join(dir, "ca.pem"), filepath.Join(dir, "kubeconfig")
+	ca, token, kubeconfig := filepath.Join(dir, "ca.pem"), filepath.Join(dir, "token"), filepath.Join(dir, "kubeconfig")
+	writeFile(t, token, "proxy-token")
 	writeFile(t, ca, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: u.Certificate().Raw})))
 	writeFile(t, kubeconfig, fmt.Sprintf(`{"apiVersion": "v1", "kind": "Config", "current-context": "c",
 		"contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
 		"clusters": [{"name": "k", "cluster": {"server": %q, "certificate-authority": %q}}],
-		"users": [{"name": "u", "user": {"token": "proxy-token"}}]}`, u.URL, ca))
+		"users": [{"name": "u", "user": {"tokenFile": %q}}]}`, u.URL, ca, token))
 	return strings.NewReplacer(
 		"$UPSTREAM", u.Listener.Addr().String(),
 		"$KUBERNETES", "transport kubernetes {\nkubeconfig "+kubeconfig+"\n}\n",

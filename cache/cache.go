@@ -21,6 +21,7 @@ import (
 	lru "github.com/hashicorp/golang-lru/v2"
 	"tailscale.com/util/singleflight"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 )
 
@@ -66,13 +67,28 @@ func New[V any](ttl time.Duration, find func(context.Context, Key) (V, error)) (
 func (c *Cache[V]) Get(ctx context.Context, key Key, since time.Time) (V, error) {
 	now := time.Now()
 	if a, ok := c.entries.Get(key); ok && !a.asked.Before(since) && now.Sub(a.asked) < c.ttl {
+		metrics.CacheHits.Inc()
 		return a.value, nil
 	}
+	metrics.CacheMisses.Inc()
 	if c.ttl == 0 {
 		since = now
 	}
 	return c.ask(ctx, key, since)
 }
+
+// All calls f for every key that is remembered and the last answer about it, which
+// may have expired.
+func (c *Cache[V]) All(f func(Key, V)) {
+	for _, key := range c.entries.Keys() {
+		if a, ok := c.entries.Peek(key); ok {
+			f(key, a.value)
+		}
+	}
+}
+
+// Forget removes what is known about key.
+func (c *Cache[V]) Forget(key Key) { c.entries.Remove(key) }
 
 // ask is Get for an answer that is not there.
 func (c *Cache[V]) ask(ctx context.Context, key Key, since time.Time) (V, error) {

@@ -13,6 +13,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 )
 
@@ -226,5 +229,53 @@ func TestTheCacheIsBounded(t *testing.T) {
 	}
 	if got := c.entries.Len(); got != size {
 		t.Errorf("the cache holds %d answers; want %d", got, size)
+	}
+}
+
+// What is forgotten is asked about anew, and only that.
+func TestForgottenAnswersAreAskedForAnew(t *testing.T) {
+	asked := make(map[Key]int)
+	c, err := New(time.Hour, func(_ context.Context, key Key) (int, error) {
+		asked[key]++
+		return asked[key], nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := Key{Remote: netip.MustParseAddr("100.64.0.2")}, Key{Remote: netip.MustParseAddr("100.64.0.3")}
+	for _, key := range []Key{a, b, a, b} {
+		if _, err := c.Get(t.Context(), key, time.Time{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Forget(a)
+	known := make(map[Key]int)
+	c.All(func(key Key, value int) { known[key] = value })
+	if len(known) != 1 || known[b] != 1 {
+		t.Errorf("remembered are %v; want the other one's first answer", known)
+	}
+	for _, key := range []Key{a, b} {
+		if _, err := c.Get(t.Context(), key, time.Time{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if asked[a] != 2 || asked[b] != 1 {
+		t.Errorf("asked %d and %d times; want 2 and 1", asked[a], asked[b])
+	}
+}
+
+func TestHitsAndMissesAreCounted(t *testing.T) {
+	c, err := New(time.Hour, func(context.Context, Key) (int, error) { return 1, nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	hits, misses := testutil.ToFloat64(metrics.CacheHits), testutil.ToFloat64(metrics.CacheMisses)
+	for range 3 {
+		if _, err := c.Get(t.Context(), Key{}, time.Time{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if hits, misses = testutil.ToFloat64(metrics.CacheHits)-hits, testutil.ToFloat64(metrics.CacheMisses)-misses; hits != 2 || misses != 1 {
+		t.Errorf("got %v hits and %v misses; want 2 and 1", hits, misses)
 	}
 }

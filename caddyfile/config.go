@@ -12,10 +12,14 @@ import (
 	"fmt"
 	"net/netip"
 	"net/url"
+	pathpkg "path"
+	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"tailscale.com/paths"
 	"tailscale.com/tailcfg"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/guard"
@@ -119,8 +123,33 @@ type Config struct {
 	// Default: none.
 	Record string `json:"record,omitempty"`
 
+	// The path under which callers are told who they are taken for: a page for
+	// browsers, or JSON for whoever asks for that. Callers that are refused see
+	// why, if they are known. `?kubeconfig` behind it answers with a kubeconfig
+	// for this server. In a Caddyfile, the option without an argument stands for
+	// `/whoami`.
+	//
+	// Default: none; the path is the API server's like all others.
+	Whoami string `json:"whoami,omitempty"`
+
+	// The Unix socket of the host's own Tailscale daemon, or `default` for where
+	// that is by default. The daemon is then asked who callers are, for a Caddy
+	// that listens on the tailnet address of its host rather than on a node of
+	// its own. A connection counts if the address that the caller dialled is one
+	// of the daemon's. In a Caddyfile, the option without an argument stands for
+	// `default`.
+	//
+	// Default: none; callers are those of the nodes that the server listens on.
+	Tailscaled string `json:"tailscaled,omitempty"`
+
 	guard.Rails
 }
+
+// What the options stand for without an argument.
+const (
+	defaultWhoami     = "/whoami"
+	defaultTailscaled = "default"
+)
 
 // The defaults of durations.
 const (
@@ -170,6 +199,12 @@ func (c *Config) Validate() error {
 	if c.Grace() < 0 {
 		return fmt.Errorf("recheck_grace %v: must not be negative", c.Grace())
 	}
+	if err := checkWhoami(c.Whoami); err != nil {
+		return fmt.Errorf("whoami %q: %w", c.Whoami, err)
+	}
+	if c.Tailscaled != "" && c.Tailscaled != defaultTailscaled && !filepath.IsAbs(c.Tailscaled) {
+		return fmt.Errorf("tailscaled %q: must be the absolute path of a socket, or %s", c.Tailscaled, defaultTailscaled)
+	}
 	if err := c.Rails.Validate(); err != nil {
 		return err
 	}
@@ -186,12 +221,42 @@ func (c *Config) Validate() error {
 	return nil
 }
 
+// DaemonSocket returns the path of the Tailscale daemon's socket.
+func (c *Config) DaemonSocket() string {
+	if c.Tailscaled == defaultTailscaled {
+		return paths.DefaultTailscaledSocket()
+	}
+	return c.Tailscaled
+}
+
 // Capabilities returns the names under which to look for grants, in order.
 func (c *Config) Capabilities() []tailcfg.PeerCapability {
 	if c.Capability == "" {
 		return impersonate.Capabilities
 	}
 	return []tailcfg.PeerCapability{tailcfg.PeerCapability(c.Capability)}
+}
+
+// served are the first segments of the paths that API servers answer.
+var served = []string{"api", "apis", "debug", "flagz", "healthz", "livez", "logs", "metrics", "openapi", "openid", "readyz", "statusz", "swagger.json", "version", ".well-known"}
+
+// checkWhoami returns an error unless path is empty or a path that is nobody
+// else's.
+func checkWhoami(path string) error {
+	if path == "" {
+		return nil
+	}
+	if !strings.HasPrefix(path, "/") || path == "/" || pathpkg.Clean(path) != path {
+		return errors.New("must be a path such as /whoami")
+	}
+	if strings.Trim(path, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~/") != "" {
+		return errors.New("must hold letters, digits, hyphens, dots and slashes only")
+	}
+	first, _, _ := strings.Cut(path[1:], "/")
+	if slices.Contains(served, first) {
+		return fmt.Errorf("the API server answers requests for /%s", first)
+	}
+	return nil
 }
 
 // checkOrigin returns an error unless origin is written as browsers send it, as

@@ -19,6 +19,8 @@ import (
 //	    recheck_interval     <duration>
 //	    recheck_grace        <duration>
 //	    record               <directory>
+//	    whoami               [<path>]
+//	    tailscaled           [<socket>]
 //	    allow_groups         <pattern...>
 //	    deny_groups          <pattern...>
 //	    require_groups
@@ -73,6 +75,10 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = duration(d, &c.RecheckGrace)
 	case "record":
 		err = single(d, &c.Record)
+	case "whoami":
+		err = optional(d, &c.Whoami, defaultWhoami)
+	case "tailscaled":
+		err = optional(d, &c.Tailscaled, defaultTailscaled)
 	case "allow_groups":
 		err = list(d, &c.AllowGroups)
 	case "deny_groups":
@@ -134,6 +140,22 @@ func single(d *caddyfile.Dispenser, value *string) error {
 		return d.Errf("%s has no value", option)
 	}
 	*value = d.Val()
+	return end(d, option)
+}
+
+// optional sets value to the argument of the option that d is at, or to otherwise if
+// there is none.
+func optional(d *caddyfile.Dispenser, value *string, otherwise string) error {
+	option := d.Val()
+	if *value != "" {
+		return d.Errf("%s is given twice", option)
+	}
+	*value = otherwise
+	if d.NextArg() {
+		if *value = d.Val(); *value == "" {
+			return d.Errf("%s has no value", option)
+		}
+	}
 	return end(d, option)
 }
 

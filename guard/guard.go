@@ -72,6 +72,10 @@ type Rails struct {
 	DenyShared bool `json:"deny_shared,omitempty"`
 }
 
+// ErrNoGroup is returned by [Rails.Limit] for an identity without groups where
+// require_groups is on.
+var ErrNoGroup = errors.New("require_groups is on, and no group is granted")
+
 // reserved starts the names of the cluster's own users and groups.
 const reserved = "system:"
 
@@ -128,7 +132,7 @@ func (r *Rails) Limit(id impersonate.Identity) (limited impersonate.Identity, cu
 	limited.User = r.UserPrefix + id.User
 	limited.Groups = nil
 	for _, group := range id.Groups {
-		if (len(r.AllowGroups) > 0 && !pattern.Any(r.AllowGroups, group)) || pattern.Any(r.DenyGroups, group) {
+		if r.Cuts(group) != "" {
 			cut = append(cut, group)
 			continue
 		}
@@ -138,7 +142,7 @@ func (r *Rails) Limit(id impersonate.Identity) (limited impersonate.Identity, cu
 		if len(cut) > 0 {
 			return impersonate.Identity{}, cut, fmt.Errorf("require_groups is on, and none of the groups that are granted may be had: %s", strings.Join(cut, ", "))
 		}
-		return impersonate.Identity{}, nil, errors.New("require_groups is on, and no group is granted")
+		return impersonate.Identity{}, nil, ErrNoGroup
 	}
 	// "sys" and "tem:admin" are harmless until they meet.
 	if r.UserPrefix != "" && strings.HasPrefix(limited.User, reserved) {
@@ -152,6 +156,18 @@ func (r *Rails) Limit(id impersonate.Identity) (limited impersonate.Identity, cu
 		}
 	}
 	return limited, cut, nil
+}
+
+// Cuts returns the option because of which nobody may have group, empty if callers
+// may.
+func (r *Rails) Cuts(group string) (option string) {
+	switch {
+	case pattern.Any(r.DenyGroups, group):
+		return "deny_groups"
+	case len(r.AllowGroups) > 0 && !pattern.Any(r.AllowGroups, group):
+		return "allow_groups"
+	}
+	return ""
 }
 
 // CheckTarget returns an error if nobody may act as t, whatever RBAC says. A caller

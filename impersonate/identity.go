@@ -71,15 +71,22 @@ type Identity struct {
 // with a zero Identity, if they cannot be read, or if the user or a group is not
 // a name that can be impersonated.
 func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, error) {
+	return p.Explain(capabilities, nil)
+}
+
+// Explain is [Peer.Identity] and says in why, if that is not nil, where each group
+// comes from. What was found until an error stays in it.
+func (p Peer) Explain(capabilities []tailcfg.PeerCapability, why *Explanation) (Identity, error) {
 	id := Identity{User: p.user(), Source: SourceNone, Node: p.Node}
 	if err := checkUser(id.User); err != nil {
 		return Identity{}, err
 	}
-	rules, err := p.rules(capabilities)
+	name, rules, err := p.rules(capabilities)
+	why.found(name, p.Capabilities[name])
 	if err != nil {
 		return Identity{}, err
 	}
-	for _, rule := range rules {
+	for i, rule := range rules {
 		if err := id.Recording.add(rule); err != nil {
 			return Identity{}, fmt.Errorf("the grants of %s cannot be read: %w", p, err)
 		}
@@ -90,6 +97,7 @@ func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, error) 
 			if err := checkName("group", group); err != nil {
 				return Identity{}, err
 			}
+			why.gives(i, group)
 			if !slices.Contains(id.Groups, group) {
 				id.Groups = append(id.Groups, group)
 				id.Source = SourceGrants
@@ -110,19 +118,20 @@ func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, error) 
 	return id, nil
 }
 
-// rules returns the peer's grants under the first of capabilities that it has.
-func (p Peer) rules(capabilities []tailcfg.PeerCapability) ([]kubetypes.KubernetesCapRule, error) {
+// rules returns the peer's grants under the first of capabilities that it has,
+// and its name, which is empty if it has none.
+func (p Peer) rules(capabilities []tailcfg.PeerCapability) (tailcfg.PeerCapability, []kubetypes.KubernetesCapRule, error) {
 	for _, name := range capabilities {
 		if !p.Capabilities.HasCapability(name) {
 			continue
 		}
 		rules, err := tailcfg.UnmarshalCapJSON[kubetypes.KubernetesCapRule](p.Capabilities, name)
 		if err != nil {
-			return nil, fmt.Errorf("the grants of %s for %s cannot be read: %w", p, name, err)
+			return name, nil, fmt.Errorf("the grants of %s for %s cannot be read: %w", p, name, err)
 		}
-		return rules, nil
+		return name, rules, nil
 	}
-	return nil, nil
+	return "", nil, nil
 }
 
 // checkUser reports whether user may be impersonated as a user. The names that

@@ -75,6 +75,17 @@ func (p Peer) user() string {
 	return p.Login
 }
 
+// Describe returns what the peer's own user is told that it was taken for.
+func (p Peer) Describe() string {
+	switch {
+	case p.Tagged():
+		return fmt.Sprintf("device %s (%s)", p.Node, strings.Join(p.Tags, ", "))
+	case p.Login != "" && p.Node != "":
+		return p.Login + " on " + p.Node
+	}
+	return p.String()
+}
+
 // String returns what messages call the peer: its user, or the name of its
 // device if it has none.
 func (p Peer) String() string {

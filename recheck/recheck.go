@@ -89,6 +89,7 @@ type Request struct {
 	impersonate.Context
 
 	conn *tailnet.Conn
+	kind Kind
 
 	// What follows is guarded by mu.
 
@@ -107,10 +108,11 @@ type Request struct {
 // Open records a request on conn that is made as id, which was found out at asked.
 // The request's context is ctx, and carries id. Close must be called when it has
 // ended.
-func (s *Site) Open(ctx context.Context, conn *tailnet.Conn, id *impersonate.Identity, asked time.Time) *Request {
-	r := &Request{Context: impersonate.Context{Context: ctx, ID: id}, conn: conn, confirmed: asked}
+func (s *Site) Open(ctx context.Context, conn *tailnet.Conn, id *impersonate.Identity, asked time.Time, kind Kind) *Request {
+	r := &Request{Context: impersonate.Context{Context: ctx, ID: id}, conn: conn, kind: kind, confirmed: asked}
 	mu.Lock()
 	defer mu.Unlock()
+	open[kind]++
 	for s.next != nil {
 		s = s.next
 	}
@@ -122,6 +124,7 @@ func (s *Site) Open(ctx context.Context, conn *tailnet.Conn, id *impersonate.Ide
 func (r *Request) Close() {
 	mu.Lock()
 	defer mu.Unlock()
+	open[r.kind]--
 	r.site.remove(r)
 }
 

@@ -22,9 +22,9 @@ import (
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 )
 
-// prefix tells the reader of a message that it is the proxy that refuses, not
-// the API server.
-const prefix = "tailscale_impersonate: "
+// Prefix starts every message. It tells the reader that it is the proxy that
+// refuses, not the API server.
+const Prefix = "tailscale_impersonate: "
 
 // Forbidden returns a 403: the caller, as far as it is known, may not do this.
 func Forbidden(format string, args ...any) *apierrors.StatusError {
@@ -67,12 +67,13 @@ func status(code int32, reason metav1.StatusReason, format string, args ...any) 
 		Status:   metav1.StatusFailure,
 		Code:     code,
 		Reason:   reason,
-		Message:  prefix + fmt.Sprintf(format, args...),
+		Message:  Prefix + fmt.Sprintf(format, args...),
 	}}
 }
 
 // Write answers a request with err.
 func Write(w http.ResponseWriter, err *apierrors.StatusError) error {
+	count(err)
 	body, jsonErr := json.Marshal(err.ErrStatus)
 	if jsonErr != nil {
 		return fmt.Errorf("encoding a refusal: %w", jsonErr)
@@ -85,6 +86,7 @@ func Write(w http.ResponseWriter, err *apierrors.StatusError) error {
 
 // Response returns err as the answer to r, for an [http.RoundTripper].
 func Response(r *http.Request, err *apierrors.StatusError) (*http.Response, error) {
+	count(err)
 	if r.Body != nil {
 		// What a RoundTripper owes its caller.
 		_ = r.Body.Close()

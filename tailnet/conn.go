@@ -46,7 +46,9 @@ type connKey struct{}
 // connOrError is what [ConnContext] leaves in a connection's context.
 type connOrError struct {
 	conn *Conn
-	err  error
+	// err is why the connection is no tsnet node's, nil if it is. conn is then
+	// nil, or the socket of the host that the connection ends in.
+	err error
 }
 
 // ConnContext records in ctx what kind of connection c is. It has the shape of
@@ -57,7 +59,7 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 		return ctx // by another handler of the same server
 	}
 	conn, err := accepted(c)
-	if err != nil {
+	if conn == nil {
 		return context.WithValue(ctx, connKey{}, connOrError{err: err})
 	}
 	conn.Accepted = time.Now()
@@ -70,7 +72,7 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 		// TLS takes leave of its peer, who may not be reading.
 		go func() { _ = c.Close() }()
 	}
-	return context.WithValue(ctx, connKey{}, connOrError{conn: conn})
+	return context.WithValue(ctx, connKey{}, connOrError{conn, err})
 }
 
 // WithConn returns a copy of ctx in which a connection was accepted now, from remote
@@ -86,12 +88,35 @@ func WithConn(ctx context.Context, remote netip.AddrPort, local netip.Addr) cont
 func ConnFrom(ctx context.Context) (*Conn, error) {
 	v, ok := ctx.Value(connKey{}).(connOrError)
 	if !ok {
-		return nil, errors.New("the connection was accepted by a server that does not record where connections come from")
+		return nil, errNotRecorded
 	}
-	return v.conn, v.err
+	if v.err != nil {
+		return nil, v.err
+	}
+	return v.conn, nil
 }
 
-// accepted returns the tailnet connection at the bottom of c.
+// HostConnFrom returns the socket of the host that a request with this context
+// came on, for a server that listens on the tailnet address which the host's own
+// Tailscale daemon has given to the host. It is an error if the connection is a
+// tsnet node's, or came through a wrapper that may have rewritten addresses.
+func HostConnFrom(ctx context.Context) (*Conn, error) {
+	v, ok := ctx.Value(connKey{}).(connOrError)
+	switch {
+	case !ok:
+		return nil, errNotRecorded
+	case v.conn == nil:
+		return nil, v.err
+	case v.err == nil:
+		return nil, errors.New("the connection was accepted by a tailnet node of its own, and the host's Tailscale daemon knows nothing about it")
+	}
+	return v.conn, nil
+}
+
+var errNotRecorded = errors.New("the connection was accepted by a server that does not record where connections come from")
+
+// accepted returns the tailnet connection at the bottom of c. If that is a socket
+// of the host, it returns that together with an error.
 //
 // The layers that it takes off are crypto/tls's and Caddy's own, which pass the
 // addresses on as they are. Any other layer might not: the PROXY protocol's
@@ -103,6 +128,12 @@ func accepted(c net.Conn) (*Conn, error) {
 		switch layer := c.(type) {
 		case *gonet.TCPConn:
 			return tailnetConn(layer)
+		case *net.TCPConn:
+			conn, err := tailnetConn(layer)
+			if err != nil {
+				return nil, err
+			}
+			return conn, notAccepted(outermost, c)
 		case *tls.Conn:
 			c = layer.NetConn()
 		default:
@@ -111,11 +142,15 @@ func accepted(c net.Conn) (*Conn, error) {
 				inner, _ = embedded(c, "Conn").(net.Conn)
 			}
 			if inner == nil {
-				return nil, fmt.Errorf("the connection from %v was not accepted by a tailnet node (it is a %T)", outermost.RemoteAddr(), c)
+				return nil, notAccepted(outermost, c)
 			}
 			c = inner
 		}
 	}
+}
+
+func notAccepted(outermost, innermost net.Conn) error {
+	return fmt.Errorf("the connection from %v was not accepted by a tailnet node (it is a %T)", outermost.RemoteAddr(), innermost)
 }
 
 func tailnetConn(c net.Conn) (*Conn, error) {

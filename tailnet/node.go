@@ -51,6 +51,10 @@ type Node struct {
 	// granted on local. It returns [ErrPeerNotFound] if there is no such peer.
 	Ask func(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error)
 
+	// Lookup returns the addresses of the peers that are called that: by their
+	// tailnet name, its first label, or their node ID.
+	Lookup func(ctx context.Context, name string) ([]netip.Addr, error)
+
 	// DNSName returns the name that the tailnet gives to the node
 	// ("k8s.example.ts.net"), empty if it gives none.
 	DNSName func(ctx context.Context) (string, error)
@@ -65,18 +69,42 @@ type Node struct {
 
 // FromServer returns the node that s is.
 func FromServer(s *tsnet.Server) *Node {
+	n := fromClient(s.Hostname, s.TailscaleIPs, s.LocalClient)
+	n.DialPeer = s.Dial
+	return n
+}
+
+// fromClient returns a node that answers through its LocalAPI. It lacks DialPeer.
+func fromClient(name string, addrs func() (ip4, ip6 netip.Addr), client func() (*local.Client, error)) *Node {
 	return &Node{
-		Name:  s.Hostname,
-		Addrs: s.TailscaleIPs,
+		Name:  name,
+		Addrs: addrs,
 		Ask: func(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
-			lc, err := s.LocalClient()
+			lc, err := client()
 			if err != nil {
 				return nil, err
 			}
 			return lc.WhoIsForIP(ctx, remote.String(), local)
 		},
+		Lookup: func(ctx context.Context, name string) ([]netip.Addr, error) {
+			lc, err := client()
+			if err != nil {
+				return nil, err
+			}
+			status, err := lc.Status(ctx)
+			if err != nil {
+				return nil, err
+			}
+			var found []netip.Addr
+			for _, peer := range status.Peer {
+				if string(peer.ID) == name || names(strings.TrimSuffix(peer.DNSName, "."), Hostname(name)) {
+					found = append(found, peer.TailscaleIPs...)
+				}
+			}
+			return found, nil
+		},
 		DNSName: func(ctx context.Context) (string, error) {
-			lc, err := s.LocalClient()
+			lc, err := client()
 			if err != nil {
 				return "", err
 			}
@@ -89,7 +117,6 @@ func FromServer(s *tsnet.Server) *Node {
 			}
 			return strings.TrimSuffix(status.Self.DNSName, "."), nil
 		},
-		DialPeer: s.Dial,
 	}
 }
 

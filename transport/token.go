@@ -33,6 +33,8 @@ type tokenFile struct {
 	err error
 	// next is when to read the file again.
 	next time.Time
+	// written is when the last good token was written, as its file says.
+	written time.Time
 }
 
 // get returns the token. If the file can no longer be read it returns the last
@@ -61,7 +63,7 @@ func (f *tokenFile) expire() {
 
 // read reads the file. The caller holds f.mu.
 func (f *tokenFile) read(now time.Time) {
-	token, err := readToken(f.path)
+	token, written, err := readToken(f.path)
 	if err != nil {
 		if f.err == nil {
 			f.logger.Error("the bearer token cannot be renewed; the last good one, if any, stays in use", zap.Error(err))
@@ -72,19 +74,25 @@ func (f *tokenFile) read(now time.Time) {
 	if f.err != nil {
 		f.logger.Info("the bearer token can be read again", zap.String("file", f.path))
 	}
-	f.token, f.err, f.next = token, nil, now.Add(tokenPeriod)
+	f.token, f.written, f.err, f.next = token, written, nil, now.Add(tokenPeriod)
 }
 
-// readToken returns the token in the file at path. It is an error if there is
-// none.
-func readToken(path string) (string, error) {
+// readToken returns the token in the file at path and when it was written. It is an
+// error if there is none.
+func readToken(path string) (token string, written time.Time, err error) {
+	// Before it is read: a token that is replaced meanwhile is not older than
+	// that.
+	info, err := os.Stat(path)
+	if err != nil {
+		return "", time.Time{}, fmt.Errorf("token file: %w", err)
+	}
 	content, err := os.ReadFile(path)
 	if err != nil {
-		return "", fmt.Errorf("token file: %w", err)
+		return "", time.Time{}, fmt.Errorf("token file: %w", err)
 	}
-	token := strings.TrimSpace(string(content))
+	token = strings.TrimSpace(string(content))
 	if token == "" {
-		return "", fmt.Errorf("token file %s: it is empty", path)
+		return "", time.Time{}, fmt.Errorf("token file %s: it is empty", path)
 	}
-	return token, nil
+	return token, info.ModTime(), nil
 }

@@ -26,6 +26,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/decided"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/review"
@@ -108,8 +109,14 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if t.reviewer, err = review.NewReviewer(); err != nil {
 		return err
 	}
-	t.cluster, err = config.connect(t.logger)
-	return err
+	if t.cluster, err = config.connect(t.logger); err != nil {
+		return err
+	}
+	if t.cluster.token != nil {
+		tokenAges.add(t.cluster)
+		metrics.Register(ctx.GetMetricsRegistry(), tokenAges)
+	}
+	return nil
 }
 
 // Validate returns an error if the options cannot be used.
@@ -124,6 +131,7 @@ func (t *Transport) Validate() error {
 
 // Cleanup closes connections that nothing uses any more.
 func (t *Transport) Cleanup() error {
+	tokenAges.remove(t.cluster)
 	for _, c := range []*cluster{t.cluster, t.anonymous} {
 		if c != nil {
 			c.close()
@@ -140,22 +148,22 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	switch {
 	case check:
 	case t.Credentials == Client && identified:
-		return refusal.Response(r, refusal.Forbidden("credentials client takes the caller's own credentials, which tailscale_impersonate in front of it has removed"))
+		return refusal.Response(r, refusal.Because(refusal.NoHandler, refusal.Forbidden("credentials client takes the caller's own credentials, which tailscale_impersonate in front of it has removed")))
 	case t.Credentials != Client && !identified:
-		return refusal.Response(r, refusal.Forbidden("the request has no identity: it reached transport kubernetes without passing tailscale_impersonate"))
+		return refusal.Response(r, refusal.Because(refusal.NoHandler, refusal.Forbidden("the request has no identity: it reached transport kubernetes without passing tailscale_impersonate")))
 	}
 	// What a matcher was asked about has to be what is sent.
 	if refused := decided.Check(r); refused != nil {
 		return refusal.Response(r, refused)
 	}
 	if t.unusable != nil {
-		return refusal.Response(r, refusal.Unavailable("no cluster: %v", t.unusable))
+		return refusal.Response(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("no cluster: %v", t.unusable)))
 	}
 	if err := recording.Confirm(r); err != nil {
 		return refusal.Response(r, err)
 	}
 	if protocols, ok := upgradeAllowed(r.Header); !ok {
-		return refusal.Response(r, refusal.BadRequest("cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", protocols))
+		return refusal.Response(r, refusal.Because(refusal.Protocol, refusal.BadRequest("cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", protocols)))
 	}
 
 	switch {
@@ -177,7 +185,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*http.Response, error) {
 	authorization, stale, err := t.cluster.authorization()
 	if err != nil {
-		return refusal.Response(r, refusal.Unavailable("no credentials for the cluster: %v", err))
+		return refusal.Response(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("no credentials for the cluster: %v", err)))
 	}
 	if id.Wish != nil {
 		var refused *apierrors.StatusError
@@ -205,7 +213,7 @@ func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*htt
 		// Passed on, a 401 would tell the caller to log in, who is not the one
 		// that has to.
 		_ = resp.Body.Close()
-		return refusal.Response(r, refusal.Unavailable("the API server no longer accepts the proxy's credentials, and they cannot be renewed: %v", stale))
+		return refusal.Response(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("the API server no longer accepts the proxy's credentials, and they cannot be renewed: %v", stale)))
 	}
 	return resp, nil
 }

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tailscaleimpersonate
+
+import (
+	"errors"
+	"net/http"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+)
+
+// allowed are the counters of requests that are sent on, and refused is that of
+// those that are not: looked up here and not for every request.
+var (
+	allowed = map[impersonate.Source]prometheus.Counter{
+		impersonate.SourceGrants: metrics.Decisions.WithLabelValues(metrics.Allowed, string(impersonate.SourceGrants)),
+		impersonate.SourceTags:   metrics.Decisions.WithLabelValues(metrics.Allowed, string(impersonate.SourceTags)),
+		impersonate.SourceNone:   metrics.Decisions.WithLabelValues(metrics.Allowed, string(impersonate.SourceNone)),
+	}
+	refused = metrics.Decisions.WithLabelValues(metrics.Refused, "")
+)
+
+// refuse answers r with err. decided is what is known about its caller, nil if
+// that is nothing.
+func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, decided *decision, err *apierrors.StatusError) error {
+	refused.Inc()
+	h.logRefusal(r, decided, err)
+	return refusal.Write(w, err)
+}
+
+// logRefusal says in the log what the caller reads, and who that is.
+func (h *Handler) logRefusal(r *http.Request, decided *decision, err *apierrors.StatusError) {
+	node, user := refusal.Of(err)
+	fields := []zap.Field{
+		zap.String("reason", err.ErrStatus.Message),
+		zap.String("code", string(refusal.ReasonOf(err))),
+		zap.Int32("status", err.ErrStatus.Code),
+		zap.String("remote_addr", r.RemoteAddr),
+		zap.String("method", r.Method),
+		zap.String("host", r.Host),
+		zap.String("uri", r.RequestURI),
+		zap.String("request_id", requestID(r)),
+	}
+	if decided != nil {
+		fields = append(fields, decided.fields()...)
+	} else if node != "" || user != "" {
+		fields = append(fields, zap.String("node", node), zap.String("user", user))
+	}
+	h.logger.Warn("request refused", fields...)
+}
+
+// logAllowed logs that r is sent on, where anybody wants to read that.
+func (h *Handler) logAllowed(r *http.Request, d *decision) {
+	entry := h.logger.Check(zapcore.DebugLevel, "request allowed")
+	if entry == nil {
+		return
+	}
+	entry.Write(append(d.fields(),
+		zap.String("remote_addr", r.RemoteAddr),
+		zap.String("method", r.Method),
+		zap.String("uri", r.RequestURI),
+		zap.String("request_id", requestID(r)))...)
+}
+
+// fields are who the caller is, for a line of the log.
+func (d *decision) fields() []zap.Field {
+	return []zap.Field{
+		zap.String("node", d.identity.Node),
+		zap.String("user", d.identity.User),
+		zap.Strings("groups", d.identity.Groups),
+		zap.String("source", string(d.identity.Source)),
+	}
+}
+
+// requestID returns what Caddy calls r in {http.request.uuid}. It is made when
+// first asked for, and is in the access log then, where the field is called uuid.
+func requestID(r *http.Request) string {
+	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if !ok {
+		return ""
+	}
+	id, _ := repl.GetString("http.request.uuid")
+	return id
+}
+
+// about returns err with a reason and with the peer that it is about.
+func about(peer impersonate.Peer, reason refusal.Reason, err *apierrors.StatusError) *apierrors.StatusError {
+	return refusal.About(peer.Node, peer.String(), refusal.Because(reason, err))
+}
+
+// countQuestion counts a question to a tailnet node that was asked then and
+// answered with err.
+func countQuestion(asked time.Time, err error) {
+	outcome := metrics.Known
+	switch {
+	case errors.Is(err, tailnet.ErrSelf):
+		return // nobody was asked
+	case errors.Is(err, tailnet.ErrPeerNotFound):
+		outcome = metrics.Unknown
+	case err != nil:
+		outcome = metrics.Failed
+	}
+	metrics.Questions.WithLabelValues(outcome).Observe(time.Since(asked).Seconds())
+}

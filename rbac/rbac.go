@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package rbac writes the least that a cluster has to allow the proxy, given the
+// tailnet policy file that decides which groups callers can have.
+package rbac
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/tailscale/hujson"
+	authenticationv1 "k8s.io/api/authentication/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/yaml"
+	"tailscale.com/kube/kubetypes"
+	"tailscale.com/tailcfg"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+)
+
+// Options are what is to be known about the proxy.
+type Options struct {
+	// Constrained is for API servers that have constrained impersonation.
+	Constrained bool
+	// Audit is for a handler that tells the API server's audit log about devices.
+	Audit bool
+	// Capability and GroupPrefix are the handler's options.
+	Capability, GroupPrefix string
+	// Namespace and ServiceAccount are where the proxy's service account is.
+	Namespace, ServiceAccount string
+}
+
+// name is that of the ClusterRole and of its binding.
+const name = "tailscale-impersonate"
+
+// auditExtras are the keys of what the handler's option audit adds to an identity.
+var auditExtras = []string{"address", "groups-source", "node", "node-id", "request-id", "tags"}
+
+// auditDomain is what these start with.
+const auditDomain = "tailscale-impersonate.github.io/"
+
+// The verbs that the API server has for requests: those for objects, and those for
+// paths that are none.
+var (
+	resourceVerbs = []string{"create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"}
+	pathVerbs     = []string{"delete", "get", "head", "options", "patch", "post", "put"}
+)
+
+// FromPolicy returns manifests, in YAML, with which the proxy may impersonate any
+// user, and the groups that callers can have by the tailnet policy file policy.
+func FromPolicy(policy []byte, o Options) ([]byte, error) {
+	groups, err := groupsOf(policy, o)
+	if err != nil {
+		return nil, err
+	}
+	role := rbacv1.ClusterRole{
+		TypeMeta:   metav1.TypeMeta{APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "ClusterRole"},
+		ObjectMeta: metav1.ObjectMeta{Name: name},
+	}
+	// Constrained impersonation has users and groups among authentication's
+	// resources, and verbs of its own.
+	verb, group := "impersonate", ""
+	if o.Constrained {
+		verb, group = "impersonate:user-info", authenticationv1.GroupName
+	}
+	allow := func(group, resource string, names ...string) {
+		role.Rules = append(role.Rules, rbacv1.PolicyRule{Verbs: []string{verb}, APIGroups: []string{group}, Resources: []string{resource}, ResourceNames: names})
+	}
+	allow(group, "users")
+	if len(groups) > 0 {
+		allow(group, "groups", groups...)
+	}
+	if o.Audit {
+		allow(authenticationv1.GroupName, "uids")
+		extras := rbacv1.PolicyRule{Verbs: []string{verb}, APIGroups: []string{authenticationv1.GroupName}}
+		for _, key := range auditExtras {
+			extras.Resources = append(extras.Resources, "userextras/"+auditDomain+key)
+		}
+		role.Rules = append(role.Rules, extras)
+	}
+	if o.Constrained {
+		role.Rules = append(
+			role.Rules,
+			rbacv1.PolicyRule{Verbs: on(resourceVerbs), APIGroups: []string{"*"}, Resources: []string{"*"}},
+			rbacv1.PolicyRule{Verbs: on(pathVerbs), NonResourceURLs: []string{"*"}},
+		)
+	}
+	binding := rbacv1.ClusterRoleBinding{
+		TypeMeta:   metav1.TypeMeta{APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "ClusterRoleBinding"},
+		ObjectMeta: metav1.ObjectMeta{Name: name},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: name},
+		Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Name: o.ServiceAccount, Namespace: o.Namespace}},
+	}
+
+	var out bytes.Buffer
+	out.WriteString(comment(groups, o))
+	for i, object := range []any{role, binding} {
+		if i > 0 {
+			out.WriteString("---\n")
+		}
+		text, err := yaml.Marshal(object)
+		if err != nil {
+			return nil, err
+		}
+		out.Write(text)
+	}
+	return out.Bytes(), nil
+}
+
+// on returns the verbs that allow to impersonate for requests with those verbs.
+func on(verbs []string) []string {
+	out := make([]string, len(verbs))
+	for i, verb := range verbs {
+		out[i] = "impersonate-on:user-info:" + verb
+	}
+	return out
+}
+
+// comment says what people have to know about the manifests.
+func comment(groups []string, o Options) string {
+	text := `What the service account ` + o.Namespace + `/` + o.ServiceAccount + ` may do: impersonate, and nothing else.
+
+Groups are limited to those that the tailnet policy file names. A caller with any
+other is answered with 403 by the API server.
+
+Users cannot be limited by name: they are whoever is on the tailnet, and which names
+that will be is not known beforehand. The proxy refuses those that start with system:,
+but RBAC cannot express that: whoever holds this account's token can be any user.
+`
+	if len(groups) == 0 {
+		text += `
+The policy file names no groups and has no tags, so callers are users and nothing more.
+`
+	}
+	if reserved := slices.DeleteFunc(slices.Clone(groups), func(g string) bool { return !strings.HasPrefix(g, "system:") }); len(reserved) > 0 {
+		text += `
+The policy file names groups of the cluster's own: ` + strings.Join(reserved, ", ") + `. Whoever
+holds this account's token has their rights.
+`
+	}
+	if o.Constrained {
+		text += `
+Constrained impersonation (Kubernetes 1.36 and later): impersonate:user-info says who may
+be impersonated, impersonate-on:user-info what for. The latter may be narrowed down, for
+instance to leave out secrets for everybody who comes through the proxy. The older verb
+impersonate is left out: the API server falls back to it where the others do not allow a
+request, so that with it they would limit nothing. Nodes and service accounts cannot be
+impersonated this way.
+`
+	}
+	if o.Audit {
+		text += `
+uids and userextras are for what the handler's option audit tells the audit log.
+`
+	}
+	return "# " + strings.TrimSuffix(strings.ReplaceAll(strings.ReplaceAll(text, "\n", "\n# "), "# \n", "#\n"), "# ") + "\n"
+}
+
+// groupsOf returns the groups that callers can have by a policy file: those that its
+// grants name, and its tags.
+func groupsOf(policy []byte, o Options) ([]string, error) {
+	standard, err := hujson.Standardize(slices.Clone(policy))
+	if err != nil {
+		return nil, fmt.Errorf("not a tailnet policy file: %w", err)
+	}
+	var parsed struct {
+		Grants []struct {
+			App map[tailcfg.PeerCapability][]json.RawMessage `json:"app"`
+		} `json:"grants"`
+		TagOwners map[string]json.RawMessage `json:"tagOwners"`
+	}
+	if err := json.Unmarshal(standard, &parsed); err != nil {
+		return nil, fmt.Errorf("not a tailnet policy file: %w", err)
+	}
+	capabilities := impersonate.Capabilities
+	if o.Capability != "" {
+		capabilities = []tailcfg.PeerCapability{tailcfg.PeerCapability(o.Capability)}
+	}
+	var groups []string
+	for i, grant := range parsed.Grants {
+		for _, capability := range capabilities {
+			for _, value := range grant.App[capability] {
+				var rule kubetypes.KubernetesCapRule
+				if err := json.Unmarshal(value, &rule); err != nil {
+					return nil, fmt.Errorf("grant %d: %s: %w", i+1, capability, err)
+				}
+				if rule.Impersonate != nil {
+					groups = append(groups, rule.Impersonate.Groups...)
+				}
+			}
+		}
+	}
+	for tag := range parsed.TagOwners {
+		groups = append(groups, tag)
+	}
+	if slices.Contains(groups, "") {
+		return nil, errors.New("a grant names a group without a name")
+	}
+	slices.Sort(groups)
+	groups = slices.Compact(groups)
+	for i := range groups {
+		groups[i] = o.GroupPrefix + groups[i]
+	}
+	return groups, nil
+}
