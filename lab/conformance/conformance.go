@@ -142,12 +142,16 @@ const timeout = 10 * time.Second
 
 // Run makes all attacks and returns what came of them, by pitfall and protocol. It
 // is an error if an honest request does not get through, or is not answered where
-// none may: then nothing is shown.
+// none may: then nothing is shown. One that arrives as somebody else is a failure,
+// and the only one that is looked for then.
 func Run(ctx context.Context, p Proxy, options Options) ([]Result, error) {
-	if err := p.probe(ctx); err != nil {
+	results, err := p.probe(ctx)
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", p.Name, err)
 	}
-	var results []Result
+	if len(results) > 0 {
+		return results, nil
+	}
 	var failures int
 	tried := make(map[string]tryOf)
 	fail := func(try tryOf, reason string) {
@@ -218,23 +222,27 @@ func resultOf(results *[]Result, pitfall string, proto protocol) int {
 	return i
 }
 
-// probe returns an error unless honest requests fare as they have to.
-func (p Proxy) probe(ctx context.Context) error {
+// probe makes honest requests. It is an error if they do not fare as they have to,
+// but a failure if one arrives as somebody else.
+func (p Proxy) probe(ctx context.Context) ([]Result, error) {
 	for _, proto := range p.protocols() {
 		for _, honest := range []attack{{}, {method: "POST", body: "{}"}} {
 			reason, arrived, err := p.try(ctx, p.Seen.marker(), proto, honest)
 			switch {
+			case reason != "":
+				failure := Failure{Pitfall: honestID, Protocol: string(proto), Reason: reason, Request: honest.show(p, proto)}
+				return []Result{{Pitfall: honestID, Protocol: string(proto), Tried: 1, Failures: []Failure{failure}}}, nil
 			case p.Nobody || proto == http3:
 				// It has to be refused. That nobody was there is no refusal.
 				if err != nil {
-					return fmt.Errorf("a request is not answered over %s: %w", proto, err)
+					return nil, fmt.Errorf("a request is not answered over %s: %w", proto, err)
 				}
-			case reason != "" || !arrived:
-				return fmt.Errorf("an honest request does not get through over %s: %s (%v)", proto, reason, err)
+			case !arrived:
+				return nil, fmt.Errorf("an honest request does not get through over %s (%w)", proto, err)
 			}
 		}
 	}
-	return nil
+	return nil, nil
 }
 
 // verdict says what is wrong about a request of an attack that arrived.

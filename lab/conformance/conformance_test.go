@@ -23,7 +23,7 @@ import (
 
 // ways are the pitfalls that a way to a proxy stands for, rather than an attack: see
 // lab/cmd/conformance.
-var ways = []string{"2", "14", "16", "17", "20b", "36"}
+var ways = []string{honestID, "2", "14", "16", "17", "20b", "36"}
 
 func TestEveryPitfallIsTriedOrShownByATest(t *testing.T) {
 	root, err := lab.Root()
@@ -114,24 +114,32 @@ func TestAProxyThatOnlySetsHeadersFails(t *testing.T) {
 func TestWhatANobodySendsMustNotArrive(t *testing.T) {
 	p := proxyOf(t, asBob)
 	p.Nobody = true
-	results, err := Run(t.Context(), p, Options{Only: 1})
+	wantHonestToFail(t, p)
+}
+
+func TestAnHonestRequestAsSomebodyElseIsAFailure(t *testing.T) {
+	wantHonestToFail(t, proxyOf(t, func(*httputil.ProxyRequest) {}))
+}
+
+func wantHonestToFail(t *testing.T, p Proxy) {
+	t.Helper()
+	results, err := Run(t.Context(), p, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(results) != 1 || len(results[0].Failures) != 1 {
-		t.Errorf("got %+v; want one failure", results)
+	if len(results) != 1 || results[0].Pitfall != honestID || len(results[0].Failures) != 1 {
+		t.Errorf("got %+v; want one failure, of an honest request", results)
 	}
 }
 
-func TestWhereHonestRequestsFailNothingIsShown(t *testing.T) {
-	if _, err := Run(t.Context(), proxyOf(t, func(*httputil.ProxyRequest) {}), Options{}); err == nil {
-		t.Error("a proxy that names nobody: got no error")
-	}
-	p := proxyOf(t, asBob)
-	p.Nobody = true
-	p.Dial = func(context.Context, string, string) (net.Conn, error) { return nil, io.EOF }
-	if _, err := Run(t.Context(), p, Options{}); err == nil {
-		t.Error("a proxy that is not there: got no error")
+func TestWhereHonestRequestsAreNotAnsweredNothingIsShown(t *testing.T) {
+	for _, nobody := range []bool{false, true} {
+		p := proxyOf(t, asBob)
+		p.Nobody = nobody
+		p.Dial = func(context.Context, string, string) (net.Conn, error) { return nil, io.EOF }
+		if _, err := Run(t.Context(), p, Options{}); err == nil {
+			t.Errorf("a proxy that is not there (nobody: %v): got no error", nobody)
+		}
 	}
 }
 

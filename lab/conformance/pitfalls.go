@@ -14,6 +14,7 @@ type pitfall struct {
 
 // pitfalls are all of them. Those without tests are what attacks are for.
 var pitfalls = []pitfall{
+	{id: honestID, title: "honest requests"},
 	{id: "1", title: "Connection names identity headers"},
 	{id: "2", title: "the config changes the headers again", tests: []string{".:TestHeaderOperationsDoNotChangeIdentity"}},
 	{id: "3", title: "an error about identity is ignored", tests: []string{".:TestNoIdentityNoRequest", ".:TestSilentNodeIsAnError", "impersonate:TestAnswerThatNamesNobodyIsAnError", "impersonate:TestGrantThatCannotBeReadIsNoIdentity"}},
@@ -62,5 +63,8 @@ var pitfalls = []pitfall{
 	{id: all, title: "several of these at once"},
 }
 
-// all is the ID of what belongs to no single pitfall.
-const all = "*"
+// IDs of what belongs to no single pitfall: several at once, and none.
+const (
+	all      = "*"
+	honestID = "0"
+)
