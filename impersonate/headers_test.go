@@ -294,6 +294,11 @@ func TestSetHeadersReplacesAndDoesNotAdd(t *testing.T) {
 	if diff := cmp.Diff(want, h); diff != "" {
 		t.Errorf("headers (-want +got):\n%s", diff)
 	}
+	(&impersonate.Identity{User: "bob@example.com"}).SetHeaders(h)
+	want = http.Header{"Impersonate-User": {"bob@example.com"}}
+	if diff := cmp.Diff(want, h); diff != "" {
+		t.Errorf("headers of somebody without groups (-want +got):\n%s", diff)
+	}
 }
 
 // Header operations of a config edit values in place; what they edit must not be
@@ -307,6 +312,11 @@ func TestHeadersDoNotShareMemoryWithTheIdentity(t *testing.T) {
 	want := impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers"}}
 	if diff := cmp.Diff(want, id, equateAddrs); diff != "" {
 		t.Errorf("identity after the headers were edited (-want +got):\n%s", diff)
+	}
+	id.SetHeaders(h)
+	h.Add("Impersonate-User", "system:admin")
+	if diff := cmp.Diff([]string{"tailnet-readers"}, h["Impersonate-Group"]); diff != "" {
+		t.Errorf("groups after a user was added (-want +got):\n%s", diff)
 	}
 }
 

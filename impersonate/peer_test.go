@@ -58,6 +58,8 @@ func TestPeerFrom(t *testing.T) {
 	own := aDevice("ci.example.ts.net.", []string{"tag:ci"})
 	own.Node.Hostinfo = (&tailcfg.Hostinfo{}).View()
 	grants := capMap(`{}`)
+	sharedByBob := aUser("bob@example.org")
+	sharedByBob.Node.Sharer = 7
 
 	for _, tt := range []struct {
 		name string
@@ -77,7 +79,11 @@ func TestPeerFrom(t *testing.T) {
 			impersonate.Peer{Node: "ci.example.ts.net", Tags: []string{"tag:ci"}},
 		},
 		{
-			"shared-in device", sharedIn(aUser("bob@example.org")),
+			"device that its owner shares", sharedByBob,
+			impersonate.Peer{Node: "laptop.example.ts.net", NodeID: "nLaptop", Login: "bob@example.org", UserID: 7, Shared: true},
+		},
+		{
+			"device of somebody that is shared with", sharedIn(aUser("bob@example.org")),
 			impersonate.Peer{Node: "laptop.example.ts.net", NodeID: "nLaptop", Login: "bob@example.org", UserID: 7, Shared: true},
 		},
 	} {

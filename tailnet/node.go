@@ -191,9 +191,10 @@ func names(fqdn, host string) bool {
 }
 
 // Hostname returns the host part of a Host header or host:port, in lower case,
-// without brackets and without a final dot.
+// without brackets and without a final dot. What stands behind the colon is a port
+// only if it is a number: "k8s:80.example.com" is all of it.
 func Hostname(host string) string {
-	if h, _, err := net.SplitHostPort(host); err == nil {
+	if h, port, err := net.SplitHostPort(host); err == nil && strings.Trim(port, "0123456789") == "" {
 		host = h
 	}
 	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")

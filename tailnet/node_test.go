@@ -238,6 +238,7 @@ func TestOwns(t *testing.T) {
 		{"1681915905", false}, // 100.64.0.1 as browsers also read it
 		{"k8s.example.ts.net@evil.example", false},
 		{"evil.example/k8s.example.ts.net", false},
+		{"k8s.example.ts.net:443.evil.example", false},
 	} {
 		name := "k8s.example.ts.net"
 		node, _ := named(&name)
@@ -330,6 +331,7 @@ func TestHostname(t *testing.T) {
 		"[fd7a:115c:a1e0::1]":      "fd7a:115c:a1e0::1",
 		"[FD7A:115C:a1e0::1]:80":   "fd7a:115c:a1e0::1",
 		":80":                      "",
+		"k8s:80.evil.example":      "k8s:80.evil.example", // that is no port
 	} {
 		if got := Hostname(host); got != want {
 			t.Errorf("Hostname(%q): got %q; want %q", host, got, want)

@@ -3,7 +3,9 @@
 package conformance
 
 import (
+	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"slices"
 	"strings"
 )
@@ -15,6 +17,9 @@ const forged = "192.0.2.66"
 // something to those that are listed. They are the same in every run.
 const generated = 150
 
+// behind is a request that hides behind or inside of another.
+const behind = "GET %s/second HTTP/1.1\r\nHost: %h\r\nImpersonate-User: system:admin\r\nAuthorization: Bearer stolen\r\n\r\n"
+
 // identityHeaders are those that a client may want to write, or have removed.
 var identityHeaders = []string{
 	"Impersonate-User", "Impersonate-Group", "Impersonate-Uid", "Impersonate-Extra-Scopes", "Impersonate-Something-New", "Authorization",
@@ -23,10 +28,10 @@ var identityHeaders = []string{
 // attacks returns everything that is tried.
 func attacks() []attack {
 	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // it has to be the same in every run
-	var all []attack
+	var tried []attack
 	add := func(pitfall string, a attack) {
 		a.pitfall = pitfall
-		all = append(all, a)
+		tried = append(tried, a)
 	}
 	lines := func(pairs ...string) (fields []field) {
 		for pair := range slices.Chunk(pairs, 2) {
@@ -36,7 +41,7 @@ func attacks() []attack {
 	}
 	upgrades := [][]field{nil, lines("Upgrade", " websocket", "Sec-WebSocket-Key", " AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Version", " 13"), lines("Upgrade", " SPDY/3.1")}
 
-	const connection = "1 Connection names identity headers"
+	const connection = "1"
 	for _, upgrade := range upgrades {
 		for _, name := range identityHeaders {
 			for _, spelled := range spellings(name) {
@@ -63,14 +68,14 @@ func attacks() []attack {
 		add(connection, attack{fields: append(fields, pick(random, upgrades)...)})
 	}
 
-	const prefix = "4 Impersonate-* and what is not invented yet"
+	const prefix = "4"
 	for _, name := range append(identityHeaders, "Impersonate-", "Impersonate-Userinfo", "Impersonate-Extra-") {
 		for _, spelled := range spellings(name) {
 			add(prefix, attack{fields: lines(spelled, " system:masters")})
 		}
 	}
 
-	const added = "5 the client's groups beside the caller's"
+	const added = "5"
 	for _, n := range []int{1, 2, 5} {
 		var fields []field
 		for range n {
@@ -81,12 +86,12 @@ func attacks() []attack {
 		add(added, attack{method: "POST", body: "{}", fields: append(fields, field{"Connection", " Impersonate-Group"})})
 	}
 
-	const extra = "6 extra keys"
+	const extra = "6"
 	for _, key := range []string{"scopes", "SCOPES", "a%2Fb", "a.b", "a_b", "example.com%2fscopes", "%00", "a%0d%0aImpersonate-User"} {
 		add(extra, attack{fields: lines("Impersonate-Extra-"+key, " x")})
 	}
 
-	const values = "7 values that are cut, folded or split"
+	const values = "7"
 	for _, value := range []string{
 		"a\rImpersonate-Group: system:masters", "a\nImpersonate-Group: system:masters", "a\r\n Impersonate-Group: system:masters",
 		"a\x00b", " \t system:admin \t ", "a,system:masters", "sýstem:admin", "", "a\x7fb",
@@ -95,11 +100,12 @@ func attacks() []attack {
 			add(values, attack{fields: lines(name, " "+value), only: http1})
 		}
 		add(values, attack{fields: lines("impersonate-user", value), only: http2})
+		add(values, attack{fields: lines("x-any", value), only: http2})
 	}
 	add(values, attack{fields: lines("Impersonate-User ", " system:admin"), only: http1})
 	add(values, attack{fields: lines(" Impersonate-User", " system:admin"), only: http1})
 
-	const aliases = "8 underscores and dots for hyphens"
+	const aliases = "8"
 	for _, name := range identityHeaders {
 		for _, alias := range []string{strings.ReplaceAll(name, "-", "_"), strings.ReplaceAll(name, "-", "."), strings.Replace(name, "-", "_", 1)} {
 			for _, spelled := range spellings(alias) {
@@ -108,14 +114,14 @@ func attacks() []attack {
 		}
 	}
 
-	const frontProxy = "9 X-Remote-*"
+	const frontProxy = "9"
 	for _, name := range []string{"X-Remote-User", "X-Remote-Group", "X-Remote-Extra-Scopes", "X_Remote_User", "X.Remote.Group"} {
 		for _, spelled := range spellings(name) {
 			add(frontProxy, attack{fields: lines(spelled, " system:masters")})
 		}
 	}
 
-	const credentials = "10 credentials of the client's own"
+	const credentials = "10"
 	for _, spelled := range spellings("Authorization") {
 		add(credentials, attack{fields: lines(spelled, " Bearer stolen")})
 		add(credentials, attack{fields: lines(spelled, " Basic c3RvbGVuOnN0b2xlbg==", spelled, " Bearer stolen")})
@@ -127,7 +133,7 @@ func attacks() []attack {
 		}
 	}
 
-	const forwarding = "11 addresses that the client makes up"
+	const forwarding = "11"
 	for _, name := range []string{"X-Forwarded-For", "X-Real-Ip", "X_Forwarded_For", "X-Forwarded-Host", "Audit-Id"} {
 		for _, spelled := range spellings(name) {
 			add(forwarding, attack{fields: lines(spelled, " "+forged)})
@@ -136,7 +142,19 @@ func attacks() []attack {
 	add(forwarding, attack{fields: lines("Forwarded", " for="+forged, "X-Forwarded-For", " "+forged+", "+forged)})
 	add(forwarding, attack{fields: lines("X-Forwarded-For", " "+forged, "Connection", " X-Forwarded-For")})
 
-	const framing = "13 trailers, Expect, targets and hosts"
+	const placeholders = "12"
+	for _, placeholder := range []string{"{env.HOME}", "{http.auth.user.id}", "{http.request.header.Authorization}", "{file./etc/hostname}"} {
+		unexpanded := func(r *http.Request) string {
+			if got := r.Header.Get("X-Any"); got != placeholder {
+				return fmt.Sprintf("X-Any: %q arrived; want %q", got, placeholder)
+			}
+			return ""
+		}
+		add(placeholders, attack{fields: lines("X-Any", " "+placeholder, "Connection", " Impersonate-User"), arrives: unexpanded})
+		add(placeholders, attack{path: "/" + placeholder, fields: lines("X-Any", " "+placeholder, "Accept", " "+placeholder), arrives: unexpanded})
+	}
+
+	const framing = "13"
 	add(framing, attack{method: "POST", trailer: true, fields: lines("Trailer", " Impersonate-User, Authorization"), only: http1,
 		body: "2\r\n{}\r\n0\r\nImpersonate-User: system:admin\r\nAuthorization: Bearer stolen\r\n\r\n"})
 	add(framing, attack{method: "POST", body: "{}", fields: lines("Expect", " 100-continue", "Connection", " Impersonate-User, Expect"), only: http1})
@@ -145,10 +163,40 @@ func attacks() []attack {
 	}
 	add(framing, attack{fields: lines("Host", " other.example"), only: http1, refused: true})
 	add(framing, attack{method: "POST", fields: lines("Content-Length", " 0", "Transfer-Encoding", " chunked", "Connection", " Impersonate-User"), body: "0\r\n\r\n", only: http1})
+	// A second request inside of the first, for whoever counts bytes differently.
+	for _, name := range []string{"Transfer-Encoding", "Transfer-Encoding ", "transfer_encoding", "X-Any"} {
+		for _, coding := range []string{" chunked", " xchunked", "\tchunked", " identity, chunked", " chunked, identity"} {
+			add(framing, attack{method: "POST", fields: lines(name, coding), body: "0\r\n\r\n" + behind, only: http1})
+		}
+	}
+	add(framing, attack{method: "POST", fields: lines("Content-Length", " 0"), body: behind, only: http1})
+	for _, name := range []string{"content-length", "transfer-encoding", "connection", "upgrade", "host", "keep-alive", "proxy-connection"} {
+		for _, value := range []string{"0", "chunked", "impersonate-user", "other.example"} {
+			add(framing, attack{method: "POST", fields: lines(name, value), body: behind, only: http2})
+		}
+	}
+	for _, trailers := range [][]field{lines("impersonate-user", "system:admin"), lines("impersonate-group", "system:masters", "authorization", "Bearer stolen")} {
+		add(framing, attack{method: "POST", fields: lines("trailer", trailers[0].name), body: "{}", trailers: trailers, only: http2})
+		add(framing, attack{method: "POST", body: "{}", trailers: trailers, only: http2})
+	}
+	for _, pseudo := range []string{":path", ":authority", ":scheme", ":method"} {
+		add(framing, attack{fields: lines(pseudo, "x"), only: http2})
+	}
+	for _, target := range []string{"%s HTTP/1.1\r\nImpersonate-User: system:admin\r\nX-Any: ", "%s\r\n\r\n" + behind, "http://other.example%s", "*"} {
+		add(framing, attack{target: target, only: http2})
+	}
 	add(framing, attack{fields: lines("te", "trailers", "trailer", "impersonate-user"), only: http2})
 	add(framing, attack{fields: lines("Impersonate-User", "system:admin", "impersonate-user", "system:admin"), only: http2})
 
-	const pages = "20a web pages"
+	const proxied = "16"
+	for _, preface := range []string{
+		"PROXY TCP4 " + forged + " " + forged + " 40000 80\r\n", "PROXY UNKNOWN\r\n",
+		"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c\xc0\x00\x02\x42\xc0\x00\x02\x42\x9c\x40\x00\x50",
+	} {
+		add(proxied, attack{preface: preface, only: http1})
+	}
+
+	const pages = "20a"
 	for _, method := range []string{"GET", "POST"} {
 		for _, origin := range []string{"https://evil.example", "null", "", "http://localhost:8080"} {
 			add(pages, attack{method: method, fields: lines("Origin", " "+origin), refused: true})
@@ -159,35 +207,54 @@ func attacks() []attack {
 		add(pages, attack{method: method, fields: append(lines("Origin", " https://evil.example", "Connection", " Upgrade"), upgrades[1]...), refused: true})
 	}
 
-	const connect = "20c CONNECT"
+	for _, host := range []string{"rebound.example", "localhost", "127.0.0.1", forged, "%h.rebound.example", "x.%h", "%h@rebound.example", "rebound.example#%h", "", "[::1]"} {
+		add(pages, attack{host: &host, refusedPlain: true, only: http1})
+		add(pages, attack{method: "POST", body: "{}", host: &host, fields: lines("Content-Type", " text/plain"), refusedPlain: true, only: http1})
+	}
+
+	const connect = "20c"
 	add(connect, attack{method: "CONNECT", refused: true})
 	add(connect, attack{method: "CONNECT", target: "%h", refused: true, only: http1})
 	add(connect, attack{method: "CONNECT", fields: lines("connection", " Upgrade", "upgrade", " websocket"), refused: true, only: http1})
 	add(connect, attack{method: "CONNECT", fields: lines(":protocol", "websocket"), refused: true, only: http2})
 
-	const unknown = "21 upgrades to anything, identity taken along"
+	add(connect, attack{refused: true, only: http3})
+	add(connect, attack{method: "CONNECT", refused: true, only: http3})
+
+	const unknown = "21"
 	for _, upgrade := range []string{"h2c", "TLS/1.0", "websocket, h2c", "foo", "SPDY/3"} {
 		add(unknown, attack{fields: lines("Connection", " Upgrade, Impersonate-User, HTTP2-Settings", "Upgrade", " "+upgrade, "HTTP2-Settings", " AAMAAABkAAQAoAAAAAIAAAAA")})
 	}
 
-	const spelled = "28 paths spelled differently"
-	for _, path := range []string{"/%2e%2e/secrets", "//x", "/./x", "/secrets%2Fname", "/%65xec", "/x/", "/%zz", "/..%2f..%2fapi", "/x;y", "/\\x"} {
-		add(spelled, attack{path: path, fields: lines("Connection", " Impersonate-User")})
+	// What the upstream answers leaves the connection to HTTP, or does not: the
+	// recorder sees a second request only where it is one.
+	for _, upgrade := range []string{"websocket", "SPDY/3.1", "h2c"} {
+		for _, answer := range []string{"", "/status/200", "/status/302", "/status/400", "/status/403"} {
+			for _, second := range []string{"Impersonate-User: system:admin", "Connection: Impersonate-User, Impersonate-Group", "Authorization: Bearer stolen", "X-Any: x"} {
+				add(unknown, attack{path: answer, fields: lines("Connection", " Upgrade", "Upgrade", " "+upgrade), behind: "GET %s/second HTTP/1.1\r\nHost: %h\r\n" + second + "\r\n\r\n", only: http1})
+			}
+		}
 	}
 
-	const mixed = "all of it at random"
+	const spelled = "28"
+	for _, path := range []string{"/%2e%2e/secrets", "//x", "/./x", "/secrets%2Fname", "/%65xec", "/x/", "/%zz", "/..%2f..%2fapi", "/x;y", "/\\x"} {
+		add(spelled, attack{path: path})
+		add(spelled, attack{path: path, fields: lines("Connection", " Impersonate-User"), only: http1})
+	}
+
+	const mixed = all
 	for range generated {
 		var fields []field
 		for range 1 + random.IntN(5) {
-			other := pick(random, all)
-			if !other.refused && other.only == "" {
+			other := pick(random, tried)
+			if !other.refused && !other.refusedPlain && other.only == "" {
 				fields = append(fields, other.fields...)
 			}
 		}
 		random.Shuffle(len(fields), func(i, j int) { fields[i], fields[j] = fields[j], fields[i] })
 		add(mixed, attack{method: pick(random, []string{"GET", "POST", "DELETE", "PATCH"}), fields: fields})
 	}
-	return all
+	return tried
 }
 
 // spellings returns a name in several cases.

@@ -13,7 +13,8 @@ import (
 )
 
 // Recorder takes the place of the API server and keeps the requests that arrive. It
-// switches to whatever protocol a request asks for.
+// switches to whatever protocol a request asks for, unless its path ends in
+// /status/CODE: then that is the answer.
 type Recorder struct {
 	next atomic.Int64
 	mu   sync.Mutex
@@ -54,6 +55,13 @@ func (r *Recorder) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		}
 		r.seen["/conformance/"+number] = append(r.seen["/conformance/"+number], req)
 		r.mu.Unlock()
+	}
+	if _, status, ok := strings.Cut(path, "/status/"); ok {
+		if code, err := strconv.Atoi(status); err == nil {
+			w.Header().Set("Location", "/elsewhere") // for those that need one
+			w.WriteHeader(code)
+			return
+		}
 	}
 	protocol := req.Header.Get("Upgrade")
 	if protocol == "" {

@@ -5,6 +5,7 @@ package conformance
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -14,6 +15,8 @@ import (
 	"net/http"
 	"strings"
 
+	"github.com/quic-go/quic-go"
+	h3 "github.com/quic-go/quic-go/http3"
 	h2 "golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 )
@@ -39,33 +42,38 @@ func (p Proxy) connect(ctx context.Context, protocol string) (net.Conn, error) {
 	return secured, nil
 }
 
+// expand replaces what stands for the path and for the proxy's name in what is
+// sent raw.
+func (p Proxy) expand(raw, path string) string {
+	return strings.NewReplacer("%s", path, "%h", p.Host).Replace(raw)
+}
+
 // bytesFor returns the attack as HTTP/1.1.
 func (a attack) bytesFor(p Proxy, marker string) string {
-	method, path := a.method, marker+a.path
-	if method == "" {
-		method = "GET"
-	}
-	if a.target != "" {
-		path = strings.ReplaceAll(strings.ReplaceAll(a.target, "%s", path), "%h", p.Host)
+	path, host, body := marker+a.path, p.Host, p.expand(a.body, marker)
+	if a.host != nil {
+		host = p.expand(*a.host, "")
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s %s HTTP/1.1\r\nHost: %s\r\n", method, path, p.Host)
+	b.WriteString(a.preface)
+	fmt.Fprintf(&b, "%s %s HTTP/1.1\r\nHost: %s\r\n", cmp.Or(a.method, http.MethodGet), p.expand(cmp.Or(a.target, "%s"), path), host)
 	for _, f := range a.fields {
 		fmt.Fprintf(&b, "%s:%s\r\n", f.name, f.value)
 	}
 	switch {
 	case a.trailer:
 		b.WriteString("Transfer-Encoding: chunked\r\n")
-	case a.body != "":
-		fmt.Fprintf(&b, "Content-Length: %d\r\n", len(a.body))
+	case body != "":
+		fmt.Fprintf(&b, "Content-Length: %d\r\n", len(body))
 	}
-	b.WriteString("\r\n" + a.body)
+	b.WriteString("\r\n" + body + p.expand(a.behind, marker))
 	return b.String()
 }
 
 // sendHTTP1 sends raw bytes over a connection of their own, and waits for an
-// answer. An error means that there was none.
-func (p Proxy) sendHTTP1(ctx context.Context, raw string) error {
+// answer, and for one more if they hold a second request, which need not be
+// answered. An error means that there was none.
+func (p Proxy) sendHTTP1(ctx context.Context, raw string, second bool) error {
 	conn, err := p.connect(ctx, "http/1.1")
 	if err != nil {
 		return err
@@ -74,9 +82,17 @@ func (p Proxy) sendHTTP1(ctx context.Context, raw string) error {
 	if _, err := io.WriteString(conn, raw); err != nil {
 		return err
 	}
-	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	answers := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(answers, nil)
 	if err != nil {
 		return err
+	}
+	if second {
+		if _, err := io.Copy(io.Discard, resp.Body); err == nil {
+			if resp, err := http.ReadResponse(answers, nil); err == nil {
+				_ = resp.Body.Close()
+			}
+		}
 	}
 	return resp.Body.Close()
 }
@@ -84,22 +100,23 @@ func (p Proxy) sendHTTP1(ctx context.Context, raw string) error {
 // fieldsFor returns the attack as the fields of HTTP/2. Names are in lower case, as
 // anything else is malformed there.
 func (a attack) fieldsFor(p Proxy, marker string) []hpack.HeaderField {
-	method := a.method
-	if method == "" {
-		method = "GET"
-	}
 	fields := []hpack.HeaderField{
-		{Name: ":method", Value: method}, {Name: ":scheme", Value: "https"},
-		{Name: ":authority", Value: p.Host}, {Name: ":path", Value: marker + a.path},
+		{Name: ":method", Value: cmp.Or(a.method, http.MethodGet)}, {Name: ":scheme", Value: "https"},
+		{Name: ":authority", Value: p.Host}, {Name: ":path", Value: p.expand(cmp.Or(a.target, "%s"), marker+a.path)},
 	}
-	for _, f := range a.fields {
-		fields = append(fields, hpack.HeaderField{Name: strings.ToLower(f.name), Value: strings.Trim(f.value, " \t")})
-	}
-	return fields
+	return append(fields, hpackFields(a.fields)...)
 }
 
-// sendHTTP2 sends frames over a connection of their own, and waits for an answer.
-func (p Proxy) sendHTTP2(ctx context.Context, fields []hpack.HeaderField, body string) error {
+func hpackFields(fields []field) (out []hpack.HeaderField) {
+	for _, f := range fields {
+		out = append(out, hpack.HeaderField{Name: strings.ToLower(f.name), Value: strings.Trim(f.value, " \t")})
+	}
+	return out
+}
+
+// sendHTTP2 sends an attack as frames over a connection of its own, and waits for an
+// answer.
+func (p Proxy) sendHTTP2(ctx context.Context, a attack, marker string) error {
 	conn, err := p.connect(ctx, "h2")
 	if err != nil {
 		return err
@@ -114,17 +131,26 @@ func (p Proxy) sendHTTP2(ctx context.Context, fields []hpack.HeaderField, body s
 	}
 	var block bytes.Buffer
 	encoder := hpack.NewEncoder(&block)
-	for _, f := range fields {
-		if err := encoder.WriteField(f); err != nil {
-			return err
+	writeHeaders := func(fields []hpack.HeaderField, last bool) error {
+		block.Reset()
+		for _, f := range fields {
+			if err := encoder.WriteField(f); err != nil {
+				return err
+			}
 		}
+		return framer.WriteHeaders(h2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: last})
 	}
-	if err := framer.WriteHeaders(h2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: body == ""}); err != nil {
+	if err := writeHeaders(a.fieldsFor(p, marker), a.body == ""); err != nil {
 		return err
 	}
-	if body != "" {
-		if err := framer.WriteData(1, true, []byte(body)); err != nil {
+	if a.body != "" {
+		if err := framer.WriteData(1, len(a.trailers) == 0, []byte(p.expand(a.body, marker))); err != nil {
 			return err
+		}
+		if len(a.trailers) > 0 {
+			if err := writeHeaders(hpackFields(a.trailers), true); err != nil {
+				return err
+			}
 		}
 	}
 	for {
@@ -143,15 +169,71 @@ func (p Proxy) sendHTTP2(ctx context.Context, fields []hpack.HeaderField, body s
 	}
 }
 
+// sendHTTP3 sends an attack over HTTP/3, over a connection of its own, and waits for
+// an answer. CONNECT is extended CONNECT, for a WebSocket.
+func (p Proxy) sendHTTP3(ctx context.Context, a attack, marker string) error {
+	packets, address, err := p.Packets(ctx)
+	if err != nil {
+		return err
+	}
+	defer packets.Close()
+	over := &quic.Transport{Conn: packets}
+	defer over.Close()
+	client := &h3.Transport{
+		TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+		Dial: func(ctx context.Context, _ string, tlsConfig *tls.Config, config *quic.Config) (*quic.Conn, error) {
+			return over.DialEarly(ctx, address, tlsConfig, config)
+		},
+	}
+	defer client.Close()
+	r, err := http.NewRequestWithContext(ctx, cmp.Or(a.method, http.MethodGet), "https://"+p.Host+marker+a.path, strings.NewReader(a.body))
+	if err != nil {
+		return err
+	}
+	if a.method == http.MethodConnect {
+		r.Proto = "websocket"
+		r.Header.Set("Sec-WebSocket-Version", "13")
+	}
+	resp, err := client.RoundTrip(r)
+	if err != nil {
+		return err
+	}
+	return resp.Body.Close()
+}
+
 // show returns the attack as it was sent, with a marker that can be sent again.
 func (a attack) show(p Proxy, proto protocol) string {
 	const marker = "/conformance/0"
 	if proto == http1 {
-		return fmt.Sprintf("%q", a.bytesFor(p, marker))
+		return "printf '" + printfEscape(a.bytesFor(p, marker)) + "'"
 	}
 	var b strings.Builder
 	for _, f := range a.fieldsFor(p, marker) {
 		fmt.Fprintf(&b, "%q: %q; ", f.Name, f.Value)
 	}
-	return b.String() + fmt.Sprintf("body: %q", a.body)
+	fmt.Fprintf(&b, "body: %q", p.expand(a.body, marker))
+	for _, f := range a.trailers {
+		fmt.Fprintf(&b, "; trailer %q: %q", f.name, f.value)
+	}
+	return b.String()
+}
+
+// printfEscape returns what a shell's printf, given it in single quotes, makes raw.
+func printfEscape(raw string) string {
+	var b strings.Builder
+	for _, c := range []byte(raw) {
+		switch {
+		case c == '\r':
+			b.WriteString(`\r`)
+		case c == '\n':
+			b.WriteString(`\n`)
+		case c == '%':
+			b.WriteString("%%")
+		case c < ' ', c > '~', c == '\'', c == '\\':
+			fmt.Fprintf(&b, `\%03o`, c)
+		default:
+			b.WriteByte(c)
+		}
+	}
+	return b.String()
 }

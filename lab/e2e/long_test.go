@@ -257,6 +257,12 @@ func waitForAnswer(ctx context.Context, client *http.Client, method, url, proto 
 // HTTP.
 func httpClient(t *testing.T, caller, proto string) *http.Client {
 	t.Helper()
+	return clientOf(t, theLab.Callers[caller], proto)
+}
+
+// clientOf is [httpClient] for any device.
+func clientOf(t *testing.T, caller *lab.Caller, proto string) *http.Client {
+	t.Helper()
 	ca, err := theLab.Caddy.CA()
 	if err != nil {
 		t.Fatal(err)
@@ -266,7 +272,7 @@ func httpClient(t *testing.T, caller, proto string) *http.Client {
 		t.Fatal(errors.New("caddy's authority has no certificate"))
 	}
 	transport := &http.Transport{
-		DialContext:     theLab.Callers[caller].Dial,
+		DialContext:     caller.Dial,
 		TLSClientConfig: &tls.Config{RootCAs: roots},
 		Protocols:       new(http.Protocols),
 	}

@@ -211,33 +211,36 @@ func keepAsking(t *testing.T) *asking {
 func TestWithoutTheAPIServerErrorsSaySoAndLaterAllWorksAgain(t *testing.T) {
 	const reason = "the API server cannot be reached"
 	seen := informers(t, "bob", 1)[0]
-	err := theLab.Cluster.WithoutAPIServer(t.Context(), func() {
-		start := time.Now()
-		_, stderr, err := tryKubectl(t, "bob", "get", "pods")
-		if err == nil || !strings.Contains(stderr, reason) {
-			t.Errorf("kubectl get: %v %s; want an error that says that %s", err, stderr, reason)
-		}
-		t.Logf("after %.1f s kubectl get says: %s", time.Since(start).Seconds(), stderr)
-
-		resp := send(t, "bob", "80", get("/api/v1/namespaces/default/pods"))
-		var status metav1.Status
-		if err := json.Unmarshal([]byte(resp.body), &status); err != nil || status.Kind != "Status" || !strings.Contains(status.Message, reason) {
-			t.Errorf("the answer is %s %q (%v); want a Status that says that %s", resp.Status, resp.body, err, reason)
-		}
-		if resp.StatusCode < 500 || int(status.Code) != resp.StatusCode {
-			t.Errorf("the answer is %s with code %d in its Status; want the same, and a server's error", resp.Status, status.Code)
-		}
-		for _, p := range protocols {
-			_, stderr, err := runKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env, "exec", lab.Pod, "--", "true")
+	underLoad(t, func(l *load) {
+		err := theLab.Cluster.WithoutAPIServer(t.Context(), func() {
+			start := time.Now()
+			_, stderr, err := tryKubectl(t, "bob", "get", "pods")
 			if err == nil || !strings.Contains(stderr, reason) {
-				t.Errorf("%s: kubectl exec: %v %s; want an error that says that %s", p.name, err, stderr, reason)
+				t.Errorf("kubectl get: %v %s; want an error that says that %s", err, stderr, reason)
 			}
-			t.Logf("%s: kubectl exec says: %s", p.name, stderr)
+			t.Logf("after %.1f s kubectl get says: %s", time.Since(start).Seconds(), stderr)
+
+			resp := send(t, "bob", "80", get("/api/v1/namespaces/default/pods"))
+			var status metav1.Status
+			if err := json.Unmarshal([]byte(resp.body), &status); err != nil || status.Kind != "Status" || !strings.Contains(status.Message, reason) {
+				t.Errorf("the answer is %s %q (%v); want a Status that says that %s", resp.Status, resp.body, err, reason)
+			}
+			if resp.StatusCode < 500 || int(status.Code) != resp.StatusCode {
+				t.Errorf("the answer is %s with code %d in its Status; want the same, and a server's error", resp.Status, status.Code)
+			}
+			for _, p := range protocols {
+				_, stderr, err := runKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env, "exec", lab.Pod, "--", "true")
+				if err == nil || !strings.Contains(stderr, reason) {
+					t.Errorf("%s: kubectl exec: %v %s; want an error that says that %s", p.name, err, stderr, reason)
+				}
+				t.Logf("%s: kubectl exec says: %s", p.name, stderr)
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
 		}
+		l.wantOnlyOK(t, "bob", "carol") // whose upstream is another one
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 
 	// From here on all has to work, and at once: nothing in the proxy may still
 	// take the API server for gone.

@@ -28,9 +28,34 @@ func (s *Server) CreateUser(ctx context.Context, login string) error {
 	return nil
 }
 
+// RenameUser gives the user with the given login name another one.
+func (s *Server) RenameUser(ctx context.Context, login, renamed string) error {
+	id, err := s.userID(ctx, login)
+	if err == nil {
+		err = s.call(ctx, http.MethodPost, "user/"+id+"/rename/"+url.PathEscape(renamed), nil, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("rename user %q to %q: %w", login, renamed, err)
+	}
+	return nil
+}
+
 // UserKey returns a pre-auth key with which any number of nodes can join as
 // devices of the user with the given login name.
 func (s *Server) UserKey(ctx context.Context, login string) (string, error) {
+	id, err := s.userID(ctx, login)
+	if err != nil {
+		return "", fmt.Errorf("key for user %q: %w", login, err)
+	}
+	key, err := s.createKey(ctx, map[string]any{"user": id})
+	if err != nil {
+		return "", fmt.Errorf("key for user %q: %w", login, err)
+	}
+	return key, nil
+}
+
+// userID returns the ID of the user with the given login name.
+func (s *Server) userID(ctx context.Context, login string) (string, error) {
 	var answer struct {
 		Users []struct {
 			ID   string `json:"id"`
@@ -38,16 +63,12 @@ func (s *Server) UserKey(ctx context.Context, login string) (string, error) {
 		} `json:"users"`
 	}
 	if err := s.call(ctx, http.MethodGet, "user?name="+url.QueryEscape(login), nil, &answer); err != nil {
-		return "", fmt.Errorf("key for user %q: %w", login, err)
+		return "", err
 	}
 	if len(answer.Users) != 1 {
-		return "", fmt.Errorf("key for user %q: there are %d users of that name", login, len(answer.Users))
+		return "", fmt.Errorf("there are %d users of that name", len(answer.Users))
 	}
-	key, err := s.createKey(ctx, map[string]any{"user": answer.Users[0].ID})
-	if err != nil {
-		return "", fmt.Errorf("key for user %q: %w", login, err)
-	}
-	return key, nil
+	return answer.Users[0].ID, nil
 }
 
 // TagKey returns a pre-auth key with which any number of nodes can join with the
@@ -100,6 +121,19 @@ func (s *Server) ExpireNode(ctx context.Context, name string) error {
 	}
 	if err != nil {
 		return fmt.Errorf("expire node %q: %w", name, err)
+	}
+	return nil
+}
+
+// SetTags gives the node with the given name, without the domain, other tags. A node
+// that has had an owner has none any more.
+func (s *Server) SetTags(ctx context.Context, name string, tags ...string) error {
+	id, err := s.nodeID(ctx, name)
+	if err == nil {
+		err = s.call(ctx, http.MethodPost, "node/"+id+"/tags", map[string]any{"tags": tags}, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("tag node %q: %w", name, err)
 	}
 	return nil
 }

@@ -67,6 +67,7 @@ type Config struct {
 // Server is a running Headscale with its DERP relay and STUN server.
 type Server struct {
 	dir     string
+	binary  string
 	url     string
 	apiKey  string
 	http    *http.Client
@@ -93,8 +94,9 @@ func Start(ctx context.Context, cfg Config) (_ *Server, err error) {
 		return nil, fmt.Errorf("start headscale: %w", err)
 	}
 	s := &Server{
-		dir:  cfg.Dir,
-		http: &http.Client{Transport: &http.Transport{}, Timeout: time.Minute},
+		dir:    cfg.Dir,
+		binary: cfg.Binary,
+		http:   &http.Client{Transport: &http.Transport{}, Timeout: time.Minute},
 	}
 	if err := s.start(ctx, cfg); err != nil {
 		return nil, errors.Join(fmt.Errorf("start headscale: %w (log: %s)", err, s.LogPath()), s.Stop())
@@ -133,7 +135,7 @@ func (s *Server) start(ctx context.Context, cfg Config) (err error) {
 			return err
 		}
 	}
-	return s.createAPIKey(ctx, cfg.Binary)
+	return s.createAPIKey(ctx)
 }
 
 // startProcess starts Headscale on a free port and waits until it answers.
@@ -151,24 +153,42 @@ func (s *Server) startProcess(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	cmd := s.command(cfg.Binary, "serve")
+	err = s.serve(ctx)
+	if reason := s.lastLogLine(offset); err != nil && reason != "" {
+		return fmt.Errorf("%w: %s", err, reason)
+	}
+	return err
+}
+
+// serve starts Headscale as it has been configured, and waits until it answers.
+func (s *Server) serve(ctx context.Context) (err error) {
+	cmd := s.command("serve")
 	cmd.Stdout, cmd.Stderr = s.log, s.log
 	if s.process, err = process.Start(cmd); err != nil {
 		return err
 	}
-	if err := s.waitHealthy(ctx); err != nil {
-		if reason := s.lastLogLine(offset); reason != "" {
-			return fmt.Errorf("%w: %s", err, reason)
+	return s.waitHealthy(ctx)
+}
+
+// Killed kills Headscale, calls f while it is away, and starts it again at the same
+// address, with what it had written down. It returns once Headscale answers, also
+// when f ends its goroutine, as a test that fails does.
+func (s *Server) Killed(ctx context.Context, f func()) (err error) {
+	s.process.Kill()
+	s.http.CloseIdleConnections()
+	defer func() {
+		if startErr := s.serve(context.WithoutCancel(ctx)); startErr != nil {
+			err = errors.Join(err, fmt.Errorf("start headscale again: %w", startErr))
 		}
-		return err
-	}
+	}()
+	f()
 	return nil
 }
 
 // command returns a command that runs Headscale in the server's folder. It gets
 // none of the lab's environment: HEADSCALE_ variables override settings.
-func (s *Server) command(binary string, args ...string) *exec.Cmd {
-	cmd := exec.Command(binary, append([]string{"--config", configFile}, args...)...)
+func (s *Server) command(args ...string) *exec.Cmd {
+	cmd := exec.Command(s.binary, append([]string{"--config", configFile}, args...)...)
 	cmd.Dir = s.dir
 	cmd.Env = []string{"HOME=" + s.dir, "PATH=" + os.Getenv("PATH")}
 	return cmd
@@ -210,8 +230,8 @@ func (s *Server) healthy(ctx context.Context) bool {
 
 // createAPIKey creates the key for Headscale's HTTP API. Only the command line
 // can do that, through the socket in the server's folder.
-func (s *Server) createAPIKey(ctx context.Context, binary string) error {
-	plain := s.command(binary, "apikeys", "create", "--output", "json")
+func (s *Server) createAPIKey(ctx context.Context) error {
+	plain := s.command("apikeys", "create", "--output", "json")
 	cmd := exec.CommandContext(ctx, plain.Path, plain.Args[1:]...)
 	cmd.Dir, cmd.Env = plain.Dir, plain.Env
 	cmd.Stderr = s.log

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package conformance
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+)
+
+// ways are the pitfalls that a way to a proxy stands for, rather than an attack: see
+// lab/cmd/conformance.
+var ways = []string{honestID, "2", "14", "16", "17", "20b", "36"}
+
+func TestEveryPitfallIsTriedOrShownByATest(t *testing.T) {
+	root, err := lab.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	attacked := make(map[string]bool)
+	for _, a := range attacks() {
+		attacked[a.pitfall] = true
+		if !slices.ContainsFunc(pitfalls, func(p pitfall) bool { return p.id == a.pitfall }) {
+			t.Errorf("an attack is for pitfall %q, which is none", a.pitfall)
+		}
+	}
+	for _, p := range pitfalls {
+		if !attacked[p.id] && len(p.tests) == 0 && !slices.Contains(ways, p.id) {
+			t.Errorf("pitfall %s (%s) is neither tried nor shown by a test", p.id, p.title)
+		}
+		for _, test := range p.tests {
+			folder, name, _ := strings.Cut(test, ":")
+			if !declares(t, filepath.Join(root, folder), name) {
+				t.Errorf("pitfall %s names %s, which does not exist", p.id, test)
+			}
+		}
+	}
+}
+
+// declares reports whether a test of that name is in folder.
+func declares(t *testing.T, folder, test string) bool {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(folder, "*_test.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	declaration := regexp.MustCompile(`(?m)^func ` + test + `\(`)
+	for _, file := range files {
+		source, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if declaration.Match(source) {
+			return true
+		}
+	}
+	return false
+}
+
+// proxyOf returns a proxy that director makes of net/http/httputil's, in front of a
+// recorder.
+func proxyOf(t *testing.T, director func(*httputil.ProxyRequest)) Proxy {
+	t.Helper()
+	seen := new(Recorder)
+	upstream := httptest.NewServer(seen)
+	t.Cleanup(func() { upstream.CloseClientConnections(); upstream.Close() })
+	target, err := url.Parse(upstream.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := httptest.NewServer(&httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(target)
+		director(r)
+	}})
+	t.Cleanup(func() { proxy.CloseClientConnections(); proxy.Close() })
+	address := strings.TrimPrefix(proxy.URL, "http://")
+	return Proxy{
+		Name: t.Name(), Address: address, Host: address, Seen: seen,
+		Dial: new(net.Dialer).DialContext,
+		Want: Identity{User: "bob@example.com", Groups: []string{"tailnet-readers"}},
+	}
+}
+
+func asBob(r *httputil.ProxyRequest) {
+	r.Out.Header.Set("Impersonate-User", "bob@example.com")
+	r.Out.Header.Set("Impersonate-Group", "tailnet-readers")
+}
+
+func TestAProxyThatOnlySetsHeadersFails(t *testing.T) {
+	results, err := Run(t.Context(), proxyOf(t, asBob), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{"4", "6", "8", "9", "10", "20a", "21"} {
+		if i := slices.IndexFunc(results, func(r Result) bool { return r.Pitfall == id }); i < 0 || len(results[i].Failures) == 0 {
+			t.Errorf("no attack of pitfall %s succeeds", id)
+		}
+	}
+}
+
+func TestWhatANobodySendsMustNotArrive(t *testing.T) {
+	p := proxyOf(t, asBob)
+	p.Nobody = true
+	wantHonestToFail(t, p)
+}
+
+func TestAnHonestRequestAsSomebodyElseIsAFailure(t *testing.T) {
+	wantHonestToFail(t, proxyOf(t, func(*httputil.ProxyRequest) {}))
+}
+
+func wantHonestToFail(t *testing.T, p Proxy) {
+	t.Helper()
+	results, err := Run(t.Context(), p, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(results) != 1 || results[0].Pitfall != honestID || len(results[0].Failures) != 1 {
+		t.Errorf("got %+v; want one failure, of an honest request", results)
+	}
+}
+
+func TestWhereHonestRequestsAreNotAnsweredNothingIsShown(t *testing.T) {
+	for _, nobody := range []bool{false, true} {
+		p := proxyOf(t, asBob)
+		p.Nobody = nobody
+		p.Dial = func(context.Context, string, string) (net.Conn, error) { return nil, io.EOF }
+		if _, err := Run(t.Context(), p, Options{}); err == nil {
+			t.Errorf("a proxy that is not there (nobody: %v): got no error", nobody)
+		}
+	}
+}
+
+// A failure names an attack, which makes the same request again, and the request as
+// a command of the shell.
+func TestAFailureCanBeReplayed(t *testing.T) {
+	p := proxyOf(t, asBob)
+	results, err := Run(t.Context(), p, Options{First: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var failures []Failure
+	for _, r := range results {
+		failures = append(failures, r.Failures...)
+	}
+	if len(failures) != 1 {
+		t.Fatalf("got %d failures; want the first", len(failures))
+	}
+	again, err := Run(t.Context(), p, Options{Only: failures[0].Attack})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(again) != 1 || again[0].Tried != 1 || len(again[0].Failures) != 1 || again[0].Failures[0] != failures[0] {
+		t.Errorf("the second time got %+v; want %+v", again, failures[0])
+	}
+	for i, a := range attacks() {
+		if !a.in(http1) || strings.Contains(a.bytesFor(p, "/conformance/0"), "\x00") || i%50 != 0 {
+			continue // a shell passes on all but NUL; some of them do
+		}
+		printed, err := exec.CommandContext(t.Context(), "sh", "-c", a.show(p, http1)).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := a.bytesFor(p, "/conformance/0"); string(printed) != want {
+			t.Errorf("attack %d: the command prints %q; want %q", i+1, printed, want)
+		}
+	}
+}
+
+func TestTheRecorderAnswersAsThePathSays(t *testing.T) {
+	seen := new(Recorder)
+	w := httptest.NewRecorder()
+	seen.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/conformance/7/status/403", nil))
+	if w.Code != http.StatusForbidden || len(seen.take("/conformance/7")) != 1 {
+		t.Errorf("answered %d; want 403, and the request to be kept", w.Code)
+	}
+}

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"tailscale.com/ipn"
+	"tailscale.com/tsnet"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/conformance"
+)
+
+// What callers and operators see of each of these is in docs/faults.md.
+
+func TestWithoutTheControlServerRequestsGoOn(t *testing.T) {
+	underLoad(t, func(l *load) {
+		if err := theLab.Headscale.Killed(t.Context(), func() { l.wantProgress(t, "bob", "carol") }); err != nil {
+			t.Fatal(err)
+		}
+		l.wantProgress(t, "bob", "carol")
+		// The proxy's node has found its way back if it learns of a grant.
+		withdraw := grantTo(t, "dave@example.com", "system:masters")
+		within(t, time.Minute, "dave may list secrets", func() error {
+			_, stderr, err := tryKubectl(t, "dave", "get", "secrets")
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, stderr)
+			}
+			return nil
+		})
+		withdraw()
+		l.wantOnlyOK(t, "bob", "carol")
+	})
+}
+
+// A node that logs in again has another key, and its peers have to learn of it.
+func TestAProxyThatIsRekeyedAnswersAsBefore(t *testing.T) {
+	node, err := theLab.Caddy.Node(t.Context(), lab.ProxyName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	underLoad(t, func(l *load) {
+		before := keyOf(t, node)
+		lc, err := node.LocalClient()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := lc.Start(t.Context(), ipn.Options{AuthKey: theLab.ProxyKey()}); err != nil {
+			t.Fatal(err)
+		}
+		if err := lc.StartLoginInteractive(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		within(t, time.Minute, "the node has another key", func() error {
+			if after := keyOf(t, node); after == before {
+				return errors.New("it has the same")
+			}
+			return nil
+		})
+		rekeyed := time.Now()
+		l.wantProgress(t, "bob", "carol")
+		t.Logf("%.1f s after the node had another key requests had got through", time.Since(rekeyed).Seconds())
+	})
+}
+
+// keyOf returns the key of a tailnet node, empty if it does not tell.
+func keyOf(t *testing.T, node *tsnet.Server) string {
+	t.Helper()
+	lc, err := node.LocalClient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, err := lc.StatusWithoutPeers(t.Context())
+	if err != nil || status.Self == nil || status.BackendState != ipn.Running.String() {
+		return ""
+	}
+	return status.Self.PublicKey.String()
+}
+
+func TestACallerWhoseTagsChangeIsTheOthersAtOnce(t *testing.T) {
+	underLoad(t, func(l *load) {
+		device := joinForTest(t, lab.CallerSpec{Name: "tagger", Tags: []string{"tag:k8s-readers"}})
+		name := "tagger." + lab.Domain
+		l.add(t, device, conformance.Identity{User: name, Groups: []string{"tag:k8s-readers"}}, conformance.Identity{User: name, Groups: []string{"ops"}})
+		l.wantProgress(t, "tagger")
+		log := tail(t, theLab.Log("caddy"))
+		watch := startKubectl(t, device.Kubeconfig, nil, "get", "pods", "--watch", "--output-watch-events", "--no-headers")
+		watch.want(t, "ADDED")
+
+		if err := theLab.Headscale.SetTags(t.Context(), "tagger", "tag:k8s-ops"); err != nil {
+			t.Fatal(err)
+		}
+		wantEnded(t, watch, log, name, "is no longer in group tag:k8s-readers")
+		wantIdentity(t, device, name, "ops")
+		l.wantProgress(t, "tagger", "bob", "carol")
+		l.wantOnlyOK(t, "bob", "carol")
+		l.leave(t, device)
+	})
+}
+
+// Headscale goes by the new name at once, but tells nodes about it only when they
+// connect anew: until then the proxy's knows the caller by the old one.
+func TestAUserThatIsRenamedIsTheOtherOne(t *testing.T) {
+	underLoad(t, func(l *load) {
+		const was, is = "frank@example.com", "frances@example.com"
+		grantTo(t, is, "renamed")
+		device := joinForTest(t, lab.CallerSpec{Name: "renamed", Login: was})
+		l.add(t, device, conformance.Identity{User: was}, conformance.Identity{User: was, Groups: []string{"renamed"}}, conformance.Identity{User: is, Groups: []string{"renamed"}})
+		l.wantProgress(t, "renamed")
+		if err := theLab.Headscale.RenameUser(t.Context(), was, is); err != nil {
+			t.Fatal(err)
+		}
+		wantIdentity(t, device, was, "renamed")
+		log := tail(t, theLab.Log("caddy"))
+		open := make(chan int, 1)
+		slow := clientOf(t, device, "HTTP/1.1")
+		go func() {
+			open <- ask(slow, "http://"+lab.ProxyName+":"+portHTTPTransport+"/slow?after=2m")
+		}()
+		if err := theLab.Headscale.Killed(t.Context(), func() {}); err != nil {
+			t.Fatal(err)
+		}
+		wantIdentity(t, device, is, "renamed")
+		select {
+		case <-open:
+		case <-time.After(revokedWithin):
+			t.Errorf("a request of %s is still open %v after that is %s", was, revokedWithin, is)
+		}
+		wantLogged(t, log, was, "is "+is+" by now")
+		l.wantProgress(t, "renamed", "bob", "carol")
+		l.wantOnlyOK(t, "bob", "carol")
+		l.leave(t, device)
+	})
+}
+
+// Headscale gives an address away again once it has been started anew.
+func TestAnAddressThatIsGivenToAnotherDeviceIsTheOthers(t *testing.T) {
+	underLoad(t, func(l *load) {
+		first := joinForTest(t, lab.CallerSpec{Name: "first", Login: "first@example.com"})
+		address, _ := first.Server.TailscaleIPs()
+		l.add(t, first, conformance.Identity{User: "first@example.com"})
+		l.wantProgress(t, "first")
+		if err := theLab.Headscale.DeleteNode(t.Context(), "first"); err != nil {
+			t.Fatal(err)
+		}
+		l.leave(t, first)
+		if err := theLab.Headscale.Killed(t.Context(), func() {}); err != nil {
+			t.Fatal(err)
+		}
+		second := joinForTest(t, lab.CallerSpec{Name: "second", Login: "second@example.com"})
+		if got, _ := second.Server.TailscaleIPs(); got != address {
+			t.Fatalf("the second device has the address %v; want the first's, %v", got, address)
+		}
+		l.add(t, second, conformance.Identity{User: "second@example.com"})
+		l.wantProgress(t, "second", "bob", "carol")
+		l.wantOnlyOK(t, "second", "bob", "carol")
+		l.leave(t, second)
+	})
+}
+
+func TestTenReloadsASecondLeaveEverybodyWhoTheyAre(t *testing.T) {
+	seconds := 3
+	if *long {
+		seconds = 60
+	}
+	defer firstConfig(t)
+	underLoad(t, func(l *load) {
+		tick := time.NewTicker(time.Second / 10)
+		defer tick.Stop()
+		for i := range 10 * seconds {
+			<-tick.C
+			if err := theLab.Caddy.Load(withVersion(theLab, "", fmt.Sprint("reload-", i))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		firstConfig(t) // whose goroutines were counted
+		l.wantProgress(t, "bob", "carol")
+	})
+}
+
+// joinForTest connects a device to the tailnet, until the test ends.
+func joinForTest(t *testing.T, spec lab.CallerSpec) *lab.Caller {
+	t.Helper()
+	device, err := theLab.Join(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return device
+}
+
+// leave takes a device off the tailnet.
+func (l *load) leave(t *testing.T, device *lab.Caller) {
+	t.Helper()
+	delete(theLab.Callers, device.Name)
+	if err := device.Stop(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantEnded waits until a watch has been ended for a reason.
+func wantEnded(t *testing.T, watch *session, log *tailed, user, reason string) {
+	t.Helper()
+	select {
+	case <-watch.ended:
+	case <-time.After(revokedWithin):
+		t.Errorf("the watch of %s is still open after %v", user, revokedWithin)
+	}
+	wantLogged(t, log, user, reason)
+}
+
+// wantLogged waits until the log says that requests of a user were ended for a reason.
+func wantLogged(t *testing.T, log *tailed, user, reason string) {
+	t.Helper()
+	within(t, revokedWithin, "the log says why", func() error {
+		for _, line := range log.lines(t) {
+			if strings.Contains(line, "open requests ended") && strings.Contains(line, user) && strings.Contains(line, reason) {
+				return nil
+			}
+		}
+		return errors.New("it does not")
+	})
+}
+
+// wantIdentity waits until a device's requests arrive as a user in groups.
+func wantIdentity(t *testing.T, device *lab.Caller, user string, groups ...string) {
+	t.Helper()
+	client := clientOf(t, device, "HTTP/1.1")
+	client.Transport.(*http.Transport).DisableKeepAlives = true
+	within(t, time.Minute, device.Name+" is "+user, func() error {
+		plain.take()
+		status := ask(client, "http://"+lab.ProxyName+":"+portHTTPTransport+"/api")
+		for _, r := range plain.take() {
+			if r.Header.Get("Impersonate-User") == user && strings.Join(r.Header["Impersonate-Group"], " ") == strings.Join(groups, " ") {
+				return nil
+			}
+			return fmt.Errorf("it is %q in groups %q", r.Header["Impersonate-User"], r.Header["Impersonate-Group"])
+		}
+		return fmt.Errorf("its requests are answered with %d", status)
+	})
+}

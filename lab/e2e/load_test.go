@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/conformance"
+)
+
+// load is a trickle of requests from several callers at once, over connections that
+// are kept (HTTP/2) and over new ones (HTTP/1.1), while something else goes wrong.
+type load struct {
+	callers []*loadCaller
+	end     chan struct{}
+	running sync.WaitGroup
+}
+
+// loadCaller is a caller of a load.
+type loadCaller struct {
+	name string
+	// may are the identities that it may have, in this order: one that has been
+	// followed by another must not come back.
+	may []conformance.Identity
+
+	mu      sync.Mutex
+	answers map[int]int // by status, 0 if there was none
+}
+
+// pace is the time between two requests of a caller.
+const pace = 25 * time.Millisecond
+
+// underLoad calls f while bob and carol send requests, and others that f
+// adds. Whatever f does to the lab, every request that arrives has to be its
+// caller's own, and in the end nothing of them is left. That is soon so of what the
+// module runs; connections to the upstream are kept for a minute, so that files are
+// counted in the long run only.
+func underLoad(t *testing.T, f func(l *load)) {
+	t.Helper()
+	before := theFootprint(t)
+	encrypted.take()
+	l := &load{end: make(chan struct{})}
+	stop := sync.OnceFunc(func() { close(l.end); l.running.Wait() })
+	defer stop() // a test that fails does not get to it
+	l.add(t, theLab.Callers["bob"], conformance.Identity{User: "bob@example.com", Groups: []string{"tailnet-readers"}})
+	l.add(t, theLab.Callers["carol"], conformance.Identity{User: "carol@example.com"})
+	l.wantProgress(t, "bob", "carol")
+	f(l)
+	stop()
+	l.judge(t, encrypted.take())
+	for _, c := range l.callers {
+		t.Logf("%s: answers by status: %v", c.name, c.answers)
+	}
+	eventually(t, "nothing is left of the requests", func() error {
+		if after := theFootprint(t); after.module > before.module {
+			return fmt.Errorf("%d goroutines of the module; want at most %d", after.module, before.module)
+		}
+		return nil
+	})
+	if !*long {
+		return
+	}
+	within(t, idleFor+30*time.Second, "nothing is left of the connections", func() error {
+		after := theFootprint(t)
+		if after.caddy > before.caddy || after.files > before.files {
+			return fmt.Errorf("%d goroutines of Caddy's and %d open files; want at most %d and %d", after.caddy, after.files, before.caddy, before.files)
+		}
+		return nil
+	})
+}
+
+// idleFor is how long transport kubernetes keeps a connection that it does not use.
+const idleFor = time.Minute
+
+// add has another caller take part, who may be one after the other of identities.
+func (l *load) add(t *testing.T, caller *lab.Caller, identities ...conformance.Identity) {
+	t.Helper()
+	c := &loadCaller{name: caller.Name, may: identities, answers: make(map[int]int)}
+	l.callers = append(l.callers, c)
+	for proto, url := range map[string]string{
+		"HTTP/1.1": "http://" + lab.ProxyName + ":" + portRecorded,
+		"HTTP/2.0": "https://" + lab.ProxyName + "." + lab.Domain + ":" + portRecordedTLS,
+	} {
+		client := clientOf(t, caller, proto)
+		client.Transport.(*http.Transport).DisableKeepAlives = proto == "HTTP/1.1"
+		client.Timeout = 15 * time.Second
+		l.running.Go(func() {
+			defer client.CloseIdleConnections()
+			tick := time.NewTicker(pace)
+			defer tick.Stop()
+			for n := 0; ; n++ {
+				select {
+				case <-l.end:
+					return
+				case <-tick.C:
+				}
+				status := ask(client, fmt.Sprintf("%s/load/%s/%s/%d", url, c.name, strings.ReplaceAll(proto, "/", "-"), n))
+				c.mu.Lock()
+				c.answers[status]++
+				c.mu.Unlock()
+			}
+		})
+	}
+}
+
+// ask sends a GET request and returns the status of the answer, 0 if there is none.
+func ask(client *http.Client, url string) int {
+	req, err := http.NewRequestWithContext(context.Background(), http.MethodGet, url, nil)
+	if err != nil {
+		return 0
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+		return 0
+	}
+	return resp.StatusCode
+}
+
+// answered returns how many requests of a caller were answered with a status.
+func (l *load) answered(name string, status int) int {
+	c := l.callers[slices.IndexFunc(l.callers, func(c *loadCaller) bool { return c.name == name })]
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.answers[status]
+}
+
+// wantProgress waits until some more requests of each caller have been let through.
+func (l *load) wantProgress(t *testing.T, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		had := l.answered(name, http.StatusOK)
+		within(t, time.Minute, "requests of "+name+" get through", func() error {
+			if n := l.answered(name, http.StatusOK) - had; n < 10 {
+				return fmt.Errorf("%d of them", n)
+			}
+			return nil
+		})
+	}
+}
+
+// wantOnlyOK fails the test if a request of a caller was not let through.
+func (l *load) wantOnlyOK(t *testing.T, names ...string) {
+	t.Helper()
+	for _, c := range l.callers {
+		if !slices.Contains(names, c.name) {
+			continue
+		}
+		c.mu.Lock()
+		for status, n := range c.answers {
+			if status != http.StatusOK {
+				t.Errorf("%d requests of %s were answered with %d; want 200", n, c.name, status)
+			}
+		}
+		c.mu.Unlock()
+	}
+}
+
+// judge fails the test unless every request that arrived is its caller's own.
+func (l *load) judge(t *testing.T, arrived []*http.Request) {
+	t.Helper()
+	type stream struct{ caller, proto string }
+	type seen struct{ n, identity int }
+	order := make(map[stream][]seen)
+	for _, r := range arrived {
+		parts := strings.Split(strings.TrimPrefix(r.URL.Path, "/load/"), "/")
+		if !strings.HasPrefix(r.URL.Path, "/load/") || len(parts) != 3 {
+			continue // somebody else's
+		}
+		i := slices.IndexFunc(l.callers, func(c *loadCaller) bool { return c.name == parts[0] })
+		n, err := strconv.Atoi(parts[2])
+		if i < 0 || err != nil {
+			t.Fatalf("a request of nobody arrived: %s", r.URL.Path)
+		}
+		users, groups := r.Header["Impersonate-User"], r.Header["Impersonate-Group"]
+		identity := slices.IndexFunc(l.callers[i].may, func(id conformance.Identity) bool {
+			return slices.Equal(users, []string{id.User}) && slices.Equal(groups, id.Groups)
+		})
+		if identity < 0 || r.Header.Get("Authorization") != "Bearer "+recorderToken {
+			t.Errorf("%s arrived as user %q in groups %q; want one of %+v", r.URL.Path, users, groups, l.callers[i].may)
+		}
+		key := stream{parts[0], parts[1]}
+		order[key] = append(order[key], seen{n, identity})
+	}
+	for key, all := range order {
+		slices.SortFunc(all, func(a, b seen) int { return a.n - b.n })
+		if !slices.IsSortedFunc(all, func(a, b seen) int { return a.identity - b.identity }) {
+			t.Errorf("%s over %s was who it had been before, after it had been somebody else: %v", key.caller, key.proto, all)
+		}
+	}
+	for _, c := range l.callers {
+		for _, proto := range []string{"HTTP-1.1", "HTTP-2.0"} {
+			if len(order[stream{c.name, proto}]) == 0 {
+				t.Errorf("no request of %s over %s arrived: nothing is shown", c.name, proto)
+			}
+		}
+	}
+}
+
+// footprint is what requests hold. Tailnet nodes have more or fewer goroutines at
+// all times, so they are not counted.
+type footprint struct {
+	module, caddy int // goroutines
+	files         int
+}
+
+func theFootprint(t *testing.T) (f footprint) {
+	t.Helper()
+	files, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.files = len(files)
+	buffer := make([]byte, 64<<20)
+	buffer = buffer[:runtime.Stack(buffer, true)]
+	for stack := range strings.SplitSeq(string(buffer), "\n\n") {
+		if strings.Contains(stack, "caddyserver/caddy/v2/modules/caddyhttp") {
+			f.caddy++
+		}
+		for _, function := range []string{".(*Handler)", "/cache.", "/recheck.", "/transport.", "/tailnet."} {
+			if strings.Contains(stack, "caddy-tailscale-impersonate"+function) {
+				f.module++
+				break
+			}
+		}
+	}
+	return f
+}

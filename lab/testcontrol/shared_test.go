@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package testcontrol
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+	"tailscale.com/derp/derpserver"
+	"tailscale.com/tailcfg"
+	"tailscale.com/tsnet"
+	tailscalecontrol "tailscale.com/tstest/integration/testcontrol"
+	"tailscale.com/types/key"
+	"tailscale.com/types/logger"
+
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
+)
+
+const domain = "tail-scale.ts.net"
+
+// A device that was shared in brings tags that were given to it elsewhere. They are
+// no groups here, and its grants are.
+func TestASharedNodesTagsAreNoGroups(t *testing.T) {
+	t.Setenv("TS_NO_LOGS_NO_SUPPORT", "true")
+	control := &tailscalecontrol.Server{
+		DERPMap:        relay(t),
+		DNSConfig:      &tailcfg.DNSConfig{Proxied: true},
+		MagicDNSDomain: domain,
+		Logf:           logger.Discard,
+	}
+	control.HTTPTestServer = httptest.NewServer(control)
+	t.Cleanup(control.HTTPTestServer.Close)
+
+	seen := make(chan http.Header, 1)
+	upstream := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { seen <- r.Header }))
+	t.Cleanup(upstream.Close)
+	proxy := startCaddy(t, control.HTTPTestServer.URL, strings.TrimPrefix(upstream.URL, "http://"))
+	caller := join(t, control.HTTPTestServer.URL, "guest")
+	_, err := caller.Up(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ip4, _ := proxy.TailscaleIPs()
+	client := &http.Client{
+		Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return lab.Dial(ctx, caller, "tcp", ip4.String()+":80")
+		}},
+		Timeout: 20 * time.Second,
+	}
+	// groupsOnceUser asks until the upstream sees user, and returns the groups that
+	// it sees then.
+	groupsOnceUser := func(user string) (groups []string) {
+		t.Helper()
+		var last string
+		for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+			resp, err := client.Get("http://" + ip4.String() + "/api")
+			if err != nil {
+				last = err.Error()
+				continue
+			}
+			_ = resp.Body.Close()
+			if resp.StatusCode != http.StatusOK {
+				last = resp.Status + " " + resp.Header.Get("Warning")
+				continue
+			}
+			h := <-seen
+			if h.Get("Impersonate-User") == user {
+				return h["Impersonate-Group"]
+			}
+			last = h.Get("Impersonate-User")
+		}
+		t.Fatalf("the upstream does not see %s; at last: %s", user, last)
+		return nil
+	}
+
+	// change has the control server say something else about the caller.
+	lc, err := caller.LocalClient()
+	if err != nil {
+		t.Fatal(err)
+	}
+	status, err := lc.StatusWithoutPeers(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	change := func(f func(*tailcfg.Node)) {
+		node := control.Node(status.Self.PublicKey)
+		f(node)
+		control.UpdateNode(node)
+	}
+	name := func(i int) string { return fmt.Sprintf("guest-%d.%s", i, domain) }
+	rename := func(i int) func(*tailcfg.Node) { return func(n *tailcfg.Node) { n.Name = name(i) + "." } }
+
+	// Of this tailnet, or the rest shows nothing.
+	change(func(n *tailcfg.Node) { rename(1)(n); n.Tags = []string{"tag:k8s-admins"} })
+	if got, want := groupsOnceUser(name(1)), []string{"tag:k8s-admins"}; !slices.Equal(got, want) {
+		t.Errorf("a tagged device: got groups %q; want %q", got, want)
+	}
+	change(func(n *tailcfg.Node) { rename(2)(n); n.Sharer = 123 })
+	if got := groupsOnceUser(name(2)); len(got) > 0 {
+		t.Errorf("a tagged device that was shared in: got groups %q; want none", got)
+	}
+	control.SetGlobalAppCaps(tailcfg.PeerCapMap{tailcfg.PeerCapabilityKubernetes: {`{"impersonate":{"groups":["guests"]}}`}})
+	change(rename(3))
+	if got, want := groupsOnceUser(name(3)), []string{"guests"}; !slices.Equal(got, want) {
+		t.Errorf("with a grant: got groups %q; want %q", got, want)
+	}
+}
+
+// relay starts a DERP relay, by which nodes find one another, and returns the map
+// that leads to it.
+func relay(t *testing.T) *tailcfg.DERPMap {
+	t.Helper()
+	derp := derpserver.New(key.NewNode(), logger.Discard)
+	server := httptest.NewUnstartedServer(derpserver.Handler(derp))
+	server.Config.ErrorLog = logger.StdLogger(logger.Discard)
+	server.StartTLS()
+	t.Cleanup(func() {
+		server.CloseClientConnections()
+		server.Close()
+		_ = derp.Close()
+	})
+	return &tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{1: {RegionID: 1, RegionCode: "lab", Nodes: []*tailcfg.DERPNode{{
+		Name: "1", RegionID: 1, HostName: "127.0.0.1", IPv4: "127.0.0.1", IPv6: "none",
+		DERPPort: server.Listener.Addr().(*net.TCPAddr).Port, STUNPort: -1, InsecureForTests: true,
+	}}}}}
+}
+
+// startCaddy runs Caddy on a node of the tailnet that control is for, in front of
+// an upstream, and returns the node.
+func startCaddy(t *testing.T, control, upstream string) *tsnet.Server {
+	t.Helper()
+	config, err := lab.Adapt(fmt.Sprintf(`{
+	admin off
+	persist_config off
+	storage file_system %[1]s
+	log default {
+		level PANIC
+	}
+	tailscale {
+		control_url %[2]s
+		auth_key unused
+		state_dir %[3]s
+	}
+}
+http:// {
+	bind tailscale/k8s
+	tailscale_impersonate {
+		cache_ttl 0
+	}
+	reverse_proxy %[4]s
+}
+`, filepath.Join(t.TempDir(), "caddy"), control, filepath.Join(t.TempDir(), "nodes"), upstream))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := caddy.Load(config, true); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := caddy.Stop(); err != nil {
+			t.Errorf("stopping Caddy: %v", err)
+		}
+	})
+	node, ok := standin.Node("k8s")
+	if !ok {
+		t.Fatal("Caddy listens on no node")
+	}
+	if _, err := node.Up(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return node
+}
+
+// join returns a node of the tailnet that control is for.
+func join(t *testing.T, control, name string) *tsnet.Server {
+	t.Helper()
+	node := &tsnet.Server{
+		Hostname: name, Dir: filepath.Join(t.TempDir(), name), ControlURL: control, AuthKey: "unused", Ephemeral: true,
+		Logf: logger.Discard, UserLogf: logger.Discard,
+	}
+	t.Cleanup(func() {
+		if err := node.Close(); err != nil {
+			t.Errorf("stopping %s: %v", name, err)
+		}
+	})
+	return node
+}
