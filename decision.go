@@ -41,6 +41,7 @@ func newDecision(by *Handler, node *tailnet.Node, peer impersonate.Peer, id impe
 		userID:                  id.User,
 		placeholders + "user":   id.User,
 		placeholders + "groups": strings.Join(id.Groups, ","),
+		placeholders + "login":  peer.Login,
 		placeholders + "node":   id.Node,
 		placeholders + "source": string(id.Source),
 	}}

@@ -80,6 +80,7 @@ func init() {
 // `{http.auth.user.id}` | The Kubernetes user; Caddy's access log names it as `user_id`
 // `{http.tailscale_impersonate.user}` | The Kubernetes user
 // `{http.tailscale_impersonate.groups}` | The Kubernetes groups, separated by commas
+// `{http.tailscale_impersonate.login}` | The login name of the user of the caller's device, without prefixes; empty for a tagged device
 // `{http.tailscale_impersonate.node}` | The tailnet name of the caller's device
 // `{http.tailscale_impersonate.source}` | Where the groups came from: `grants`, `tags` or `none`
 type Handler struct {
