@@ -52,3 +52,31 @@ func TestRequestsAreSentAsTheMatcherSawThem(t *testing.T) {
 		})
 	}
 }
+
+// The expression of docs/matcher.md.
+func TestAnExpressionDecidesByGroup(t *testing.T) {
+	for _, tt := range []struct {
+		group, request string
+		status         int
+	}{
+		{"tailnet-readers", "DELETE /api/v1/namespaces/prod-a/pods/p", 200},
+		{"operators", "DELETE /api/v1/namespaces/prod-a/pods/p", 403},
+		{"operators", "DELETE /api/v1/namespaces/dev/pods/p", 200},
+		{"operators", "GET /api/v1/namespaces/prod-a/pods/p", 200},
+	} {
+		up := newUpstream(t)
+		s := startSite(t, up, false, "", `
+			tailscale_impersonate
+			@refused expression <<CEL
+				kubernetes({"verb": ["delete", "deletecollection"], "namespace": ["prod-*", ""]})
+				&& !{http.tailscale_impersonate.groups}.split(",").exists(g, g == "`+tt.group+`")
+				CEL
+			respond @refused 403
+			reverse_proxy $UPSTREAM {
+				$KUBERNETES
+			}`, aliceNode())
+		if resp := s.http1(t, aliceAddr, tt.request+" HTTP/1.1\r\nHost: k8s\r\n\r\n"); resp.StatusCode != tt.status {
+			t.Errorf("%s for those in %s: got %s; want %d", tt.request, tt.group, resp.Status, tt.status)
+		}
+	}
+}
