@@ -125,8 +125,8 @@ func (c *cast) event(kind, data string) error {
 // when it failed.
 func (c *cast) write() error {
 	for _, s := range c.sinks {
-		if err := s.write(c.line.Bytes()); err != nil && s.required {
-			return err
+		if err := s.write(c.line.Bytes()); err != nil && s.required != nil {
+			return s.required
 		}
 	}
 	return nil
