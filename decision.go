@@ -10,6 +10,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 )
 
@@ -50,6 +51,11 @@ func newDecision(by *Handler, node *tailnet.Node, peer impersonate.Peer, id impe
 		return value, ok
 	}
 	return d
+}
+
+// caller returns who the caller is to whoever records its sessions.
+func (d *decision) caller(conn *tailnet.Conn) recording.Caller {
+	return recording.Caller{Peer: &d.peer, Recording: &d.identity.Recording, Remote: conn.Remote, Dial: d.node.Dial}
 }
 
 // setPlaceholders tells the config and the access log who the caller is. The

@@ -15,9 +15,19 @@ var revocations = prometheus.NewCounterVec(prometheus.CounterOpts{
 	Help:      "Open requests that were ended because their caller lost access, by reason.",
 }, []string{"reason"})
 
-// countRevocations has registry report the revocations.
-func countRevocations(registry *prometheus.Registry) {
-	// That it is registered already, by another handler of the config, is the
-	// only error there can be.
-	_ = registry.Register(revocations)
+// recordings belongs to the process as well, as sessions outlive their config.
+var recordings = prometheus.NewCounterVec(prometheus.CounterOpts{
+	Namespace: "caddy",
+	Subsystem: "tailscale_impersonate",
+	Name:      "recordings_total",
+	Help:      "Sessions that were to be recorded, by what has become of that.",
+}, []string{"outcome"})
+
+// registerMetrics has registry report what is counted.
+func registerMetrics(registry *prometheus.Registry) {
+	for _, counted := range []prometheus.Collector{revocations, recordings} {
+		// That it is registered already, by another handler of the config, is
+		// the only error there can be.
+		_ = registry.Register(counted)
+	}
 }

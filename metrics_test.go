@@ -13,8 +13,8 @@ func TestRevocationsAreCountedAcrossConfigs(t *testing.T) {
 	const reason = "test"
 	for config := 1; config <= 2; config++ {
 		registry := prometheus.NewRegistry()
-		countRevocations(registry)
-		countRevocations(registry)
+		registerMetrics(registry)
+		registerMetrics(registry)
 		revocations.WithLabelValues(reason).Inc()
 		families, err := registry.Gather()
 		if err != nil {

@@ -14,6 +14,7 @@
 //	what do operators say to that?       guard
 //	which headers?                       impersonate
 //	is it still so, in a long request?   recheck
+//	is it a session to be recorded?      recording
 //	which credentials?                   transport
 //	what does a refused client read?     refusal
 //	what does it ask for?                apirequest, matcher
@@ -42,6 +43,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 
@@ -93,6 +95,8 @@ type Handler struct {
 	// site is where open requests are recorded, sites all those of the config.
 	site  *recheck.Site
 	sites *recheck.Config
+	// recorder records sessions.
+	recorder *recording.Site
 
 	// nodes are the tailnet nodes that the server listens on. They may be read
 	// once ready is closed.
@@ -121,7 +125,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	server.RegisterConnContext(tailnet.ConnContext)
 	warnOfBuffers(h.logger, server)
-	countRevocations(ctx.GetMetricsRegistry())
+	registerMetrics(ctx.GetMetricsRegistry())
 	app, err := ctx.App("events")
 	if err != nil {
 		return fmt.Errorf("getting the events app: %w", err)
@@ -139,6 +143,13 @@ func (h *Handler) setUp(sites *recheck.Config, listeners []string) (err error) {
 	if h.decisions, err = cache.New(h.TTL(), h.decide); err != nil {
 		return fmt.Errorf("making a cache: %w", err)
 	}
+	dir, err := caddy.NewReplacer().ReplaceOrErr(h.Record, true, true)
+	if err != nil {
+		return fmt.Errorf("record %q: %w", h.Record, err)
+	}
+	h.recorder = &recording.Site{Dir: dir, Logger: h.logger, Count: func(o recording.Outcome) {
+		recordings.WithLabelValues(string(o)).Inc()
+	}}
 	h.sites = sites
 	h.site = sites.NewSite(listeners, h.Config, recheck.Rules{
 		Interval: h.Interval(),
@@ -189,15 +200,22 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 
 	conn, decided, err := h.identify(r, asked)
 	if err != nil {
-		h.logRefusal(r, err)
-		return refusal.Write(w, err)
+		return h.refuse(w, r, err)
 	}
 	id := &decided.identity
-	if id.Recording.Wanted() {
-		h.logger.Warn("the caller's grants name session recorders, and recording is not supported yet: the session is not recorded",
-			zap.String("user", id.User),
-			zap.Stringer("remote_addr", conn.Remote))
+
+	// Is it a session that has to be recorded?
+	if h.recorder.Concerns(&id.Recording) {
+		var session *recording.Session
+		if r, session, err = h.recorder.Begin(r, decided.caller(conn)); err != nil {
+			return h.refuse(w, r, err)
+		}
+		if session != nil {
+			defer session.Close()
+			w = session.Wrap(w)
+		}
 	}
+
 	decided.setPlaceholders(r)
 
 	// From here on the caller can lose what it had, and the request ends.
@@ -217,8 +235,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	return h.explain(w, r, next.ServeHTTP(w, r))
 }
 
-// logRefusal says in the log what the caller reads.
-func (h *Handler) logRefusal(r *http.Request, err *apierrors.StatusError) {
+// refuse answers r with the reason why it goes no further, which the log has as well.
+func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, err *apierrors.StatusError) error {
 	h.logger.Warn("request refused",
 		zap.String("reason", err.ErrStatus.Message),
 		zap.Int32("status", err.ErrStatus.Code),
@@ -226,6 +244,7 @@ func (h *Handler) logRefusal(r *http.Request, err *apierrors.StatusError) {
 		zap.String("method", r.Method),
 		zap.String("host", r.Host),
 		zap.String("uri", r.RequestURI))
+	return refusal.Write(w, err)
 }
 
 // explain answers a request that a matcher could not decide about, or that
@@ -238,8 +257,7 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 	}
 	var refused *apierrors.StatusError
 	if errors.As(err, &refused) {
-		h.logRefusal(r, refused)
-		return refusal.Write(w, refused)
+		return h.refuse(w, r, refused)
 	}
 	var failed caddyhttp.HandlerError
 	if !errors.As(err, &failed) {
@@ -366,9 +384,6 @@ func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) 
 	id, err := peer.Identity(h.Capabilities())
 	if err != nil {
 		return nil, refusal.Forbidden("no identity for %s: %v", peer, err)
-	}
-	if id.Recording.Enforce {
-		return nil, refusal.Forbidden("the grants of %s say enforceRecorder, and session recording is not supported yet", peer)
 	}
 	// What do the operators say to that?
 	if err := h.Check(peer); err != nil {

@@ -272,7 +272,6 @@ func TestNoIdentityNoRequest(t *testing.T) {
 		{"malformed capability", []*tailnet.Node{newNode(whoIs(readers, `{"impersonate":"everybody"}`), nil)}, newRequest("GET", url), forbidden, []string{"alice@example.com"}},
 		{"unprintable group", []*tailnet.Node{newNode(whoIs(`{"impersonate":{"groups":["a\u0000b"]}}`), nil)}, newRequest("GET", url), forbidden, []string{"alice@example.com"}},
 		{"empty group", []*tailnet.Node{newNode(whoIs(`{"impersonate":{"groups":[""]}}`), nil)}, newRequest("GET", url), forbidden, []string{"alice@example.com"}},
-		{"enforceRecorder", []*tailnet.Node{newNode(whoIs(readers, `{"enforceRecorder":true}`), nil)}, newRequest("GET", url), forbidden, []string{"alice@example.com", "enforceRecorder"}},
 		{"kubectl --as", []*tailnet.Node{aliceNode()}, newRequest("GET", url), forbidden, []string{"alice@example.com", "kubectl --as"}},
 		{"kubectl --as from a tagged device", []*tailnet.Node{tagged("ci.example.ts.net.", "tag:ci")}, newRequest("GET", url), forbidden, []string{"ci.example.ts.net"}},
 		{"Host of another name over plain HTTP", []*tailnet.Node{silentNode(t)}, newRequest("GET", "http://rebound.example.com/api"), forbidden, []string{`"rebound.example.com"`, `"k8s"`, "allow_hosts"}},
@@ -559,20 +558,6 @@ func TestCapabilityOption(t *testing.T) {
 	}
 	if diff := cmp.Diff(http.Header{"Impersonate-User": {"alice@example.com"}}, protected(got.Header)); diff != "" {
 		t.Errorf("a grant for the standard capability counts (-want +got):\n%s", diff)
-	}
-}
-
-// Recording that is asked for and not insisted on is not done, which the log says.
-func TestRecorderAddressesAreLogged(t *testing.T) {
-	core, logs := observer.New(zapcore.WarnLevel)
-	h := newHandler(t, caddyfile.Config{}, newNode(whoIs(readers, `{"recorderAddrs":["100.64.0.7:80"]}`), nil))
-	h.logger = zap.New(core)
-	if _, got := serve(t, h, newRequest("GET", "http://k8s/api")); got == nil {
-		t.Error("refused")
-	}
-	entries := logs.All()
-	if len(entries) != 1 || entries[0].Level != zapcore.WarnLevel || !strings.Contains(entries[0].Message, "not recorded") || entries[0].ContextMap()["user"] != "alice@example.com" {
-		t.Errorf("got log entries %v; want one warning that names the user", entries)
 	}
 }
 

@@ -91,6 +91,17 @@ type Config struct {
 	// Default: `30s`.
 	RecheckGrace *caddy.Duration `json:"recheck_grace,omitempty"`
 
+	// A directory in which the sessions of kubectl exec and attach of all callers
+	// are recorded, in asciicast v2, one file each. Placeholders such as
+	// `{env.HOME}` are expanded when the config is loaded. It is created when it
+	// does not exist. A session whose file cannot be written does not begin, and
+	// ends when it cannot be written any more.
+	//
+	// The recorders that a caller's grants name are sent its sessions in any case.
+	//
+	// Default: none.
+	Record string `json:"record,omitempty"`
+
 	guard.Rails
 }
 

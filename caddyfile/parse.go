@@ -17,6 +17,7 @@ import (
 //	    cache_ttl            <duration>
 //	    recheck_interval     <duration>
 //	    recheck_grace        <duration>
+//	    record               <directory>
 //	    allow_groups         <pattern...>
 //	    deny_groups          <pattern...>
 //	    require_groups
@@ -67,6 +68,8 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = duration(d, &c.RecheckInterval)
 	case "recheck_grace":
 		err = duration(d, &c.RecheckGrace)
+	case "record":
+		err = single(d, &c.Record)
 	case "allow_groups":
 		err = list(d, &c.AllowGroups)
 	case "deny_groups":

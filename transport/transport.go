@@ -25,6 +25,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/decided"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 )
 
@@ -142,6 +143,9 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	if t.unusable != nil {
 		return refusal.Response(r, refusal.Unavailable("no cluster: %v", t.unusable))
+	}
+	if err := recording.Confirm(r); err != nil {
+		return refusal.Response(r, err)
 	}
 	if protocols, ok := upgradeAllowed(r.Header); !ok {
 		return refusal.Response(r, refusal.BadRequest("cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", protocols))

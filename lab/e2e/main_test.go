@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	sessionrecorder "github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
 )
 
 // theLab is what all tests share. It is set before they run.
@@ -23,6 +24,7 @@ var (
 	plain     *recorder // upstream over plain HTTP
 	encrypted *recorder // upstream over TLS that offers HTTP/2
 	other     *otherTailnet
+	sessions  *sessionrecorder.Recorder // on the tailnet
 )
 
 var keep = flag.Bool("keep", false, "keep the folder of logs, also when all tests pass")
@@ -37,6 +39,11 @@ var callers = []lab.CallerSpec{
 	{Name: "erin", Login: "erin@example.com"},
 	{Name: "ci", Tags: []string{"tag:k8s-readers"}},
 	{Name: "ops", Tags: []string{"tag:k8s-ops"}},
+	// Those whose sessions are recorded: see recordingGrants.
+	{Name: "fay", Login: "fay@example.com"},
+	{Name: "gus", Login: "gus@example.com"},
+	{Name: "hal", Login: "hal@example.com"},
+	{Name: "ida", Login: "ida@example.com"},
 }
 
 func TestMain(m *testing.M) {
@@ -97,11 +104,17 @@ func start(dir string) (err error) {
 		Callers:   callers,
 		Progress:  os.Stderr,
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	return startSessionRecorder(ctx)
 }
 
 func stop() error {
 	var errs []error
+	if sessions != nil {
+		errs = append(errs, sessions.Stop())
+	}
 	if theLab != nil {
 		errs = append(errs, theLab.Stop())
 	}

@@ -36,6 +36,7 @@ const (
 	portReadOnly         = "8014" // as examples/read-only.caddyfile
 	portNoShells         = "8015" // as examples/no-shells-for-devices.caddyfile
 	portRewriting        = "8016" // rewrites what a matcher has let through
+	portFiles            = "8017" // sessions are recorded in recordings(lab)
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
 
@@ -122,6 +123,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portNoShells, k8s, exampleRules("no-shells-for-devices")+toCluster) +
 		site("http://:"+portRewriting, k8s, impersonate+"\t@writes not kubernetes {\n\t\tverb get list watch\n\t}\n\trespond @writes 403\n"+
 			replaceOnce(toCluster, "\t\tflush_interval -1\n", "\t\tmethod DELETE\n\t\trewrite /api/v1/namespaces/default/configmaps/rewritten\n")) +
+		site("http://:"+portFiles, k8s, "\ttailscale_impersonate {\n\t\trecord "+recordings(l)+"\n\t}\n"+toCluster) +
 		site("http://:"+portProxyProtocol, k8s, impersonate+toPlain) +
 		site("http://:"+portTwoNodes, k8s+" tailscale/"+secondNode, impersonate+toPlain) +
 		site("http://:"+portSameAddress, k8s+" tailscale/"+secondNode+" tailscale/"+foreignNode, impersonate+toPlain) +
@@ -186,7 +188,7 @@ func testPolicy(example []byte) ([]byte, error) {
 		}
 	}
 	owners := policy["tagOwners"].(map[string]any)
-	for _, tag := range []string{"tag:k8s-second", "tag:k8s-ops"} {
+	for _, tag := range []string{"tag:k8s-second", "tag:k8s-ops", "tag:recorder"} {
 		owners[tag] = []string{"group:prod"}
 	}
 	policy["grants"] = append(policy["grants"].([]any),
@@ -195,6 +197,7 @@ func testPolicy(example []byte) ([]byte, error) {
 			"dst": []string{"tag:k8s", "tag:k8s-second"},
 			"ip":  []string{"*"},
 		},
+		map[string]any{"src": []string{"tag:k8s"}, "dst": []string{"tag:recorder"}, "ip": []string{"*"}},
 		grant("erin@example.com", "tag:k8s", "b", "a"),
 		grant("erin@example.com", "tag:k8s", "a", "c"),
 		grant("tag:k8s-ops", "tag:k8s", "ops"),

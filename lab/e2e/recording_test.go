@@ -1,0 +1,503 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/creack/pty"
+	"github.com/google/go-cmp/cmp"
+	"tailscale.com/sessionrecording"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	sessionrecorder "github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording/recordertest"
+)
+
+// absentRecorder is an address of the tailnet that nobody has.
+const absentRecorder = "100.127.255.254:80"
+
+// startSessionRecorder puts a recorder onto the lab's tailnet and grants that name it
+// into its policy: fay's sessions are recorded if that is possible, gus's have to be,
+// and for hal and ida the same goes with a recorder that is not there.
+func startSessionRecorder(ctx context.Context) error {
+	key, err := theLab.Headscale.TagKey(ctx, "tag:recorder")
+	if err != nil {
+		return err
+	}
+	sessions, err = sessionrecorder.Start(ctx, sessionrecorder.Config{
+		Hostname: "recorder", ControlURL: theLab.Headscale.URL(), AuthKey: key,
+		Dir: filepath.Join(theLab.Dir, "recorder"), LogFile: theLab.Log("recorder"),
+	})
+	if err != nil {
+		return err
+	}
+	var policy map[string]any
+	if err := json.Unmarshal(theLab.Policy, &policy); err != nil {
+		return err
+	}
+	for _, grant := range []struct {
+		login    string
+		recorder string
+		enforce  bool
+	}{
+		{"fay@example.com", sessions.Addr.String(), false},
+		{"gus@example.com", sessions.Addr.String(), true},
+		{"hal@example.com", absentRecorder, true},
+		{"ida@example.com", absentRecorder, false},
+	} {
+		policy["grants"] = append(policy["grants"].([]any), map[string]any{
+			"src": []string{grant.login}, "dst": []string{"tag:k8s"},
+			"app": map[string]any{"tailscale.com/cap/kubernetes": []any{
+				map[string]any{
+					"impersonate":   map[string]any{"groups": []string{"system:masters"}},
+					"recorderAddrs": []string{grant.recorder}, "enforceRecorder": grant.enforce,
+				},
+			}},
+		})
+	}
+	if theLab.Policy, err = json.Marshal(policy); err != nil {
+		return err
+	}
+	return theLab.Headscale.SetPolicy(ctx, theLab.Policy)
+}
+
+// recordings is the directory of the site that keeps files.
+func recordings(l *lab.Lab) string { return filepath.Join(l.Dir, "recordings") }
+
+// useRecorder waits until the grants of whoever is recorded are in force, and gives
+// the recorder a mode for the time of the test.
+func useRecorder(t *testing.T, mode recordertest.Mode) {
+	t.Helper()
+	for _, caller := range []string{"fay", "gus", "hal", "ida"} {
+		eventually(t, caller+" may list secrets", func() error {
+			_, stderr, err := tryKubectl(t, caller, "get", "secrets")
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, stderr)
+			}
+			return nil
+		})
+	}
+	sessions.SetMode(mode)
+	sessions.Take()
+	t.Cleanup(func() { sessions.SetMode(recordertest.V2) })
+}
+
+// cast is a recording, as read by a parser that is not the one that wrote it.
+type cast struct {
+	header sessionrecording.CastHeader
+	output string
+	sizes  []string
+}
+
+// parseCast reads a recording.
+func parseCast(t *testing.T, b []byte) (c cast) {
+	t.Helper()
+	lines := bytes.Split(bytes.TrimSuffix(b, []byte("\n")), []byte("\n"))
+	if err := json.Unmarshal(lines[0], &c.header); err != nil {
+		t.Fatalf("the header of the recording: %v: %s", err, lines[0])
+	}
+	last := 0.0
+	for _, line := range lines[1:] {
+		var event [3]any
+		if err := json.Unmarshal(line, &event); err != nil {
+			t.Fatalf("a line of the recording: %v: %.200s", err, line)
+		}
+		at, data := event[0].(float64), event[2].(string)
+		if at < last {
+			t.Errorf("an event at %v comes behind one at %v", at, last)
+		}
+		last = at
+		switch event[1] {
+		case "o":
+			c.output += data
+		case "r":
+			c.sizes = append(c.sizes, data)
+		default:
+			t.Errorf("an event of the unknown type %v", event[1])
+		}
+	}
+	return c
+}
+
+// recorded returns the one recording that the recorder has received since it was
+// last asked, complete.
+func recorded(t *testing.T) (*recordertest.Recording, cast) {
+	t.Helper()
+	var taken []*recordertest.Recording
+	eventually(t, "the recorder has a recording", func() error {
+		if taken = append(taken, sessions.Take()...); len(taken) == 0 {
+			return errors.New("it has none")
+		}
+		return nil
+	})
+	if len(taken) != 1 {
+		t.Fatalf("the recorder has %d recordings; want 1", len(taken))
+	}
+	select {
+	case <-taken[0].Ended():
+	case <-time.After(30 * time.Second):
+		t.Fatal("the recording has no end")
+	}
+	if err := taken[0].Err(); err != nil {
+		t.Errorf("the recording was cut off: %v", err)
+	}
+	return taken[0], parseCast(t, taken[0].Bytes())
+}
+
+// checkHeader checks who and what a recording says it is of.
+func checkHeader(t *testing.T, got sessionrecording.CastHeader, caller, pod, kind, command string) {
+	t.Helper()
+	if age := time.Since(time.Unix(got.Timestamp, 0)); age < 0 || age > time.Minute {
+		t.Errorf("the recording says it began %v ago", age)
+	}
+	if got.SrcNodeID == "" || got.SrcNodeUserID == 0 {
+		t.Errorf("the recording lacks the node's or the user's number: %+v", got)
+	}
+	want := sessionrecording.CastHeader{
+		Version: 2, Width: got.Width, Height: got.Height, Timestamp: got.Timestamp, Command: command,
+		SrcNode: caller + "." + lab.Domain, SrcNodeID: got.SrcNodeID, SrcNodeUser: caller + "@example.com", SrcNodeUserID: got.SrcNodeUserID,
+		Env:        map[string]string{},
+		Kubernetes: &sessionrecording.Kubernetes{PodName: pod, Namespace: "default", Container: got.Kubernetes.Container, SessionType: kind},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("the recording's header (-want +got):\n%s", diff)
+	}
+}
+
+// onTerminal runs kubectl on a terminal and returns what was shown on it. talk is
+// called with the terminal and a function that returns what is shown so far.
+func onTerminal(t *testing.T, cmd *exec.Cmd, talk func(terminal *os.File, screen func() string)) string {
+	t.Helper()
+	terminal, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 30, Cols: 100})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var screen lockedBuffer
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		_, _ = io.Copy(&screen, terminal) // ends with EIO when kubectl does
+	}()
+	talk(terminal, screen.String)
+	_ = cmd.Wait() // its exit code is that of the command
+	<-read
+	_ = terminal.Close()
+	return screen.String()
+}
+
+func kubectlAs(t *testing.T, caller string, p protocol, args ...string) *exec.Cmd {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	t.Cleanup(cancel)
+	cmd, err := theLab.Callers[caller].Kubectl(ctx, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Env = append(cmd.Env, p.env...)
+	return cmd
+}
+
+// versionsOfRecorders are those of their protocol.
+var versionsOfRecorders = []struct {
+	version int
+	mode    recordertest.Mode
+}{{1, recordertest.V1}, {2, recordertest.V2}}
+
+func TestARecordingIsWhatTheTerminalShowed(t *testing.T) {
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		for _, v := range versionsOfRecorders {
+			t.Run(fmt.Sprintf("recorder version %d", v.version), func(t *testing.T) {
+				useRecorder(t, v.mode)
+				const script = `echo "grüße 日本 & <you>"; while read -r line; do case $line in exit) exit 7;; *) stty size;; esac; done`
+				cmd := kubectlAs(t, "gus", p, "exec", "-it", lab.Pod, "--", "sh", "-c", script)
+				shown := onTerminal(t, cmd, func(terminal *os.File, screen func() string) {
+					sees := func(size string) {
+						t.Helper()
+						eventually(t, "the command sees a terminal of "+size, func() error {
+							if _, err := io.WriteString(terminal, "size\r"); err != nil {
+								return err
+							}
+							if !strings.Contains(screen(), size) {
+								return fmt.Errorf("on the screen is %q", screen())
+							}
+							return nil
+						})
+					}
+					// Before that, the terminal is not kubectl's.
+					eventually(t, "the command greets", func() error {
+						if !strings.Contains(screen(), "<you>") {
+							return fmt.Errorf("on the screen is %q", screen())
+						}
+						return nil
+					})
+					sees("30 100")
+					if err := pty.Setsize(terminal, &pty.Winsize{Rows: 41, Cols: 123}); err != nil {
+						t.Fatal(err)
+					}
+					sees("41 123")
+					if _, err := io.WriteString(terminal, "exit\r"); err != nil {
+						t.Fatal(err)
+					}
+				})
+				recording, got := recorded(t)
+				if recording.Version != v.version {
+					t.Errorf("version %d of the recorder's protocol was spoken; want %d", recording.Version, v.version)
+				}
+				checkHeader(t, got.header, "gus", lab.Pod, "exec", "sh -c "+script)
+				if got.header.Width != 100 || got.header.Height != 30 {
+					t.Errorf("the recording begins with %dx%d; want 100x30", got.header.Width, got.header.Height)
+				}
+				if len(got.sizes) == 0 || got.sizes[len(got.sizes)-1] != "123x41" {
+					t.Errorf("the recording's sizes are %q; want 123x41 at last", got.sizes)
+				}
+				// What kubectl itself says at the end is not the command's.
+				if got.output == "" || !strings.HasPrefix(shown, got.output) {
+					t.Errorf("recorded was %q; on the terminal was %q", got.output, shown)
+				} else if rest := strings.TrimPrefix(shown, got.output); rest != "" && !strings.HasPrefix(rest, "command terminated with exit code 7") {
+					t.Errorf("not recorded: %q", rest)
+				}
+			})
+		}
+	})
+}
+
+func TestASessionWithoutATerminalIsRecorded(t *testing.T) {
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		useRecorder(t, recordertest.V2)
+		for _, caller := range []string{"fay", "gus"} {
+			cmd := kubectlAs(t, caller, p, "exec", "-i", lab.Pod, "-c", "main", "--", "sh", "-c", "cat; echo problem >&2; exit 42")
+			cmd.Stdin = strings.NewReader("what is read\n")
+			var out, errOut bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &out, &errOut
+			if code := exitCode(cmd.Run()); code != 42 || out.String() != "what is read\n" || !strings.HasPrefix(errOut.String(), "problem\n") {
+				t.Errorf("%s: exit code %d, output %q, error output %q", caller, code, out.String(), errOut.String())
+			}
+			_, got := recorded(t)
+			checkHeader(t, got.header, caller, lab.Pod, "exec", "sh -c cat; echo problem >&2; exit 42")
+			if got.output != "what is read\nproblem\n" && got.output != "problem\nwhat is read\n" {
+				t.Errorf("%s: recorded was %q", caller, got.output)
+			}
+		}
+	})
+}
+
+func TestAttachIsRecorded(t *testing.T) {
+	const pod = "attached-recorded"
+	runPod(t, pod, `while read -r line; do echo "heard $line"; done`)
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		useRecorder(t, recordertest.V2)
+		s := startKubectl(t, theLab.Callers["gus"].Kubeconfig, p.env, "attach", "-i", pod)
+		for _, word := range []string{"one", "two"} {
+			s.say(t, word)
+			if got := s.line(t); got != "heard "+word {
+				t.Fatalf("kubectl attach printed %q; want %q", got, "heard "+word)
+			}
+		}
+		s.stop()
+		_, got := recorded(t)
+		checkHeader(t, got.header, "gus", pod, "attach", "")
+		if want := "heard one\nheard two\n"; got.output != want {
+			t.Errorf("recorded was %q; want %q", got.output, want)
+		}
+	})
+}
+
+// Nothing runs in the pod of a caller that has to be recorded and cannot be.
+func TestNothingRunsWithoutTheRecorderThatHasToBe(t *testing.T) {
+	for _, p := range protocols {
+		t.Run(p.name, func(t *testing.T) {
+			useRecorder(t, recordertest.V2)
+			file := filepath.Join(t.TempDir(), "ran")
+			began := time.Now()
+			stdout, stderr, err := runKubectl(t, theLab.Callers["hal"].Kubeconfig, p.env, "exec", lab.Pod, "--", "touch", file)
+			took := time.Since(began)
+			if exitCode(err) != 1 || stdout != "" {
+				t.Errorf("exit code %d, output %q; want 1 and nothing", exitCode(err), stdout)
+			}
+			if !strings.Contains(stderr, "the session has to be recorded, and no recorder can be reached") {
+				t.Errorf("kubectl printed %q", stderr)
+			}
+			if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the command ran: %v", err)
+			}
+			t.Logf("kubectl took %.1f s and printed %s", took.Seconds(), stderr)
+			if took > 5*time.Second+2*time.Second {
+				t.Errorf("kubectl took %v", took)
+			}
+		})
+	}
+}
+
+func TestASessionThatNeedNotBeRecordedGoesOnWithout(t *testing.T) {
+	for _, p := range protocols {
+		t.Run(p.name, func(t *testing.T) {
+			useRecorder(t, recordertest.V2)
+			stdout, stderr, err := runKubectl(t, theLab.Callers["ida"].Kubeconfig, p.env, "exec", lab.Pod, "--", "echo", "done")
+			if err != nil || stdout != "done\n" {
+				t.Errorf("got %q, %v: %s", stdout, err, stderr)
+			}
+		})
+	}
+}
+
+// A recorder that is lost ends a session that has to be recorded, and its user reads
+// why; any other goes on.
+func TestARecorderThatIsLost(t *testing.T) {
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		useRecorder(t, recordertest.V2)
+		gus := startKubectl(t, theLab.Callers["gus"].Kubeconfig, p.env, "exec", "-i", lab.Pod, "--", "cat")
+		fay := startKubectl(t, theLab.Callers["fay"].Kubeconfig, p.env, "exec", "-i", lab.Pod, "--", "cat")
+		gus.echoes(t, "before")
+		fay.echoes(t, "before")
+		sessions.Cut()
+		select {
+		case <-gus.ended:
+		case <-time.After(10 * time.Second):
+			t.Fatal("the session goes on")
+		}
+		if want := "this session has to be recorded, and its recorder was lost"; !strings.Contains(gus.stderr.String(), want) || exitCode(gus.err) == 0 {
+			t.Errorf("kubectl exits with %d and prints %q; want it to say %q", exitCode(gus.err), gus.stderr.String(), want)
+		}
+		t.Logf("kubectl printed %q", gus.stderr.String())
+		fay.echoes(t, "after")
+	})
+}
+
+// A port-forward cannot be replayed; that there was one is noted.
+func TestAPortForwardIsNoted(t *testing.T) {
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		useRecorder(t, recordertest.V2)
+		log := tail(t, theLab.Log("caddy"))
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, strings.Repeat("x", 100000))
+		}))
+		defer server.Close()
+		_, port, err := net.SplitHostPort(server.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := startKubectl(t, theLab.Callers["gus"].Kubeconfig, p.env, "port-forward", lab.Pod, ":"+port)
+		_, local, _ := strings.Cut(s.want(t, "Forwarding from 127.0.0.1:"), "127.0.0.1:")
+		local, _, _ = strings.Cut(local, " ")
+		resp, err := http.Get("http://127.0.0.1:" + local)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if body, err := io.ReadAll(resp.Body); err != nil || len(body) != 100000 {
+			t.Fatalf("%d bytes came through: %v", len(body), err)
+		}
+		_ = resp.Body.Close()
+		s.stop()
+		var began, ended map[string]any
+		eventually(t, "the port-forward is in Caddy's log", func() error {
+			for _, line := range log.lines(t) {
+				var entry map[string]any
+				if json.Unmarshal([]byte(line), &entry) != nil {
+					continue
+				}
+				switch entry["msg"] {
+				case "port-forward begins":
+					began = entry
+				case "port-forward has ended":
+					ended = entry
+				}
+			}
+			if began == nil || ended == nil {
+				return errors.New("it is not")
+			}
+			return nil
+		})
+		want := map[string]any{"user": "gus@example.com", "node": "gus." + lab.Domain, "namespace": "default", "pod": lab.Pod, "ports": []any{port}}
+		got := make(map[string]any)
+		for key := range want {
+			got[key] = ended[key]
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("what is noted (-want +got):\n%s", diff)
+		}
+		if began["session"] != ended["session"] || ended["bytes_received"].(float64) < 100000 || ended["bytes_sent"].(float64) < 50 || ended["bytes_sent"].(float64) > 5000 {
+			t.Errorf("noted is %v and %v", began, ended)
+		}
+	})
+}
+
+// What a session of 50 MB costs with a recorder, and without.
+func TestRecordingOf50MB(t *testing.T) {
+	const size = 50 << 20
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		useRecorder(t, recordertest.V2)
+		for _, caller := range []string{"alice", "gus"} {
+			var before, after syscall.Rusage
+			if err := syscall.Getrusage(syscall.RUSAGE_SELF, &before); err != nil {
+				t.Fatal(err)
+			}
+			began := time.Now()
+			cmd := kubectlAs(t, caller, p, "exec", lab.Pod, "--", "sh", "-c", fmt.Sprintf("yes 'forty-one letters of text, and a line end' | head -c %d", size))
+			got := &counter{}
+			cmd.Stdout = got
+			if err := cmd.Run(); err != nil || got.n != size {
+				t.Fatalf("%s: %d bytes: %v", caller, got.n, err)
+			}
+			took := time.Since(began)
+			if err := syscall.Getrusage(syscall.RUSAGE_SELF, &after); err != nil {
+				t.Fatal(err)
+			}
+			cpu := time.Duration(after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano())
+			t.Logf("%s: %s: %.1f s, %.1f MB/s, %.1f s of CPU in the process that all but kubectl, the API server and Headscale share", p.name, caller, took.Seconds(), size/took.Seconds()/1e6, cpu.Seconds())
+			if caller == "gus" {
+				if _, cast := recorded(t); len(cast.output) != size {
+					t.Errorf("recorded are %d bytes; want %d", len(cast.output), size)
+				}
+			}
+		}
+	})
+}
+
+// A site that keeps recordings keeps those of whoever comes.
+func TestRecordingsInFiles(t *testing.T) {
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		kubeconfig := theLab.Callers["alice"].Kubeconfig + ".files"
+		if err := theLab.Callers["alice"].WriteKubeconfig(kubeconfig, "http://"+lab.ProxyName+":"+portFiles); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.RemoveAll(recordings(theLab)); err != nil {
+			t.Fatal(err)
+		}
+		stdout, stderr, err := runKubectl(t, kubeconfig, p.env, "exec", lab.Pod, "--", "echo", "kept")
+		if err != nil || stdout != "kept\n" {
+			t.Fatalf("got %q, %v: %s", stdout, err, stderr)
+		}
+		eventually(t, "there is a file", func() error {
+			files, err := filepath.Glob(filepath.Join(recordings(theLab), "*.cast"))
+			if err != nil || len(files) != 1 {
+				return fmt.Errorf("there are %q, %v", files, err)
+			}
+			b, err := os.ReadFile(files[0])
+			if err != nil {
+				return err
+			}
+			got := parseCast(t, b)
+			checkHeader(t, got.header, "alice", lab.Pod, "exec", "echo kept")
+			if got.output != "kept\n" {
+				t.Errorf("recorded was %q", got.output)
+			}
+			return nil
+		})
+	})
+}

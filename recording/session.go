@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package recording
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"k8s.io/apimachinery/pkg/util/remotecommand"
+	"tailscale.com/sessionrecording"
+)
+
+// Session is a request that becomes an exec, an attach or a port-forward.
+type Session struct {
+	site    *Site
+	kind    kind
+	upgrade string
+	id      string
+	enforce bool
+	started time.Time
+	header  sessionrecording.CastHeader
+	tty     bool
+	log     *zap.Logger
+
+	sinks  []*sink
+	upload *upload // nil if there is no recorder
+	file   *file   // nil if there is none
+	cast   *cast   // nil until the connection is switched
+	sizes  sizes
+	over   chan struct{} // closed by Close
+
+	mu       sync.Mutex
+	conn     *conn // nil until the connection is switched
+	reason   error // why the session has to end, if it has to
+	lost     bool  // the recorder has been lost
+	closing  bool
+	ports    []string // that are forwarded to
+	sent     int64    // to the pod
+	received int64    // from the pod
+}
+
+// Wrap returns w for the handlers that follow. When one of them takes over the
+// connection, it is given one that records.
+//
+// It shows nothing of what is below it, so that there is no way to the connection
+// but this.
+func (s *Session) Wrap(w http.ResponseWriter) http.ResponseWriter {
+	return &responseWriter{w, s, http.NewResponseController(w)}
+}
+
+type responseWriter struct {
+	http.ResponseWriter
+	session    *Session
+	controller *http.ResponseController
+}
+
+// FlushError sends what has been written.
+func (w *responseWriter) FlushError() error { return w.controller.Flush() }
+
+// SetReadDeadline and SetWriteDeadline are as those of [http.ResponseController].
+func (w *responseWriter) SetReadDeadline(t time.Time) error  { return w.controller.SetReadDeadline(t) }
+func (w *responseWriter) SetWriteDeadline(t time.Time) error { return w.controller.SetWriteDeadline(t) }
+
+// EnableFullDuplex is as that of [http.ResponseController].
+func (w *responseWriter) EnableFullDuplex() error { return w.controller.EnableFullDuplex() }
+
+// Hijack takes over the connection.
+func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	protocol, err := w.session.protocol(w.Header())
+	if err != nil {
+		return nil, nil, err
+	}
+	nc, buffered, err := w.controller.Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	// The answer, which says that the protocol is switched, is still here.
+	if err := buffered.Flush(); err != nil {
+		return nil, nil, errors.Join(err, nc.Close())
+	}
+	// What the client has sent behind its request, without waiting for the answer.
+	early := make([]byte, buffered.Reader.Buffered())
+	if _, err := io.ReadFull(buffered, early); err != nil {
+		return nil, nil, errors.Join(err, nc.Close())
+	}
+	c := newConn(nc, early, protocol)
+	w.session.begin(c)
+	return c, bufio.NewReadWriter(bufio.NewReader(c), bufio.NewWriter(c)), nil
+}
+
+// protocol returns the protocol that the API server has chosen in the headers h of
+// its answer.
+func (s *Session) protocol(h http.Header) (protocol, error) {
+	if upgraded := field(h, "Upgrade"); len(upgraded) != 1 || !strings.EqualFold(upgraded[0], s.upgrade) {
+		return nil, fmt.Errorf("the API server switched to %q, not to %q", upgraded, s.upgrade)
+	}
+	if extensions := field(h, "Sec-Websocket-Extensions"); len(extensions) > 0 {
+		return nil, fmt.Errorf("the API server uses WebSocket extensions that it was not offered: %q", extensions)
+	}
+	chosen := versionsIn(h, s.upgrade)
+	version := strings.Join(chosen, ",")
+	if !known(version, s.upgrade, s.kind) {
+		return nil, fmt.Errorf("the API server chose the protocol %q, which cannot be recorded", version)
+	}
+	status := slices.Contains([]string{remotecommand.StreamProtocolV4Name, remotecommand.StreamProtocolV5Name, v4Base64Channels}, version)
+	if s.kind == forward {
+		return s.forwardProtocol(version)
+	}
+	out := stderr
+	if s.tty {
+		out = stdout
+	}
+	if s.upgrade == spdyUpgrade {
+		protocol, err := newSPDY((*terminal)(s))
+		if err != nil {
+			return nil, err
+		}
+		protocol.status, protocol.out = status, out
+		return protocol, nil
+	}
+	protocol := &webSocket{
+		observer: (*terminal)(s),
+		base64:   strings.HasSuffix(version, base64Channels),
+		closes:   version == remotecommand.StreamProtocolV5Name,
+		status:   status,
+		channel:  sessionChannels,
+		out:      remotecommand.StreamStdErr,
+		errors:   remotecommand.StreamErr,
+	}
+	if out == stdout {
+		protocol.out = remotecommand.StreamStdOut
+	}
+	return protocol, nil
+}
+
+// begin starts the session on c, whose connection has been switched.
+func (s *Session) begin(c *conn) {
+	s.mu.Lock()
+	s.conn = c
+	s.started = time.Now()
+	if s.kind != forward {
+		s.cast = newCast(s.header, s.sinks...)
+	}
+	reason := s.reason
+	s.mu.Unlock()
+	if s.kind == forward {
+		s.log.Info("port-forward begins", zap.Strings("ports", s.ports))
+	} else {
+		s.log.Info("the session is recorded", zap.String("command", s.header.Command))
+	}
+	if reason != nil {
+		c.end(reason)
+	}
+}
+
+// end ends the session, and tells the client why.
+func (s *Session) end(reason error) {
+	s.mu.Lock()
+	if s.reason == nil {
+		s.reason = reason
+	}
+	c := s.conn
+	s.mu.Unlock()
+	if c != nil {
+		c.end(reason)
+	}
+}
+
+// watch waits for the end of the upload, which is not to come before that of the
+// session.
+func (s *Session) watch() {
+	select {
+	case <-s.upload.ended:
+		err := s.upload.err
+		if err == nil {
+			err = errors.New("it has ended the recording")
+		}
+		s.recorderFailed(err)
+	case <-s.over:
+	}
+}
+
+// Why a session ends, to its user.
+var (
+	errRecorderLost = errors.New("this session has to be recorded, and its recorder was lost")
+	errFileLost     = errors.New("this session has to be recorded, and the proxy cannot write its recording")
+)
+
+// recorderFailed is called when the recorder takes nothing any more.
+func (s *Session) recorderFailed(err error) {
+	s.mu.Lock()
+	late := s.lost || s.closing
+	s.lost = true
+	s.mu.Unlock()
+	if late {
+		return
+	}
+	s.upload.discard()
+	if s.enforce {
+		s.log.Error("the recorder was lost, and the session ends", zap.Stringer("recorder", s.upload.recorder), zap.Error(err))
+		s.end(errRecorderLost)
+		return
+	}
+	s.log.Error("the recorder was lost, and the session goes on without", zap.Stringer("recorder", s.upload.recorder), zap.Error(err))
+}
+
+// fileFailed is called when the file cannot be written any more.
+func (s *Session) fileFailed(err error) {
+	s.log.Error("the recording cannot be written, and the session ends", zap.String("file", s.file.Name()), zap.Error(err))
+	s.end(errFileLost)
+}
+
+// Close ends what Begin began, when the session is over or none has come of the
+// request.
+func (s *Session) Close() {
+	s.mu.Lock()
+	s.closing = true
+	c, reason, lost := s.conn, s.reason, s.lost
+	s.mu.Unlock()
+	close(s.over)
+	if c == nil {
+		s.discard()
+		return
+	}
+	if reason == nil {
+		reason = c.failed()
+	}
+	if s.kind == forward {
+		s.log.Info("port-forward has ended", zap.Strings("ports", s.ports), zap.Duration("duration", time.Since(s.started)),
+			zap.Int64("bytes_sent", s.sent), zap.Int64("bytes_received", s.received))
+		return
+	}
+	outcome := Recorded
+	if lost {
+		outcome = Lost
+	}
+	if err := s.complete(); err != nil {
+		s.log.Error("the end of the recording may be missing", zap.Error(err))
+		outcome = Lost
+	}
+	if reason != nil {
+		s.log.Warn("the session was ended", zap.NamedError("reason", reason))
+		outcome = Ended
+	}
+	fields := []zap.Field{zap.String("outcome", string(outcome)), zap.Duration("duration", time.Since(s.started))}
+	if s.file != nil {
+		fields = append(fields, zap.String("file", s.file.path))
+	}
+	s.log.Info("the session is over", fields...)
+	s.site.Count(outcome)
+}
+
+// complete has everything written that belongs into the recording.
+func (s *Session) complete() error {
+	errs := []error{s.cast.finish()}
+	for _, sink := range s.sinks {
+		errs = append(errs, sink.close())
+	}
+	if s.upload != nil {
+		errs = append(errs, s.upload.complete())
+	}
+	if s.file != nil {
+		errs = append(errs, s.file.complete())
+	}
+	return errors.Join(errs...)
+}
+
+// discard leaves nothing of a recording that has not begun.
+func (s *Session) discard() {
+	for _, sink := range s.sinks {
+		_ = sink.close() // nothing was written
+	}
+	if s.upload != nil {
+		s.upload.discard()
+	}
+	if s.file != nil {
+		if err := s.file.discard(); err != nil {
+			s.log.Error("the file of a session that did not begin is left", zap.Error(err))
+		}
+	}
+}
