@@ -23,9 +23,17 @@ var recordings = prometheus.NewCounterVec(prometheus.CounterOpts{
 	Help:      "Sessions that were to be recorded, by what has become of that.",
 }, []string{"outcome"})
 
+// apiEvents belongs to the process, as the others do.
+var apiEvents = prometheus.NewCounterVec(prometheus.CounterOpts{
+	Namespace: "caddy",
+	Subsystem: "tailscale_impersonate",
+	Name:      "events_total",
+	Help:      "Requests that were to be sent to a recorder as events, by what has become of that.",
+}, []string{"outcome"})
+
 // registerMetrics has registry report what is counted.
 func registerMetrics(registry *prometheus.Registry) {
-	for _, counted := range []prometheus.Collector{revocations, recordings} {
+	for _, counted := range []prometheus.Collector{revocations, recordings, apiEvents} {
 		// That it is registered already, by another handler of the config, is
 		// the only error there can be.
 		_ = registry.Register(counted)

@@ -15,6 +15,7 @@
 //	which headers?                       impersonate
 //	is it still so, in a long request?   recheck
 //	is it a session to be recorded?      recording
+//	is it an event to be recorded?       apievents
 //	which credentials?                   transport
 //	what does a refused client read?     refusal
 //	what does it ask for?                apirequest, matcher
@@ -39,6 +40,7 @@ import (
 	"go.uber.org/zap"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apievents"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/cache"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
@@ -97,6 +99,8 @@ type Handler struct {
 	sites *recheck.Config
 	// recorder records sessions.
 	recorder *recording.Site
+	// events records requests.
+	events *apievents.Site
 
 	// nodes are the tailnet nodes that the server listens on. They may be read
 	// once ready is closed.
@@ -150,6 +154,15 @@ func (h *Handler) setUp(sites *recheck.Config, listeners []string) (err error) {
 	h.recorder = &recording.Site{Dir: dir, Logger: h.logger, Count: func(o recording.Outcome) {
 		recordings.WithLabelValues(string(o)).Inc()
 	}}
+	h.events = &apievents.Site{
+		BodyLimit:    h.BodyLimit(),
+		SecretBodies: h.EventSecretBodies,
+		Logger:       h.logger,
+		Count:        func(o apievents.Outcome) { apiEvents.WithLabelValues(string(o)).Inc() },
+	}
+	if h.Events == caddyfile.LogEvents {
+		h.events.Log = h.logger.Named("events")
+	}
 	h.sites = sites
 	h.site = sites.NewSite(listeners, h.Config, recheck.Rules{
 		Interval: h.Interval(),
@@ -189,6 +202,7 @@ func (h *Handler) setReady(nodes tailnet.Nodes) {
 // outlive the config.
 func (h *Handler) Cleanup() error {
 	h.setReady(nil)
+	h.events.Close()
 	return nil
 }
 
@@ -221,6 +235,14 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	// From here on the caller can lose what it had, and the request ends.
 	request := h.site.Open(r.Context(), conn, id, decided.asked)
 	defer request.Close()
+
+	// Is it an event that has to be recorded? That waits for the body, and for
+	// recorders, while the caller can lose what it had.
+	if h.events.Concerns(&id.Recording) {
+		if err := h.events.Record(r, decided.source(conn)); err != nil {
+			return h.refuse(w, r, err)
+		}
+	}
 
 	// The identity travels in the context as well: transport kubernetes takes
 	// it from there and writes the headers anew, so that no handler and no

@@ -102,8 +102,37 @@ type Config struct {
 	// Default: none.
 	Record string `json:"record,omitempty"`
 
+	// Where all requests of all callers are recorded, besides the recorders that a
+	// caller's grants name: `log` writes a line for each to the log
+	// `http.handlers.tailscale_impersonate.events`, with what was asked for, by
+	// whom, and the body.
+	//
+	// Default: nowhere.
+	Events string `json:"events,omitempty"`
+
+	// How many bytes of a body go into an event, to a recorder or to the log.
+	// What is cut off is marked as such. At most 4 MiB; 0 leaves bodies out.
+	//
+	// Default: 65536.
+	EventBodyLimit *int64 `json:"event_body_limit,omitempty"`
+
+	// Whether the bodies of Secrets and of TokenReviews go into events as well.
+	//
+	// Default: `false`.
+	EventSecretBodies bool `json:"event_secret_bodies,omitempty"`
+
 	guard.Rails
 }
+
+// LogEvents is what Config.Events can be, if anything.
+const LogEvents = "log"
+
+const (
+	defaultEventBodyLimit = 64 << 10
+	// maxEventBodyLimit is what the API server takes of a body, and some. As much
+	// is held in memory for every request that is being recorded.
+	maxEventBodyLimit = 4 << 20
+)
 
 // The defaults of durations.
 const (
@@ -133,6 +162,14 @@ func orDefault(d *caddy.Duration, otherwise time.Duration) time.Duration {
 	return time.Duration(*d)
 }
 
+// BodyLimit returns how many bytes of a body go into an event.
+func (c *Config) BodyLimit() int64 {
+	if c.EventBodyLimit == nil {
+		return defaultEventBodyLimit
+	}
+	return *c.EventBodyLimit
+}
+
 // Validate returns an error that names the option and the reason if c cannot be
 // used.
 func (c *Config) Validate() error {
@@ -152,6 +189,12 @@ func (c *Config) Validate() error {
 	}
 	if c.Grace() < 0 {
 		return fmt.Errorf("recheck_grace %v: must not be negative", c.Grace())
+	}
+	if c.Events != "" && c.Events != LogEvents {
+		return fmt.Errorf("events %q: must be %s", c.Events, LogEvents)
+	}
+	if limit := c.BodyLimit(); limit < 0 || limit > maxEventBodyLimit {
+		return fmt.Errorf("event_body_limit %d: must be between 0 and %d bytes", limit, maxEventBodyLimit)
 	}
 	if err := c.Rails.Validate(); err != nil {
 		return err
