@@ -36,43 +36,22 @@ const absentRecorder = "100.127.255.254:80"
 // into its policy: fay's sessions are recorded if that is possible, gus's have to be,
 // and for hal and ida the same goes with a recorder that is not there.
 func startSessionRecorder(ctx context.Context) error {
-	key, err := theLab.Headscale.TagKey(ctx, "tag:recorder")
-	if err != nil {
-		return err
-	}
-	sessions, err = sessionrecorder.Start(ctx, sessionrecorder.Config{
-		Hostname: "recorder", ControlURL: theLab.Headscale.URL(), AuthKey: key,
-		Dir: filepath.Join(theLab.Dir, "recorder"), LogFile: theLab.Log("recorder"),
-	})
-	if err != nil {
-		return err
-	}
-	var policy map[string]any
-	if err := json.Unmarshal(theLab.Policy, &policy); err != nil {
+	var err error
+	if sessions, err = sessionrecorder.Start(ctx, theLab); err != nil {
 		return err
 	}
 	for _, grant := range []struct {
-		login    string
-		recorder string
-		enforce  bool
+		login, recorder string
+		enforce         bool
 	}{
 		{"fay@example.com", sessions.Addr.String(), false},
 		{"gus@example.com", sessions.Addr.String(), true},
 		{"hal@example.com", absentRecorder, true},
 		{"ida@example.com", absentRecorder, false},
 	} {
-		policy["grants"] = append(policy["grants"].([]any), map[string]any{
-			"src": []string{grant.login}, "dst": []string{"tag:k8s"},
-			"app": map[string]any{"tailscale.com/cap/kubernetes": []any{
-				map[string]any{
-					"impersonate":   map[string]any{"groups": []string{"system:masters"}},
-					"recorderAddrs": []string{grant.recorder}, "enforceRecorder": grant.enforce,
-				},
-			}},
-		})
-	}
-	if theLab.Policy, err = json.Marshal(policy); err != nil {
-		return err
+		if theLab.Policy, err = sessionrecorder.Grant(theLab.Policy, grant.login, grant.recorder, grant.enforce); err != nil {
+			return err
+		}
 	}
 	return theLab.Headscale.SetPolicy(ctx, theLab.Policy)
 }
@@ -113,6 +92,8 @@ func parseCast(t *testing.T, b []byte) (c cast) {
 		t.Fatalf("the header of the recording: %v: %s", err, lines[0])
 	}
 	last := 0.0
+	var output strings.Builder
+	defer func() { c.output = output.String() }()
 	for _, line := range lines[1:] {
 		var event [3]any
 		if err := json.Unmarshal(line, &event); err != nil {
@@ -125,7 +106,7 @@ func parseCast(t *testing.T, b []byte) (c cast) {
 		last = at
 		switch event[1] {
 		case "o":
-			c.output += data
+			output.WriteString(data)
 		case "r":
 			c.sizes = append(c.sizes, data)
 		default:

@@ -15,6 +15,7 @@ import (
 	"github.com/tailscale/hujson"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	sessionrecorder "github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
 )
 
 // The ports of the sites on the proxy's node, besides 443 and 80.
@@ -188,7 +189,7 @@ func testPolicy(example []byte) ([]byte, error) {
 		}
 	}
 	owners := policy["tagOwners"].(map[string]any)
-	for _, tag := range []string{"tag:k8s-second", "tag:k8s-ops", "tag:recorder"} {
+	for _, tag := range []string{"tag:k8s-second", "tag:k8s-ops"} {
 		owners[tag] = []string{"group:prod"}
 	}
 	policy["grants"] = append(policy["grants"].([]any),
@@ -197,13 +198,16 @@ func testPolicy(example []byte) ([]byte, error) {
 			"dst": []string{"tag:k8s", "tag:k8s-second"},
 			"ip":  []string{"*"},
 		},
-		map[string]any{"src": []string{"tag:k8s"}, "dst": []string{"tag:recorder"}, "ip": []string{"*"}},
 		grant("erin@example.com", "tag:k8s", "b", "a"),
 		grant("erin@example.com", "tag:k8s", "a", "c"),
 		grant("tag:k8s-ops", "tag:k8s", "ops"),
 		grant("bob@example.com", "tag:k8s-second", "second-readers"),
 	)
-	return json.Marshal(policy)
+	changed, err := json.Marshal(policy)
+	if err != nil {
+		return nil, err
+	}
+	return sessionrecorder.Admit(changed)
 }
 
 func freePort() string {
