@@ -10,6 +10,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apievents"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
@@ -47,6 +48,7 @@ func newDecision(by *Handler, node *tailnet.Node, peer impersonate.Peer, id impe
 		userID:                  id.User,
 		placeholders + "user":   id.User,
 		placeholders + "groups": strings.Join(id.Groups, ","),
+		placeholders + "login":  peer.Login,
 		placeholders + "node":   id.Node,
 		placeholders + "source": string(id.Source),
 	}}
@@ -60,6 +62,11 @@ func newDecision(by *Handler, node *tailnet.Node, peer impersonate.Peer, id impe
 // caller returns who the caller is to whoever records its sessions.
 func (d *decision) caller(conn *tailnet.Conn) recording.Caller {
 	return recording.Caller{Peer: &d.peer, Recording: &d.identity.Recording, Remote: conn.Remote, Dial: d.node.Dial}
+}
+
+// source returns who an event is about.
+func (d *decision) source(conn *tailnet.Conn) apievents.Caller {
+	return apievents.Caller{Peer: &d.peer, Identity: &d.identity, Remote: conn.Remote, Node: d.node}
 }
 
 // setPlaceholders tells the config and the access log who the caller is. The

@@ -15,6 +15,7 @@
 //	which headers?                       impersonate
 //	is it still so, in a long request?   recheck
 //	is it a session to be recorded?      recording
+//	is it an event to be recorded?       apievents
 //	which credentials?                   transport
 //	what does a refused client read?     refusal
 //	what does it ask for?                apirequest, matcher
@@ -42,6 +43,7 @@ import (
 	"go.uber.org/zap"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apievents"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/cache"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/guard"
@@ -89,6 +91,7 @@ func init() {
 // `{http.auth.user.id}` | The Kubernetes user; Caddy's access log names it as `user_id`
 // `{http.tailscale_impersonate.user}` | The Kubernetes user
 // `{http.tailscale_impersonate.groups}` | The Kubernetes groups, separated by commas
+// `{http.tailscale_impersonate.login}` | The login name of the user of the caller's device, without prefixes; empty for a tagged device
 // `{http.tailscale_impersonate.node}` | The tailnet name of the caller's device
 // `{http.tailscale_impersonate.source}` | Where the groups came from: `grants`, `tags` or `none`
 type Handler struct {
@@ -108,6 +111,8 @@ type Handler struct {
 	sites *recheck.Config
 	// recorder records sessions.
 	recorder *recording.Site
+	// events records requests.
+	events *apievents.Site
 
 	// nodes are the tailnet nodes that the server listens on. They may be read
 	// once ready is closed.
@@ -166,6 +171,15 @@ func (h *Handler) setUp(sites *recheck.Config, listeners []string) (err error) {
 	h.recorder = &recording.Site{Dir: dir, Logger: h.logger, Count: func(o recording.Outcome) {
 		metrics.Recordings.WithLabelValues(string(o)).Inc()
 	}}
+	h.events = &apievents.Site{
+		BodyLimit:    h.BodyLimit(),
+		SecretBodies: h.EventSecretBodies,
+		Logger:       h.logger,
+		Count:        func(o apievents.Outcome) { metrics.Events.WithLabelValues(string(o)).Inc() },
+	}
+	if h.Events == caddyfile.LogEvents {
+		h.events.Log = h.logger.Named("events")
+	}
 	h.sites, h.listeners = sites, listeners
 	h.site = sites.NewSite(listeners, h.Config, recheck.Rules{
 		Interval: h.Interval(),
@@ -212,6 +226,7 @@ func (h *Handler) setReady(nodes tailnet.Nodes) {
 func (h *Handler) Cleanup() error {
 	running.remove(h)
 	h.setReady(nil)
+	h.events.Close()
 	return nil
 }
 
@@ -247,8 +262,6 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		}
 	}
 
-	decided.allowed.Inc()
-	h.logAllowed(r, decided)
 	decided.setPlaceholders(r)
 
 	// From here on the caller can lose what it had, and the request ends.
@@ -258,6 +271,16 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		id.Wish.Granted = request.Require
 	}
 
+	// Is it an event that has to be recorded? That waits for the body, and for
+	// recorders, while the caller can lose what it had.
+	if h.events.Concerns(&id.Recording) {
+		if err := h.events.Record(r, decided.source(conn)); err != nil {
+			return h.refuse(w, r, decided, err)
+		}
+	}
+
+	decided.allowed.Inc()
+	h.logAllowed(r, decided)
 	// The identity travels in the context as well: transport kubernetes takes
 	// it from there and writes the headers anew, so that no handler and no
 	// header_up between here and there has a say in it.

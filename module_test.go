@@ -540,6 +540,7 @@ func TestIdentityIsPassedOn(t *testing.T) {
 		"http.tailscale_impersonate.user":    "alice@example.com",
 		"http.tailscale_impersonate.groups":  "b,{env.HOME},a",
 		"http.tailscale_impersonate.node":    "laptop.example.ts.net",
+		"http.tailscale_impersonate.login":   "alice@example.com",
 		"http.tailscale_impersonate.source":  "grants",
 		"http.tailscale_impersonate.unknown": "",
 	} {

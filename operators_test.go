@@ -35,7 +35,7 @@ import (
 )
 
 // counted returns by how much f raises each of the counters.
-func counted(f func(), counters map[string]prometheus.Counter) map[string]float64 {
+func raisedBy(f func(), counters map[string]prometheus.Counter) map[string]float64 {
 	before := make(map[string]float64)
 	for name, c := range counters {
 		before[name] = testutil.ToFloat64(c)
@@ -93,14 +93,14 @@ func TestDecisionsAreCounted(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHandler(t, tt.cfg, tt.node)
-			got := counted(func() { serve(t, h, tt.r) }, counters)
+			got := raisedBy(func() { serve(t, h, tt.r) }, counters)
 			if diff := cmp.Diff(tt.want, got); diff != "" {
 				t.Errorf("counted (-want +got):\n%s", diff)
 			}
 		})
 	}
 	t.Run("no node", func(t *testing.T) {
-		got := counted(func() { serve(t, newHandler(t, caddyfile.Config{}), tls()) }, counters)
+		got := raisedBy(func() { serve(t, newHandler(t, caddyfile.Config{}), tls()) }, counters)
 		if diff := cmp.Diff(map[string]float64{"refused": 1, "ambiguous_node": 1}, got); diff != "" {
 			t.Errorf("counted (-want +got):\n%s", diff)
 		}
@@ -108,7 +108,7 @@ func TestDecisionsAreCounted(t *testing.T) {
 	t.Run("further requests on a connection", func(t *testing.T) {
 		h, another := newHandler(t, caddyfile.Config{}, aliceNode()), over()
 		serve(t, h, another())
-		got := counted(func() { serve(t, h, another()); serve(t, h, another()) }, counters)
+		got := raisedBy(func() { serve(t, h, another()); serve(t, h, another()) }, counters)
 		if diff := cmp.Diff(map[string]float64{"allowed grants": 2, "hit": 2}, got); diff != "" {
 			t.Errorf("counted (-want +got):\n%s", diff)
 		}

@@ -24,6 +24,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/matcher"
 )
 
 // failing is a next handler that fails as reverse_proxy does.
@@ -82,6 +83,25 @@ func TestConnectionThatAConfigSetsDoesNotNameIdentity(t *testing.T) {
 				t.Errorf("%s: sent with Connection %q next to %q", ops, c, r.Header["Authorization"])
 			}
 		}
+	}
+}
+
+// A matcher cannot answer by itself.
+func TestWhatAMatcherCannotDecideAboutIsExplained(t *testing.T) {
+	core, logs := observer.New(zap.WarnLevel)
+	h := newHandler(t, caddyfile.Config{}, aliceNode())
+	h.logger = zap.New(core)
+	rec := httptest.NewRecorder()
+	err := h.ServeHTTP(rec, newRequest("GET", "https://k8s/api//v1"), caddyhttp.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) error {
+		_, err := matcher.Matcher{Verb: []string{"get"}}.MatchWithError(r)
+		return err
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkRefused(t, rec.Result(), refusedWith{http.StatusBadRequest, "BadRequest", ""}, "more than one way")
+	if entries := logs.FilterMessage("request refused").All(); len(entries) != 1 {
+		t.Errorf("logged %v; want that the request was refused", logs.All())
 	}
 }
 

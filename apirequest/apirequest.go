@@ -117,6 +117,13 @@ func Parse(r *http.Request) Info {
 	return info
 }
 
+// Detailed returns what the API server's parser says about r, as it is, and even
+// if the path is ambiguous. Only events need that much.
+func Detailed(r *http.Request) *request.RequestInfo {
+	parsed, _ := resolver.NewRequestInfo(r)
+	return parsed
+}
+
 // isInteractive reports whether a request ends in a shell or a tunnel. upgrade is
 // whether it asks to upgrade the connection.
 func isInteractive(i Info, upgrade bool) bool {

@@ -142,6 +142,25 @@ type Config struct {
 	// Default: none; callers are those of the nodes that the server listens on.
 	Tailscaled string `json:"tailscaled,omitempty"`
 
+	// Where all requests of all callers are recorded, besides the recorders that a
+	// caller's grants name: `log` writes a line for each to the log
+	// `http.handlers.tailscale_impersonate.events`, with what was asked for, by
+	// whom, and the body.
+	//
+	// Default: nowhere.
+	Events string `json:"events,omitempty"`
+
+	// How many bytes of a body go into an event, to a recorder or to the log.
+	// What is cut off is marked as such. At most 4 MiB; 0 leaves bodies out.
+	//
+	// Default: 65536.
+	EventBodyLimit *int64 `json:"event_body_limit,omitempty"`
+
+	// Whether the bodies of Secrets and of TokenReviews go into events as well.
+	//
+	// Default: `false`.
+	EventSecretBodies bool `json:"event_secret_bodies,omitempty"`
+
 	guard.Rails
 }
 
@@ -149,6 +168,16 @@ type Config struct {
 const (
 	defaultWhoami     = "/whoami"
 	defaultTailscaled = "default"
+)
+
+// LogEvents is what Config.Events can be, if anything.
+const LogEvents = "log"
+
+const (
+	defaultEventBodyLimit = 64 << 10
+	// maxEventBodyLimit is what the API server takes of a body, and some. As much
+	// is held in memory for every request that is being recorded.
+	maxEventBodyLimit = 4 << 20
 )
 
 // The defaults of durations.
@@ -179,6 +208,14 @@ func orDefault(d *caddy.Duration, otherwise time.Duration) time.Duration {
 	return time.Duration(*d)
 }
 
+// BodyLimit returns how many bytes of a body go into an event.
+func (c *Config) BodyLimit() int64 {
+	if c.EventBodyLimit == nil {
+		return defaultEventBodyLimit
+	}
+	return *c.EventBodyLimit
+}
+
 // Validate returns an error that names the option and the reason if c cannot be
 // used.
 func (c *Config) Validate() error {
@@ -204,6 +241,12 @@ func (c *Config) Validate() error {
 	}
 	if c.Tailscaled != "" && c.Tailscaled != defaultTailscaled && !filepath.IsAbs(c.Tailscaled) {
 		return fmt.Errorf("tailscaled %q: must be the absolute path of a socket, or %s", c.Tailscaled, defaultTailscaled)
+	}
+	if c.Events != "" && c.Events != LogEvents {
+		return fmt.Errorf("events %q: must be %s", c.Events, LogEvents)
+	}
+	if limit := c.BodyLimit(); limit < 0 || limit > maxEventBodyLimit {
+		return fmt.Errorf("event_body_limit %d: must be between 0 and %d bytes", limit, maxEventBodyLimit)
 	}
 	if err := c.Rails.Validate(); err != nil {
 		return err

@@ -64,6 +64,10 @@ func TestInvalidConfigsNameOptionAndValue(t *testing.T) {
 		{`{"client_impersonation": "Strip"}`, "client_impersonation", `"Strip"`},
 		{`{"client_impersonation": "strip "}`, "client_impersonation", `"strip "`},
 
+		{`{"events": "file"}`, "events", `"file"`},
+		{`{"event_body_limit": -1}`, "event_body_limit", "-1"},
+		{`{"event_body_limit": 4194305}`, "event_body_limit", "4194305"},
+
 		{`{"allow_origins": [""]}`, "allow_origins", `""`},
 		{`{"allow_origins": ["null"]}`, "allow_origins", `"null"`},
 		{`{"allow_origins": ["*"]}`, "allow_origins", `"*"`},

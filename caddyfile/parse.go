@@ -3,8 +3,11 @@
 package caddyfile
 
 import (
+	"math"
+
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/dustin/go-humanize"
 )
 
 // UnmarshalCaddyfile sets c from Caddyfile tokens. Syntax:
@@ -21,6 +24,9 @@ import (
 //	    record               <directory>
 //	    whoami               [<path>]
 //	    tailscaled           [<socket>]
+//	    events               log
+//	    event_body_limit     <size>
+//	    event_secret_bodies
 //	    allow_groups         <pattern...>
 //	    deny_groups          <pattern...>
 //	    require_groups
@@ -79,6 +85,12 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = optional(d, &c.Whoami, defaultWhoami)
 	case "tailscaled":
 		err = optional(d, &c.Tailscaled, defaultTailscaled)
+	case "events":
+		err = single(d, &c.Events)
+	case "event_body_limit":
+		err = size(d, &c.EventBodyLimit)
+	case "event_secret_bodies":
+		err = on(d, &c.EventSecretBodies)
 	case "allow_groups":
 		err = list(d, &c.AllowGroups)
 	case "deny_groups":
@@ -127,6 +139,25 @@ func duration(d *caddyfile.Dispenser, value **caddy.Duration) error {
 	}
 	*value = new(caddy.Duration)
 	**value = caddy.Duration(parsed)
+	return end(d, option)
+}
+
+// size sets value to the number of bytes that is the one argument of the option that
+// d is at.
+func size(d *caddyfile.Dispenser, value **int64) error {
+	option := d.Val()
+	if *value != nil {
+		return d.Errf("%s is given twice", option)
+	}
+	if !d.NextArg() || d.Val() == "" {
+		return d.Errf("%s has no value", option)
+	}
+	parsed, err := humanize.ParseBytes(d.Val())
+	if err != nil || parsed > math.MaxInt64 {
+		return d.Errf("%s %q: must be a size, such as 64KiB", option, d.Val())
+	}
+	*value = new(int64)
+	**value = int64(parsed)
 	return end(d, option)
 }
 

@@ -73,12 +73,18 @@ var (
 	Recordings = counters("recordings_total",
 		"Sessions that were to be recorded, by what has become of that.",
 		"outcome")
+
+	// Events are requests that were to be sent to a recorder, by an outcome of
+	// package apievents.
+	Events = counters("events_total",
+		"Requests that were to be sent to a recorder as events, by what has become of that.",
+		"outcome")
 )
 
 // Register has registry report all of the above, and further collectors. The same
 // may be registered by several modules of a config.
 func Register(registry *prometheus.Registry, further ...prometheus.Collector) {
-	for _, c := range append(further, Decisions, Refusals, Questions, lookups, Revocations, Recordings) {
+	for _, c := range append(further, Decisions, Refusals, Questions, lookups, Revocations, Recordings, Events) {
 		// That it is registered already is the only error there can be.
 		_ = registry.Register(c)
 	}

@@ -25,13 +25,14 @@ func TestCountsOutliveConfigs(t *testing.T) {
 		metrics.Decisions.WithLabelValues(metrics.Allowed, "test").Inc()
 		metrics.Refusals.WithLabelValues("test").Inc()
 		metrics.Recordings.WithLabelValues("test").Inc()
+		metrics.Events.WithLabelValues("test").Inc()
 		metrics.Questions.WithLabelValues(metrics.Known).Observe(1)
 		families, err := registry.Gather()
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(families) != 6 {
-			t.Errorf("got %d metrics; want 6", len(families))
+		if len(families) != 7 {
+			t.Errorf("got %d metrics; want 7", len(families))
 		}
 		for _, family := range families {
 			if !strings.HasPrefix(family.GetName(), "caddy_tailscale_impersonate_") {

@@ -5,11 +5,13 @@ package recording
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"strconv"
 	"sync"
 	"time"
 	"unicode/utf8"
 
+	"github.com/go-json-experiment/json/jsontext"
 	"tailscale.com/sessionrecording"
 )
 
@@ -30,8 +32,7 @@ type cast struct {
 	begun  bool // the header has been written
 	// tails are the starts of characters whose ends have not been printed yet.
 	tails map[stream][]byte
-	line  bytes.Buffer
-	json  *json.Encoder // into line
+	line  []byte // for use by write
 }
 
 // newCast returns a cast that starts now.
@@ -43,10 +44,7 @@ func newCast(header sessionrecording.CastHeader, sinks ...*sink) *cast {
 	if header.Env == nil {
 		header.Env = map[string]string{} // an object, for those who read it
 	}
-	c := &cast{sinks: sinks, header: header, start: now, tails: make(map[stream][]byte)}
-	c.json = json.NewEncoder(&c.line)
-	c.json.SetEscapeHTML(false)
-	return c
+	return &cast{sinks: sinks, header: header, start: now, tails: make(map[stream][]byte)}
 }
 
 // resize notes that the terminal has this size.
@@ -57,7 +55,7 @@ func (c *cast) resize(width, height uint16) error {
 		c.header.Width, c.header.Height = int(width), int(height)
 		return c.begin()
 	}
-	return c.event("r", strconv.Itoa(int(width))+"x"+strconv.Itoa(int(height)))
+	return c.event("r", fmt.Appendf(nil, "%dx%d", width, height))
 }
 
 // output notes what was printed on a stream.
@@ -78,7 +76,7 @@ func (c *cast) output(s stream, p []byte) error {
 	if len(p) == 0 {
 		return nil
 	}
-	return c.event("o", string(p))
+	return c.event("o", p)
 }
 
 // wholeRunes returns the length of p without the start of a character at its end.
@@ -100,33 +98,30 @@ func (c *cast) begin() error {
 		return nil
 	}
 	c.begun = true
-	c.line.Reset()
-	if err := c.json.Encode(c.header); err != nil {
+	header, err := json.Marshal(c.header)
+	if err != nil {
 		return err
 	}
-	return c.write()
+	return c.write(append(header, '\n'))
 }
 
 // event writes an event that happens now.
-func (c *cast) event(kind, data string) error {
-	c.line.Reset()
-	c.line.WriteByte('[')
-	c.line.Write(strconv.AppendFloat(c.line.AvailableBuffer(), time.Since(c.start).Seconds(), 'f', 6, 64))
-	c.line.WriteString(`, "` + kind + `", `)
-	if err := c.json.Encode(data); err != nil {
-		return err
-	}
-	c.line.Truncate(c.line.Len() - 1) // the line's end, of the encoder
-	c.line.WriteString("]\n")
-	return c.write()
+func (c *cast) event(kind string, data []byte) error {
+	c.line = append(c.line[:0], '[')
+	c.line = strconv.AppendFloat(c.line, time.Since(c.start).Seconds(), 'f', 6, 64)
+	c.line = append(c.line, `, "`+kind+`", `...)
+	// Its error is that there are bytes which are no text. It has marked them.
+	c.line, _ = jsontext.AppendQuote(c.line, data)
+	c.line = append(c.line, "]\n"...)
+	return c.write(c.line)
 }
 
-// write hands the line to the sinks. One that is not required has said so itself
-// when it failed.
-func (c *cast) write() error {
+// write hands a line to the sinks. One that is not required has said so itself when
+// it failed.
+func (c *cast) write(line []byte) error {
 	for _, s := range c.sinks {
-		if err := s.write(c.line.Bytes()); err != nil && s.required {
-			return err
+		if err := s.write(line); err != nil && s.required != nil {
+			return s.required
 		}
 	}
 	return nil
@@ -142,7 +137,7 @@ func (c *cast) finish() error {
 	for s, tail := range c.tails {
 		if len(tail) > 0 {
 			c.tails[s] = nil
-			if err := c.event("o", string(tail)); err != nil {
+			if err := c.event("o", tail); err != nil {
 				return err
 			}
 		}

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"time"
 
@@ -43,8 +44,29 @@ type connections struct {
 	dial DialFunc
 
 	mu     sync.Mutex
-	open   []net.Conn
+	open   []*connection
 	closed bool
+}
+
+// connection notes when it has ended. The client that uses it does not see that
+// until it has something to send.
+type connection struct {
+	net.Conn
+	once sync.Once
+	gone chan struct{} // closed when it has ended
+	err  error         // how
+}
+
+// Read implements [net.Conn].
+func (c *connection) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		c.once.Do(func() {
+			c.err = err
+			close(c.gone)
+		})
+	}
+	return n, err
 }
 
 // dialOnce connects, trying again from other ports.
@@ -66,9 +88,17 @@ func (c *connections) dialOnce(ctx context.Context, network, address string) (ne
 			_ = conn.Close()
 			return nil, net.ErrClosed
 		}
-		c.open = append(c.open, conn)
-		return conn, nil
+		opened := &connection{Conn: conn, gone: make(chan struct{})}
+		c.open = append(c.open, opened)
+		return opened, nil
 	}
+}
+
+// last returns the connection that was opened last.
+func (c *connections) last() *connection {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.open[len(c.open)-1]
 }
 
 func (c *connections) close() {
@@ -137,11 +167,28 @@ func connect(ctx context.Context, recorders []netip.AddrPort, dial DialFunc, tim
 		return nil, errors.Join(errs...)
 	}
 	won.ended = make(chan struct{})
-	go func() {
-		won.err = <-result
-		close(won.ended)
-	}()
+	go won.wait(won.conns.last(), result)
 	return won, nil
+}
+
+// verdictTimeout is how long after its connection an upload may say how it has ended.
+const verdictTimeout = time.Second
+
+// wait waits until the upload, which is on conn, has ended.
+func (u *upload) wait(conn *connection, result <-chan error) {
+	defer close(u.ended)
+	select {
+	case u.err = <-result:
+		return
+	case <-conn.gone:
+	}
+	timer := time.NewTimer(verdictTimeout)
+	defer timer.Stop()
+	select {
+	case u.err = <-result:
+	case <-timer.C:
+		u.err = fmt.Errorf("the connection has ended: %w", conn.err)
+	}
 }
 
 // discard cuts the upload off, whatever has become of it.

@@ -189,6 +189,12 @@ func (s *Session) watch() {
 	}
 }
 
+// Why a session ends, to its user.
+var (
+	errRecorderLost = errors.New("this session has to be recorded, and its recorder was lost")
+	errFileLost     = errors.New("this session has to be recorded, and the proxy cannot write its recording")
+)
+
 // recorderFailed is called when the recorder takes nothing any more.
 func (s *Session) recorderFailed(err error) {
 	s.mu.Lock()
@@ -201,7 +207,7 @@ func (s *Session) recorderFailed(err error) {
 	s.upload.discard()
 	if s.enforce {
 		s.log.Error("the recorder was lost, and the session ends", zap.Stringer("recorder", s.upload.recorder), zap.Error(err))
-		s.end(errors.New("this session has to be recorded, and its recorder was lost"))
+		s.end(errRecorderLost)
 		return
 	}
 	s.log.Error("the recorder was lost, and the session goes on without", zap.Stringer("recorder", s.upload.recorder), zap.Error(err))
@@ -210,7 +216,7 @@ func (s *Session) recorderFailed(err error) {
 // fileFailed is called when the file cannot be written any more.
 func (s *Session) fileFailed(err error) {
 	s.log.Error("the recording cannot be written, and the session ends", zap.String("file", s.file.Name()), zap.Error(err))
-	s.end(errors.New("this session has to be recorded, and the proxy cannot write its recording"))
+	s.end(errFileLost)
 }
 
 // Close ends what Begin began, when the session is over or none has come of the

@@ -24,8 +24,9 @@ var errStalled = errors.New("it has taken nothing for 5s")
 // sink writes what a session leaves behind in the background, as soon as it comes.
 type sink struct {
 	to io.Writer
-	// required reports whether nothing may be shown that the sink does not take.
-	required bool
+	// required is the error for what the sink does not take, if the session must
+	// not go on without it, nil otherwise.
+	required error
 	// failed is told once, without the session being held up, that to takes
 	// nothing any more.
 	failed func(error)
@@ -41,7 +42,7 @@ type sink struct {
 	done chan struct{} // closed when nothing is written any more
 }
 
-func newSink(to io.Writer, required bool, failed func(error)) *sink {
+func newSink(to io.Writer, required error, failed func(error)) *sink {
 	s := &sink{
 		to: to, required: required, failed: failed,
 		work: make(chan struct{}, 1), room: make(chan struct{}, 1),

@@ -182,7 +182,7 @@ func (s *Session) prepare(ctx context.Context, path string, who Caller) *apierro
 		s.discard()
 		return refusal.Unavailable("the session cannot be recorded, as the proxy cannot write its recordings; its log says why")
 	}
-	s.sinks = append(s.sinks, newSink(s.file, true, s.fileFailed))
+	s.sinks = append(s.sinks, newSink(s.file, errFileLost, s.fileFailed))
 	return nil
 }
 
@@ -204,7 +204,11 @@ func (s *Session) reach(ctx context.Context, path string, who Caller) *apierrors
 	switch {
 	case s.upload != nil:
 		s.log.Info("a recorder has been reached", zap.Stringer("recorder", s.upload.recorder))
-		s.sinks = append(s.sinks, newSink(s.upload, s.enforce, s.recorderFailed))
+		var required error
+		if s.enforce {
+			required = errRecorderLost
+		}
+		s.sinks = append(s.sinks, newSink(s.upload, required, s.recorderFailed))
 		go s.watch()
 		return nil
 	case s.enforce:

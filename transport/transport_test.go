@@ -29,10 +29,12 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"github.com/google/go-cmp/cmp"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/decided"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
 
@@ -809,6 +811,31 @@ func TestUnmarshalCaddyfile(t *testing.T) {
 			if got.InCluster != tt.want.InCluster || got.Kubeconfig != tt.want.Kubeconfig || got.Context != tt.want.Context {
 				t.Errorf("got %+v; want %+v", &got, &tt.want)
 			}
+		})
+	}
+}
+
+func TestWhatIsSentIsWhatWasDecidedAbout(t *testing.T) {
+	s := newAPIServer(t)
+	for _, credentials := range []string{Proxy, Client} {
+		t.Run(credentials, func(t *testing.T) {
+			tr, err := provision(t, &Transport{Source: Source{Kubeconfig: trusting(s, token).write(t)}, Credentials: credentials})
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := newRequest(s, "/api/v1/namespaces/a/pods/p")
+			ctx := context.WithValue(r.Context(), caddyhttp.VarsCtxKey, make(map[string]any))
+			if credentials == Client {
+				ctx = impersonate.NewContext(ctx, nil)
+			}
+			r = r.WithContext(ctx)
+			decided.On(r)
+			roundTrip(t, tr, r)
+			s.one(t)
+
+			r.Method = http.MethodDelete
+			checkRefused(t, roundTrip(t, tr, r), http.StatusForbidden, "a matcher has decided about", `delete "/api/v1/namespaces/a/pods/p"`)
+			s.none(t)
 		})
 	}
 }

@@ -85,15 +85,19 @@ func TestAGrantThatChangesIsSeenByTheNextRequest(t *testing.T) {
 // the test ends.
 func grantTo(t *testing.T, login string, groups ...string) (withdraw func()) {
 	t.Helper()
+	return grantRuleTo(t, login, map[string]any{"impersonate": map[string]any{"groups": groups}})
+}
+
+// grantRuleTo is [grantTo] for any rule.
+func grantRuleTo(t *testing.T, login string, rule map[string]any) (withdraw func()) {
+	t.Helper()
 	var policy map[string]any
 	if err := json.Unmarshal(theLab.Policy, &policy); err != nil {
 		t.Fatal(err)
 	}
 	policy["grants"] = append(policy["grants"].([]any), map[string]any{
 		"src": []string{login}, "dst": []string{"tag:k8s"},
-		"app": map[string]any{"tailscale.com/cap/kubernetes": []any{
-			map[string]any{"impersonate": map[string]any{"groups": groups}},
-		}},
+		"app": map[string]any{"tailscale.com/cap/kubernetes": []any{rule}},
 	})
 	changed, err := json.Marshal(policy)
 	if err != nil {

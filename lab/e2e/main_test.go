@@ -39,7 +39,7 @@ var callers = []lab.CallerSpec{
 	{Name: "erin", Login: "erin@example.com"},
 	{Name: "ci", Tags: []string{"tag:k8s-readers"}},
 	{Name: "ops", Tags: []string{"tag:k8s-ops"}},
-	// Those whose sessions are recorded: see recordingGrants.
+	// Those whose sessions are recorded: see startSessionRecorder.
 	{Name: "fay", Login: "fay@example.com"},
 	{Name: "gus", Login: "gus@example.com"},
 	{Name: "hal", Login: "hal@example.com"},

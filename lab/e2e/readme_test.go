@@ -70,6 +70,34 @@ func TestREADMEBlocksWork(t *testing.T) {
 	}
 }
 
+// The Caddyfiles that docs/ shows.
+func TestCaddyfilesOfTheDocsAreValid(t *testing.T) {
+	root, err := lab.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(filepath.Join(root, "docs", "*.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	for _, file := range files {
+		content, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, block := range blocks(t, string(content)) {
+			if block.language == "caddyfile" {
+				seen++
+				t.Run(filepath.Base(file), func(t *testing.T) { validate(t, block.content) })
+			}
+		}
+	}
+	if seen == 0 {
+		t.Error("got no Caddyfile in docs/")
+	}
+}
+
 type block struct{ language, content string }
 
 // blocks returns the fenced code blocks of a Markdown text.

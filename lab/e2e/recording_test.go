@@ -9,10 +9,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -32,43 +36,22 @@ const absentRecorder = "100.127.255.254:80"
 // into its policy: fay's sessions are recorded if that is possible, gus's have to be,
 // and for hal and ida the same goes with a recorder that is not there.
 func startSessionRecorder(ctx context.Context) error {
-	key, err := theLab.Headscale.TagKey(ctx, "tag:recorder")
-	if err != nil {
-		return err
-	}
-	sessions, err = sessionrecorder.Start(ctx, sessionrecorder.Config{
-		Hostname: "recorder", ControlURL: theLab.Headscale.URL(), AuthKey: key,
-		Dir: filepath.Join(theLab.Dir, "recorder"), LogFile: theLab.Log("recorder"),
-	})
-	if err != nil {
-		return err
-	}
-	var policy map[string]any
-	if err := json.Unmarshal(theLab.Policy, &policy); err != nil {
+	var err error
+	if sessions, err = sessionrecorder.Start(ctx, theLab); err != nil {
 		return err
 	}
 	for _, grant := range []struct {
-		login    string
-		recorder string
-		enforce  bool
+		login, recorder string
+		enforce         bool
 	}{
 		{"fay@example.com", sessions.Addr.String(), false},
 		{"gus@example.com", sessions.Addr.String(), true},
 		{"hal@example.com", absentRecorder, true},
 		{"ida@example.com", absentRecorder, false},
 	} {
-		policy["grants"] = append(policy["grants"].([]any), map[string]any{
-			"src": []string{grant.login}, "dst": []string{"tag:k8s"},
-			"app": map[string]any{"tailscale.com/cap/kubernetes": []any{
-				map[string]any{
-					"impersonate":   map[string]any{"groups": []string{"system:masters"}},
-					"recorderAddrs": []string{grant.recorder}, "enforceRecorder": grant.enforce,
-				},
-			}},
-		})
-	}
-	if theLab.Policy, err = json.Marshal(policy); err != nil {
-		return err
+		if theLab.Policy, err = sessionrecorder.Grant(theLab.Policy, grant.login, grant.recorder, grant.enforce); err != nil {
+			return err
+		}
 	}
 	return theLab.Headscale.SetPolicy(ctx, theLab.Policy)
 }
@@ -109,6 +92,8 @@ func parseCast(t *testing.T, b []byte) (c cast) {
 		t.Fatalf("the header of the recording: %v: %s", err, lines[0])
 	}
 	last := 0.0
+	var output strings.Builder
+	defer func() { c.output = output.String() }()
 	for _, line := range lines[1:] {
 		var event [3]any
 		if err := json.Unmarshal(line, &event); err != nil {
@@ -121,7 +106,7 @@ func parseCast(t *testing.T, b []byte) (c cast) {
 		last = at
 		switch event[1] {
 		case "o":
-			c.output += data
+			output.WriteString(data)
 		case "r":
 			c.sizes = append(c.sizes, data)
 		default:
@@ -372,5 +357,128 @@ func TestARecorderThatIsLost(t *testing.T) {
 		}
 		t.Logf("kubectl printed %q", gus.stderr.String())
 		fay.echoes(t, "after")
+	})
+}
+
+// A port-forward cannot be replayed; that there was one is noted.
+func TestAPortForwardIsNoted(t *testing.T) {
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		useRecorder(t, recordertest.V2)
+		log := tail(t, theLab.Log("caddy"))
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, strings.Repeat("x", 100000))
+		}))
+		defer server.Close()
+		_, port, err := net.SplitHostPort(server.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := startKubectl(t, theLab.Callers["gus"].Kubeconfig, p.env, "port-forward", lab.Pod, ":"+port)
+		_, local, _ := strings.Cut(s.want(t, "Forwarding from 127.0.0.1:"), "127.0.0.1:")
+		local, _, _ = strings.Cut(local, " ")
+		resp, err := http.Get("http://127.0.0.1:" + local)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if body, err := io.ReadAll(resp.Body); err != nil || len(body) != 100000 {
+			t.Fatalf("%d bytes came through: %v", len(body), err)
+		}
+		_ = resp.Body.Close()
+		s.stop()
+		var began, ended map[string]any
+		eventually(t, "the port-forward is in Caddy's log", func() error {
+			for _, line := range log.lines(t) {
+				var entry map[string]any
+				if json.Unmarshal([]byte(line), &entry) != nil {
+					continue
+				}
+				switch entry["msg"] {
+				case "port-forward begins":
+					began = entry
+				case "port-forward has ended":
+					ended = entry
+				}
+			}
+			if began == nil || ended == nil {
+				return errors.New("it is not")
+			}
+			return nil
+		})
+		want := map[string]any{"user": "gus@example.com", "node": "gus." + lab.Domain, "namespace": "default", "pod": lab.Pod, "ports": []any{port}}
+		got := make(map[string]any)
+		for key := range want {
+			got[key] = ended[key]
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("what is noted (-want +got):\n%s", diff)
+		}
+		if began["session"] != ended["session"] || ended["bytes_received"].(float64) < 100000 || ended["bytes_sent"].(float64) < 50 || ended["bytes_sent"].(float64) > 5000 {
+			t.Errorf("noted is %v and %v", began, ended)
+		}
+	})
+}
+
+// What a session of 50 MB costs with a recorder, and without.
+func TestRecordingOf50MB(t *testing.T) {
+	const size = 50 << 20
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		useRecorder(t, recordertest.V2)
+		for _, caller := range []string{"alice", "gus"} {
+			var before, after syscall.Rusage
+			if err := syscall.Getrusage(syscall.RUSAGE_SELF, &before); err != nil {
+				t.Fatal(err)
+			}
+			began := time.Now()
+			cmd := kubectlAs(t, caller, p, "exec", lab.Pod, "--", "sh", "-c", fmt.Sprintf("yes 'forty-one letters of text, and a line end' | head -c %d", size))
+			got := &counter{}
+			cmd.Stdout = got
+			if err := cmd.Run(); err != nil || got.n != size {
+				t.Fatalf("%s: %d bytes: %v", caller, got.n, err)
+			}
+			took := time.Since(began)
+			if err := syscall.Getrusage(syscall.RUSAGE_SELF, &after); err != nil {
+				t.Fatal(err)
+			}
+			cpu := time.Duration(after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano())
+			t.Logf("%s: %s: %.1f s, %.1f MB/s, %.1f s of CPU in the process that all but kubectl, the API server and Headscale share", p.name, caller, took.Seconds(), size/took.Seconds()/1e6, cpu.Seconds())
+			if caller == "gus" {
+				if _, cast := recorded(t); len(cast.output) != size {
+					t.Errorf("recorded are %d bytes; want %d", len(cast.output), size)
+				}
+			}
+		}
+	})
+}
+
+// A site that keeps recordings keeps those of whoever comes.
+func TestRecordingsInFiles(t *testing.T) {
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		kubeconfig := theLab.Callers["alice"].Kubeconfig + ".files"
+		if err := theLab.Callers["alice"].WriteKubeconfig(kubeconfig, "http://"+lab.ProxyName+":"+portFiles); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.RemoveAll(recordings(theLab)); err != nil {
+			t.Fatal(err)
+		}
+		stdout, stderr, err := runKubectl(t, kubeconfig, p.env, "exec", lab.Pod, "--", "echo", "kept")
+		if err != nil || stdout != "kept\n" {
+			t.Fatalf("got %q, %v: %s", stdout, err, stderr)
+		}
+		eventually(t, "there is a file", func() error {
+			files, err := filepath.Glob(filepath.Join(recordings(theLab), "*.cast"))
+			if err != nil || len(files) != 1 {
+				return fmt.Errorf("there are %q, %v", files, err)
+			}
+			b, err := os.ReadFile(files[0])
+			if err != nil {
+				return err
+			}
+			got := parseCast(t, b)
+			checkHeader(t, got.header, "alice", lab.Pod, "exec", "echo kept")
+			if got.output != "kept\n" {
+				t.Errorf("recorded was %q", got.output)
+			}
+			return nil
+		})
 	})
 }

@@ -7,12 +7,15 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"github.com/tailscale/hujson"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	sessionrecorder "github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
 )
 
 // The ports of the sites on the proxy's node, besides 443 and 80.
@@ -31,7 +34,10 @@ const (
 	portHTTP3            = "8443" // TLS with HTTP/3
 	portGroupRails       = "8012" // limits on groups, and prefixes
 	portDeviceRails      = "8013" // limits on devices
-	portFiles            = "8014" // sessions are recorded in recordings(lab)
+	portReadOnly         = "8014" // as examples/read-only.caddyfile
+	portNoShells         = "8015" // as examples/no-shells-for-devices.caddyfile
+	portRewriting        = "8016" // rewrites what a matcher has let through
+	portFiles            = "8017" // sessions are recorded in recordings(lab)
 	portAudit            = "8021" // audit
 	portAuthorize        = "8022" // client_impersonation authorize
 	portAuthorizeRails   = "8023" // the same with audit, deny_groups and allow_groups
@@ -121,6 +127,10 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portStrip, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation strip\n\t}\n"+toCluster) +
 		site("http://:"+portGroupRails, k8s, "\ttailscale_impersonate {\n\t\tallow_groups a b system:*\n\t\tdeny_groups system:masters b\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
 		site("http://:"+portDeviceRails, k8s, "\ttailscale_impersonate {\n\t\trequire_groups\n\t\tallow_tags tag:k8s-*\n\t\tdeny_tags tag:k8s-ops\n\t\tdeny_shared\n\t}\n"+toCluster) +
+		site("http://:"+portReadOnly, k8s, exampleRules("read-only")+toCluster) +
+		site("http://:"+portNoShells, k8s, exampleRules("no-shells-for-devices")+toCluster) +
+		site("http://:"+portRewriting, k8s, impersonate+"\t@writes not kubernetes {\n\t\tverb get list watch\n\t}\n\trespond @writes 403\n"+
+			replaceOnce(toCluster, "\t\tflush_interval -1\n", "\t\tmethod DELETE\n\t\trewrite /api/v1/namespaces/default/configmaps/rewritten\n")) +
 		site("http://:"+portFiles, k8s, "\ttailscale_impersonate {\n\t\trecord "+recordings(l)+"\n\t}\n"+toCluster) +
 		site("http://:"+portAudit, k8s, "\ttailscale_impersonate {\n\t\taudit\n\t}\n"+toCluster) +
 		site("http://:"+portAuthorize, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t}\n"+toCluster) +
@@ -132,6 +142,26 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portSameAddress, k8s+" tailscale/"+secondNode+" tailscale/"+foreignNode, impersonate+toPlain) +
 		site("http://:"+portOrigins, k8s, "\ttailscale_impersonate {\n\t\tallow_origins https://dashboard.example.com\n\t\tallow_hosts k8s.internal.example\n\t}\n"+toCluster) +
 		site("http://:"+portMixed, k8s+" 127.0.0.1", impersonate+toPlain)
+}
+
+// exampleRules returns the part of an example that says what it is an example of:
+// what stands between bind and reverse_proxy.
+func exampleRules(name string) string {
+	root, err := lab.Root()
+	if err != nil {
+		panic(err)
+	}
+	content, err := os.ReadFile(filepath.Join(root, "examples", name+".caddyfile"))
+	if err != nil {
+		panic(err)
+	}
+	_, rest, found := strings.Cut(string(content), "\tbind ")
+	_, rest, _ = strings.Cut(rest, "\n")
+	rules, _, more := strings.Cut(rest, "\treverse_proxy ")
+	if !found || !more {
+		panic("example " + name + " has no bind, or no reverse_proxy behind it")
+	}
+	return rules
 }
 
 // secondKey returns the key with which Caddy's second node joins.
@@ -171,7 +201,7 @@ func testPolicy(example []byte) ([]byte, error) {
 		}
 	}
 	owners := policy["tagOwners"].(map[string]any)
-	for _, tag := range []string{"tag:k8s-second", "tag:k8s-ops", "tag:recorder"} {
+	for _, tag := range []string{"tag:k8s-second", "tag:k8s-ops"} {
 		owners[tag] = []string{"group:prod"}
 	}
 	policy["grants"] = append(policy["grants"].([]any),
@@ -180,13 +210,16 @@ func testPolicy(example []byte) ([]byte, error) {
 			"dst": []string{"tag:k8s", "tag:k8s-second"},
 			"ip":  []string{"*"},
 		},
-		map[string]any{"src": []string{"tag:k8s"}, "dst": []string{"tag:recorder"}, "ip": []string{"*"}},
 		grant("erin@example.com", "tag:k8s", "b", "a"),
 		grant("erin@example.com", "tag:k8s", "a", "c"),
 		grant("tag:k8s-ops", "tag:k8s", "ops"),
 		grant("bob@example.com", "tag:k8s-second", "second-readers"),
 	)
-	return json.Marshal(policy)
+	changed, err := json.Marshal(policy)
+	if err != nil {
+		return nil, err
+	}
+	return sessionrecorder.Admit(changed)
 }
 
 func freePort() string {

@@ -1,21 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package recorder puts a session recorder onto the tailnet. It is not Tailscale's,
-// which is not published as source, but speaks as that is spoken to by Tailscale's
-// own client.
+// Package recorder puts a session recorder onto the lab's tailnet. It is not
+// Tailscale's, but is spoken to by Tailscale's own client, in both versions of the
+// protocol.
 package recorder
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 
+	"github.com/tailscale/hujson"
 	"tailscale.com/tsnet"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording/recordertest"
+)
+
+const (
+	name = "recorder"
+	tag  = "tag:recorder"
 )
 
 // Recorder is a session recorder on a tailnet.
@@ -30,27 +39,24 @@ type Recorder struct {
 	served chan error
 }
 
-// Config says how a recorder joins its tailnet.
-type Config struct {
-	Hostname, ControlURL, AuthKey string
-	// Dir is where its node keeps its state, LogFile where it writes its log.
-	Dir, LogFile string
-}
-
-// Start brings up a recorder.
-func Start(ctx context.Context, cfg Config) (_ *Recorder, err error) {
+// Start brings up a recorder in l, whose policy file has passed [Admit].
+func Start(ctx context.Context, l *lab.Lab) (_ *Recorder, err error) {
 	r := &Recorder{Recorder: recordertest.New(), served: make(chan error, 1)}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("starting recorder %s: %w", cfg.Hostname, err), r.Stop())
+			err = errors.Join(fmt.Errorf("starting a recorder: %w (log: %s)", err, l.Log(name)), r.Stop())
 		}
 	}()
-	if r.log, err = os.Create(cfg.LogFile); err != nil {
+	key, err := l.Headscale.TagKey(ctx, tag)
+	if err != nil {
+		return nil, err
+	}
+	if r.log, err = os.Create(l.Log(name)); err != nil {
 		return nil, err
 	}
 	logf := func(format string, args ...any) { fmt.Fprintf(r.log, format+"\n", args...) }
 	r.node = &tsnet.Server{
-		Hostname: cfg.Hostname, Dir: cfg.Dir, ControlURL: cfg.ControlURL, AuthKey: cfg.AuthKey,
+		Hostname: name, Dir: filepath.Join(l.Dir, name), ControlURL: l.Headscale.URL(), AuthKey: key,
 		Ephemeral: true, Logf: logf, UserLogf: logf,
 	}
 	if _, err := r.node.Up(ctx); err != nil {
@@ -78,4 +84,44 @@ func (r *Recorder) Stop() error {
 		errs = append(errs, r.log.Close())
 	}
 	return errors.Join(errs...)
+}
+
+// Admit returns a policy file that lets a recorder join, and the proxy reach it. It
+// is a [lab.Config.Policy].
+func Admit(policy []byte) ([]byte, error) {
+	return change(policy, func(p map[string]any) {
+		p["tagOwners"].(map[string]any)[tag] = []string{"group:prod"}
+		p["grants"] = append(p["grants"].([]any), map[string]any{
+			"src": []string{lab.ProxyTag}, "dst": []string{tag}, "ip": []string{"tcp:80"},
+		})
+	})
+}
+
+// Grant returns a policy file with a grant more: the sessions of login, who is an
+// administrator, are recorded at an address, and have to be if enforce is set.
+func Grant(policy []byte, login, address string, enforce bool) ([]byte, error) {
+	return change(policy, func(p map[string]any) {
+		p["grants"] = append(p["grants"].([]any), map[string]any{
+			"src": []string{login}, "dst": []string{lab.ProxyTag},
+			"app": map[string]any{"tailscale.com/cap/kubernetes": []any{map[string]any{
+				"impersonate":     map[string]any{"groups": []string{"system:masters"}},
+				"recorderAddrs":   []string{address}, // Headscale does not fill it in
+				"enforceRecorder": enforce,
+			}}},
+		})
+	})
+}
+
+// change returns the policy file as f has changed it.
+func change(policy []byte, f func(map[string]any)) ([]byte, error) {
+	standard, err := hujson.Standardize(policy)
+	if err != nil {
+		return nil, err
+	}
+	var p map[string]any
+	if err := json.Unmarshal(standard, &p); err != nil {
+		return nil, err
+	}
+	f(p)
+	return json.Marshal(p)
 }

@@ -14,6 +14,8 @@ import (
 	"net/http"
 	"sync"
 	"time"
+
+	"tailscale.com/sessionrecording"
 )
 
 // Mode is how a recorder treats those who want something recorded.
@@ -43,6 +45,7 @@ type Recorder struct {
 	mu         sync.Mutex
 	mode       Mode
 	recordings []*Recording
+	events     []*sessionrecording.Event
 	conns      map[*conn]bool
 }
 
@@ -78,6 +81,8 @@ func New() *Recorder {
 	mux.HandleFunc("HEAD /v2/record", r.probe)
 	mux.HandleFunc("POST /v2/record", r.record2)
 	mux.HandleFunc("POST /record", r.record1)
+	mux.HandleFunc("HEAD /v2/event", r.probe)
+	mux.HandleFunc("POST /v2/event", r.event)
 	r.server = &http.Server{Handler: mux, Protocols: new(http.Protocols)}
 	r.server.Protocols.SetHTTP1(true)
 	r.server.Protocols.SetUnencryptedHTTP2(true)

@@ -16,6 +16,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
 )
 
 // callers are the devices of the demo, with what the policy file and the
@@ -71,6 +72,7 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 		Dir:       dir,
 		Examples:  filepath.Join(root, "examples"),
 		Caddyfile: caddyfile,
+		Policy:    recorder.Admit,
 		Progress:  os.Stdout,
 	}
 	for _, c := range callers {
@@ -88,6 +90,9 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 	}
 	if wrong > 0 && once {
 		return fmt.Errorf("%d cells are not what the policy file and the bindings say", wrong)
+	}
+	if err := showRecording(ctx, l); err != nil {
+		return err
 	}
 	if once {
 		return nil

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"tailscale.com/sessionrecording"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording/recordertest"
+)
+
+// grantEvents grants dave, who has nothing otherwise, everything, with events that a
+// recorder must have, and waits until that is in force.
+func grantEvents(t *testing.T, recorder string, enforce bool) {
+	t.Helper()
+	grantRuleTo(t, "dave@example.com", map[string]any{
+		"impersonate":   map[string]any{"groups": []string{"system:masters"}},
+		"recorderAddrs": []string{recorder}, "enforceRecorder": enforce, "enableEvents": true,
+	})
+	eventually(t, "the grant is in force", func() error {
+		_, stderr, err := tryKubectl(t, "dave", "get", "--raw", "/apis")
+		if err == nil && enforce && recorder == absentRecorder {
+			return errors.New("requests go through")
+		}
+		if err != nil && !strings.Contains(stderr, "has to be recorded") {
+			return err
+		}
+		if _, stderr, err := tryKubectl(t, "dave", "auth", "can-i", "*", "*"); err != nil && !strings.Contains(stderr, "has to be recorded") {
+			return err
+		}
+		return nil
+	})
+	sessions.TakeEvents()
+}
+
+// theEvent returns the event that kubectl caused with a verb on a resource.
+func theEvent(t *testing.T, verb, resource string) *sessionrecording.Event {
+	t.Helper()
+	events := sessions.TakeEvents()
+	i := slices.IndexFunc(events, func(e *sessionrecording.Event) bool {
+		return e.Kubernetes.Verb == verb && e.Kubernetes.Resource == resource
+	})
+	if i < 0 {
+		t.Fatalf("the recorder has %d events, and none of a %s of %s", len(events), verb, resource)
+	}
+	return events[i]
+}
+
+func TestRequestsAreSentToARecorder(t *testing.T) {
+	grantEvents(t, sessions.Addr.String(), true)
+	kubectl(t, "dave", "create", "configmap", "events", "--from-literal=a=b")
+	t.Cleanup(func() { kubectl(t, "alice", "delete", "configmap", "events") })
+	e := theEvent(t, "create", "configmaps")
+	if !strings.Contains(string(e.Request.Body), `"data":{"a":"b"}`) || e.Kubernetes.Namespace != "default" || !strings.HasPrefix(e.UserAgent, "kubectl/") {
+		t.Errorf("got %+v with the body %s; want all of it", e, e.Request.Body)
+	}
+	if e.Source.Node != "dave."+lab.Domain || e.Source.NodeUser != "dave@example.com" || e.Source.NodeID == "" || e.Source.NodeUserID == 0 {
+		t.Errorf("got the source %+v; want dave's device", e.Source)
+	}
+
+	kubectl(t, "dave", "create", "secret", "generic", "events", "--from-literal=a=b")
+	t.Cleanup(func() { kubectl(t, "alice", "delete", "secret", "events") })
+	if body := string(theEvent(t, "create", "secrets").Request.Body); body != "[the body is left out: it may hold secrets]" {
+		t.Errorf("got the body %q of a Secret; want none", body)
+	}
+
+	// More than the event holds arrives all the same.
+	big := filepath.Join(t.TempDir(), "big")
+	if err := os.WriteFile(big, []byte(strings.Repeat("0123456789", 20_000)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	kubectl(t, "dave", "create", "configmap", "big", "--from-file="+big)
+	t.Cleanup(func() { kubectl(t, "alice", "delete", "configmap", "big") })
+	if body := string(theEvent(t, "create", "configmaps").Request.Body); len(body) > 66_000 || !strings.HasSuffix(body, "[the body is cut off after 65536 bytes]") {
+		t.Errorf("got a body of %d bytes; want 65536 and that it is cut", len(body))
+	}
+	if got := kubectl(t, "alice", "get", "configmap", "big", "-o", "jsonpath={.data.big}"); len(got) != 200_000 {
+		t.Errorf("the object has %d bytes; want 200000", len(got))
+	}
+
+	if got := kubectl(t, "dave", "exec", lab.Pod, "--", "echo", "hello"); got != "hello\n" {
+		t.Errorf("exec says %q; want hello", got)
+	}
+	events := sessions.TakeEvents()
+	if !slices.ContainsFunc(events, func(e *sessionrecording.Event) bool {
+		return e.Kubernetes.Subresource == "exec" && slices.Contains(e.Request.QueryParameters["command"], "hello")
+	}) {
+		t.Errorf("none of %d events is of the exec, with its command", len(events))
+	}
+	sessions.Take()
+}
+
+func TestRequestsThatMustBeRecordedAreNotSentWithoutARecorder(t *testing.T) {
+	grantEvents(t, absentRecorder, true)
+	_, stderr, err := tryKubectl(t, "dave", "create", "configmap", "unrecorded")
+	if err == nil || !strings.Contains(stderr, "the request has to be recorded, and no recorder takes that") {
+		t.Errorf("kubectl create: %v: %s; want it to say that the request has to be recorded", err, stderr)
+	}
+	if _, _, err := tryKubectl(t, "alice", "get", "configmap", "unrecorded"); err == nil {
+		t.Error("it was created")
+	}
+}
+
+func TestRequestsThatNeedNotBeRecordedAreSentWithoutARecorder(t *testing.T) {
+	grantEvents(t, sessions.Addr.String(), false)
+	sessions.SetMode(recordertest.Failing)
+	t.Cleanup(func() { sessions.SetMode(recordertest.V2) })
+	kubectl(t, "dave", "get", "secrets")
+}
