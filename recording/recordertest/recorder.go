@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 )
@@ -124,6 +125,13 @@ func (r *Recorder) Take() []*Recording {
 	taken := r.recordings
 	r.recordings = nil
 	return taken
+}
+
+// Peek returns the recordings that Take would.
+func (r *Recorder) Peek() []*Recording {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.recordings)
 }
 
 // Conns returns how many connections are open.
