@@ -79,7 +79,7 @@ func New() *Recorder {
 	mux.HandleFunc("HEAD /v2/record", r.probe)
 	mux.HandleFunc("POST /v2/record", r.record2)
 	mux.HandleFunc("POST /record", r.record1)
-	r.server = &http.Server{Handler: mux, Protocols: new(http.Protocols)}
+	r.server = &http.Server{Handler: mux, Protocols: new(http.Protocols), ReadHeaderTimeout: time.Minute}
 	r.server.Protocols.SetHTTP1(true)
 	r.server.Protocols.SetUnencryptedHTTP2(true)
 	return r
