@@ -77,6 +77,7 @@ func (w *responseWriter) EnableFullDuplex() error { return w.controller.EnableFu
 func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	protocol, err := w.session.protocol(w.Header())
 	if err != nil {
+		w.session.end(err)
 		return nil, nil, err
 	}
 	nc, buffered, err := w.controller.Hijack()
@@ -225,18 +226,23 @@ func (s *Session) Close() {
 	s.mu.Lock()
 	s.closing = true
 	c, reason, lost := s.conn, s.reason, s.lost
+	ports, sent, received := s.ports, s.sent, s.received
 	s.mu.Unlock()
 	close(s.over)
 	if c == nil {
 		s.discard()
+		if reason != nil {
+			s.log.Warn("the session was ended before it began", zap.NamedError("reason", reason))
+			s.site.Count(Ended)
+		}
 		return
 	}
 	if reason == nil {
 		reason = c.failed()
 	}
 	if s.kind == forward {
-		s.log.Info("port-forward has ended", zap.Strings("ports", s.ports), zap.Duration("duration", time.Since(s.started)),
-			zap.Int64("bytes_sent", s.sent), zap.Int64("bytes_received", s.received))
+		s.log.Info("port-forward has ended", zap.Strings("ports", ports), zap.Duration("duration", time.Since(s.started)),
+			zap.Int64("bytes_sent", sent), zap.Int64("bytes_received", received))
 		return
 	}
 	outcome := Recorded
