@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"slices"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -93,4 +95,15 @@ func checkTransports(server *caddyhttp.Server) error {
 		}
 	}
 	return nil
+}
+
+// noteDroppedFields logs that Caddy drops what clients ask for in headers with a dot
+// in their name, unless the server is told of some. The handler never sees them.
+func (h *Handler) noteDroppedFields(server *caddyhttp.Server) {
+	if slices.ContainsFunc(server.ExpectedDotHeaders, func(name string) bool {
+		return strings.HasPrefix(strings.ToLower(name), "impersonate-extra-")
+	}) {
+		return
+	}
+	h.logger.Info("extra fields that clients ask for with kubectl --as are dropped by Caddy if their key has a dot; name them in expected_dot_headers of the servers option if you use them")
 }

@@ -14,6 +14,7 @@
 //	what do operators say to that?       guard
 //	which headers?                       impersonate
 //	is it still so, in a long request?   recheck
+//	may it act as somebody else?         review
 //	which credentials?                   transport
 //	what does a refused client read?     refusal
 //	what can be configured?              caddyfile, transport
@@ -121,6 +122,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		if err := checkTransports(server); err != nil {
 			return err
 		}
+		h.noteDroppedFields(server)
 	}
 	countRevocations(ctx.GetMetricsRegistry())
 	app, err := ctx.App("events")

@@ -138,6 +138,7 @@ func attackLab(ctx context.Context) (err error) {
 		{"transport http, strip", handler("strip") + toPlain, "", false},
 		{"transport kubernetes, reject", handler("reject") + toEncrypted, "Bearer " + token, false},
 		{"transport kubernetes, strip", handler("strip") + toEncrypted, "Bearer " + token, false},
+		{"transport kubernetes, authorize", handler("authorize") + toEncrypted, "Bearer " + token, false},
 		{"naive", naive + toPlain, "", true},
 	}
 

@@ -89,6 +89,9 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 	if wrong > 0 && once {
 		return fmt.Errorf("%d cells are not what the policy file and the bindings say", wrong)
 	}
+	if err := showActingAs(ctx, l); err != nil {
+		return err
+	}
 	if once {
 		return nil
 	}
@@ -106,6 +109,8 @@ https://k8s.tailnet.example {
 	tls internal
 	tailscale_kubernetes {
 		kubeconfig ` + l.Kubeconfig() + `
+		client_impersonation authorize
+		audit
 	}
 }
 `
