@@ -163,7 +163,7 @@ func (r *Rails) CheckTarget(t *impersonate.Target) error {
 		if matches(r.DenyGroups, group) || (prefixed && matches(r.DenyGroups, bare)) {
 			return fmt.Errorf("nobody may be in group %s here, which deny_groups names", group)
 		}
-		if len(r.AllowGroups) > 0 && !(prefixed && matches(r.AllowGroups, bare)) {
+		if len(r.AllowGroups) > 0 && (!prefixed || !matches(r.AllowGroups, bare)) {
 			return fmt.Errorf("nobody may be in group %s here, which allow_groups does not name", group)
 		}
 	}

@@ -52,7 +52,7 @@ func TestKubectlAsSaysWhichPermissionIsMissing(t *testing.T) {
 			`users "alice@example.com" is forbidden: User "dave@example.com" cannot impersonate resource "users" in API group "" at the cluster scope`,
 			`pods is forbidden: User "dave@example.com" cannot impersonate-on:user-info:list resource "pods" in API group "" in the namespace "default"`,
 		}},
-		{[]string{"auth", "whoami", "--as", "system:serviceaccount:kube-system:default"}, []string{
+		{[]string{"get", "--raw", "/version", "--as", "system:serviceaccount:kube-system:default"}, []string{
 			`serviceaccounts "default" is forbidden: User "dave@example.com" cannot impersonate resource "serviceaccounts" in API group "" in the namespace "kube-system"`,
 		}},
 		{[]string{"get", "--raw", "/metrics", "--as", "alice@example.com"}, []string{

@@ -24,8 +24,8 @@ func showActingAs(ctx context.Context, l *lab.Lab) error {
 	if err != nil || !strings.Contains(out, "bob@example.com") {
 		return fmt.Errorf("alice may not act as bob: %w: %s", err, out)
 	}
-	fmt.Println("\nBob wants to act as alice:")
-	out, err = kubectl(ctx, l.Callers["bob"], "auth", "whoami", "--as", "alice@example.com")
+	fmt.Println("\nBob wants to read secrets as alice:")
+	out, err = kubectl(ctx, l.Callers["bob"], "get", "--raw", "/api/v1/namespaces/default/secrets", "--as", "alice@example.com")
 	if err == nil || !strings.Contains(out, `"bob@example.com" cannot impersonate resource "users"`) {
 		return fmt.Errorf("bob is not told which permission he lacks: %s", out)
 	}
