@@ -79,7 +79,7 @@ func checkTransports(server *caddyhttp.Server) error {
 		if err != nil || json.Unmarshal(raw, &config) != nil {
 			continue // Caddy says what is wrong with it
 		}
-		authorizes, proxies, reviews := false, false, false
+		authorizes, proxies, reviews, more := false, false, false, false
 		objects(config, func(o map[string]any) {
 			switch o["handler"] {
 			case "tailscale_impersonate":
@@ -88,9 +88,11 @@ func checkTransports(server *caddyhttp.Server) error {
 				proxies = true
 				transport, _ := o["transport"].(map[string]any)
 				reviews = reviews || transport["protocol"] == "kubernetes"
+			case "invoke":
+				more = true
 			}
 		})
-		if authorizes && proxies && !reviews {
+		if authorizes && proxies && !reviews && !more {
 			return errors.New("client_impersonation authorize needs transport kubernetes in reverse_proxy, as its account asks the API server who may act as whom")
 		}
 	}

@@ -189,13 +189,12 @@ func (h *Handler) Cleanup() error {
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	// First of all, so that whatever is decided below and whatever runs next,
 	// nothing that the client says about itself is left to be believed.
-	target, err := h.target(r)
+	target, unclear := h.target(r)
 	asked := impersonate.StripClient(r.Header)
 
-	var conn *tailnet.Conn
-	var decided *decision
+	conn, decided, err := h.identify(r, asked)
 	if err == nil {
-		conn, decided, err = h.identify(r, asked)
+		err = unclear
 	}
 	if err != nil {
 		h.logger.Warn("request refused",

@@ -255,7 +255,7 @@ func TestAProxyThatMayNotAskRefuses(t *testing.T) {
 	eventually(t, "the right to ask is gone", func() error {
 		stderr, err := asBob()
 		if err == nil || !strings.Contains(stderr, `cannot create resource "subjectaccessreviews"`) {
-			return fmt.Errorf("%v %s", err, stderr)
+			return fmt.Errorf("%w %s", err, stderr)
 		}
 		return nil
 	})
