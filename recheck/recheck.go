@@ -242,7 +242,7 @@ func onActing(ctx context.Context, r *Request, mayAct impersonate.StillMay, verd
 			continue
 		}
 		if mayBe := rules[i].MayBe; mayBe != nil {
-			own[i].err = mayBe(r.id.Wish.Target)
+			own[i].err = mayBe(r.ID.Wish.Target)
 		}
 		if own[i].err == nil {
 			own[i].err = mayAct(ctx, v.id, began)

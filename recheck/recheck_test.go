@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -220,7 +221,7 @@ func TestWhoLosesWhatTheAPIServerWasToldIsEnded(t *testing.T) {
 				n.knows(aliceAddr, tt.now)
 				site := new(Config).NewSite(nil, nil, n.rules())
 				c := connect(t, aliceAddr)
-				defer site.Open(c.conn, told("n1", "tag:a", "tag:b"), time.Now()).Close()
+				defer site.Open(t.Context(), c.conn, told("n1", "tag:a", "tag:b"), time.Now()).Close()
 				time.Sleep(interval)
 				synctest.Wait()
 				if tt.reason == "" {
@@ -338,7 +339,7 @@ func act(t *testing.T, site *Site, mayAct impersonate.StillMay) client {
 	id := *alice
 	id.Wish = &impersonate.Wish{Target: &impersonate.Target{User: "bob"}}
 	c := connect(t, aliceAddr)
-	request := site.Open(c.conn, &id, time.Now())
+	request := site.Open(t.Context(), c.conn, &id, time.Now())
 	t.Cleanup(request.Close)
 	request.Require(mayAct)
 	return c
@@ -348,23 +349,23 @@ func TestWhoMayNoLongerActAsSomebodyElseIsEnded(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
 		site := new(Config).NewSite(nil, nil, n.rules())
-		withdrawn := false
+		var withdrawn atomic.Bool
 		acting := act(t, site, func(_ context.Context, caller *impersonate.Identity, since time.Time) error {
 			if caller != alice || since != time.Now() {
 				t.Errorf("asked about %+v since %v; want who the caller is by now", caller, since)
 			}
-			if withdrawn {
+			if withdrawn.Load() {
 				return refusal.Forbidden("alice may not act as bob")
 			}
 			return nil
 		})
 		other := act(t, site, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
 		herself := connect(t, aliceAddr)
-		defer site.Open(herself.conn, alice, time.Now()).Close()
+		defer site.Open(t.Context(), herself.conn, alice, time.Now()).Close()
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		acting.wantOpen(t)
-		withdrawn = true
+		withdrawn.Store(true)
 		time.Sleep(interval)
 		synctest.Wait()
 		acting.wantEnded(t, Refused, "alice may not act as bob")
