@@ -89,7 +89,7 @@ conformance: $(DEMO_PARTS) ## attack the plugin in every way that such proxies a
 
 # Each fuzz target for that long.
 FUZZTIME ?= 60s
-FUZZ_TARGETS := .:FuzzRequest impersonate:FuzzStripClient impersonate:FuzzIdentity guard:FuzzLimit apirequest:FuzzParse
+FUZZ_TARGETS := .:FuzzRequest impersonate:FuzzStripClient impersonate:FuzzIdentity impersonate:FuzzParseTarget guard:FuzzLimit apirequest:FuzzParse
 
 fuzz: ## run every fuzz target for FUZZTIME (default 60s)
 	@for target in $(FUZZ_TARGETS); do \

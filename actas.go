@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"slices"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -77,7 +79,7 @@ func checkTransports(server *caddyhttp.Server) error {
 		if err != nil || json.Unmarshal(raw, &config) != nil {
 			continue // Caddy says what is wrong with it
 		}
-		authorizes, proxies, reviews := false, false, false
+		authorizes, proxies, reviews, more := false, false, false, false
 		objects(config, func(o map[string]any) {
 			switch o["handler"] {
 			case "tailscale_impersonate":
@@ -86,11 +88,24 @@ func checkTransports(server *caddyhttp.Server) error {
 				proxies = true
 				transport, _ := o["transport"].(map[string]any)
 				reviews = reviews || transport["protocol"] == "kubernetes"
+			case "invoke":
+				more = true
 			}
 		})
-		if authorizes && proxies && !reviews {
+		if authorizes && proxies && !reviews && !more {
 			return errors.New("client_impersonation authorize needs transport kubernetes in reverse_proxy, as its account asks the API server who may act as whom")
 		}
 	}
 	return nil
+}
+
+// noteDroppedFields logs that Caddy drops what clients ask for in headers with a dot
+// in their name, unless the server is told of some. The handler never sees them.
+func (h *Handler) noteDroppedFields(server *caddyhttp.Server) {
+	if slices.ContainsFunc(server.ExpectedDotHeaders, func(name string) bool {
+		return strings.HasPrefix(strings.ToLower(name), "impersonate-extra-")
+	}) {
+		return
+	}
+	h.logger.Info("extra fields that clients ask for with kubectl --as are dropped by Caddy if their key has a dot; name them in expected_dot_headers of the servers option if you use them")
 }

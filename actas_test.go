@@ -184,12 +184,13 @@ func TestAuthorizeWithoutTransportKubernetesIsNoConfig(t *testing.T) {
 		{"transport http in a handle", "tailscale_impersonate {\nclient_impersonation authorize\n}\nhandle /api/* {\nreverse_proxy 127.0.0.1:9\n}", false},
 		{"transport http, and not authorize", "tailscale_impersonate\nreverse_proxy 127.0.0.1:9", true},
 		{"transport kubernetes", "tailscale_impersonate {\nclient_impersonation authorize\n}\nreverse_proxy 127.0.0.1:9 {\ntransport kubernetes {\nin_cluster\n}\n}", true},
+		{"transport http, and a route that is invoked", "tailscale_impersonate {\nclient_impersonation authorize\n}\nhandle /api/* {\ninvoke elsewhere\n}\nreverse_proxy 127.0.0.1:9", true},
 		{"the shortcut", "tailscale_kubernetes {\nin_cluster\nclient_impersonation authorize\n}", true},
 		{"transport kubernetes beside another", "tailscale_impersonate {\nclient_impersonation authorize\n}\nhandle /api/* {\nreverse_proxy 127.0.0.1:9 {\ntransport kubernetes {\nin_cluster\n}\n}\n}\nhandle {\nreverse_proxy 127.0.0.1:9\n}", true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			config := new(caddy.Config)
-			if err := json.Unmarshal(adapt(t, fmt.Sprintf("{\nadmin off\npersist_config off\nauto_https off\nstorage file_system %s\nlog {\noutput discard\n}\n}\nhttp://127.0.0.1:%d {\n%s\n}", t.TempDir(), freePort(t), tt.body)), config); err != nil {
+			if err := json.Unmarshal(adapt(t, fmt.Sprintf("{\nadmin off\npersist_config off\nauto_https off\nstorage file_system %s\nlog {\noutput discard\n}\n}\n&(elsewhere) {\nrespond 204\n}\nhttp://127.0.0.1:%d {\n%s\n}", t.TempDir(), freePort(t), tt.body)), config); err != nil {
 				t.Fatal(err)
 			}
 			err := caddy.Validate(config)

@@ -16,6 +16,7 @@
 //	is it still so, in a long request?   recheck
 //	is it a session to be recorded?      recording
 //	is it an event to be recorded?       apievents
+//	may it act as somebody else?         review
 //	which credentials?                   transport
 //	what does a refused client read?     refusal
 //	what does it ask for?                apirequest, matcher
@@ -145,6 +146,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		if err := checkTransports(server); err != nil {
 			return err
 		}
+		h.noteDroppedFields(server)
 	}
 	metrics.Register(ctx.GetMetricsRegistry(), recheck.Streams{})
 	app, err := ctx.App("events")
@@ -234,16 +236,15 @@ func (h *Handler) Cleanup() error {
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	// First of all, so that whatever is decided below and whatever runs next,
 	// nothing that the client says about itself is left to be believed.
-	target, err := h.target(r)
+	target, unclear := h.target(r)
 	asked := impersonate.StripClient(r.Header)
 	if h.Whoami != "" && r.URL.Path == h.Whoami {
 		return h.serveWhoami(w, r)
 	}
 
-	var conn *tailnet.Conn
-	var decided *decision
+	conn, decided, err := h.identify(r, asked)
 	if err == nil {
-		conn, decided, err = h.identify(r, asked)
+		err = unclear
 	}
 	if err != nil {
 		return h.refuse(w, r, decided, err)

@@ -180,7 +180,7 @@ func (r *Rails) CheckTarget(t *impersonate.Target) error {
 		if pattern.Any(r.DenyGroups, group) || (prefixed && pattern.Any(r.DenyGroups, bare)) {
 			return fmt.Errorf("nobody may be in group %s here, which deny_groups names", group)
 		}
-		if len(r.AllowGroups) > 0 && !(prefixed && pattern.Any(r.AllowGroups, bare)) {
+		if len(r.AllowGroups) > 0 && (!prefixed || !pattern.Any(r.AllowGroups, bare)) {
 			return fmt.Errorf("nobody may be in group %s here, which allow_groups does not name", group)
 		}
 	}

@@ -48,20 +48,23 @@ const maxAttributes = 64
 // know for its own (Impersonate_User), keys that cannot be decoded, and empty
 // values are errors. So are the extra fields that are written here.
 func ParseTarget(h http.Header) (*Target, error) {
-	t := &Target{}
-	asks := false
-	for _, name := range slices.Sorted(maps.Keys(h)) {
-		if !foldedPrefix(name, "impersonate-") {
-			continue
+	var names []string
+	for name := range h {
+		if foldedPrefix(name, "impersonate-") {
+			names = append(names, name)
 		}
-		asks = true
+	}
+	if len(names) == 0 {
+		return nil, nil
+	}
+	slices.Sort(names) // for the same answer every time
+	t := &Target{}
+	for _, name := range names {
 		if err := t.parse(name, h[name]); err != nil {
 			return nil, err
 		}
 	}
 	switch {
-	case !asks:
-		return nil, nil
 	case t.User == "":
 		return nil, errors.New("the request asks to impersonate groups, a UID or extra fields without a user")
 	case t.attributes() > maxAttributes:

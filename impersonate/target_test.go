@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/net/http/httpguts"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
@@ -196,4 +197,54 @@ func TestAnUnansweredWishCannotBeSent(t *testing.T) {
 		}
 		transport.CloseIdleConnections()
 	}
+}
+
+// FuzzParseTarget checks that whatever a client sends, what is understood of it is
+// either an error or what the API server understands of what is sent on.
+func FuzzParseTarget(f *testing.F) {
+	f.Add("bob", "a\nb", "1", "Scopes", "x\ny")
+	f.Add("system:serviceaccount:ns:sa", "", "", "Example.com%2FRole", "x")
+	f.Add("bob", "system:masters", "", "%54ailscale-impersonate.github.io%2fnode", "x")
+	f.Add("", "a", "", "", "")
+	f.Add("b\x00b", " a", "\u00e9", "%zz", "")
+	f.Fuzz(func(t *testing.T, user, groups, uid, key, values string) {
+		h := make(http.Header)
+		set := func(name, values string) {
+			if values != "" {
+				h[http.CanonicalHeaderKey(name)] = strings.Split(values, "\n")
+			}
+		}
+		set("Impersonate-User", user)
+		set("Impersonate-Group", groups)
+		set("Impersonate-Uid", uid)
+		if key != "" {
+			set("Impersonate-Extra-"+key, values)
+		}
+		target, err := impersonate.ParseTarget(h)
+		if err != nil || target == nil {
+			if target != nil {
+				t.Errorf("got %+v along with %v", target, err)
+			}
+			return
+		}
+		sent := make(http.Header)
+		(&impersonate.Identity{User: "alice@example.com"}).As(target, target.Groups).SetHeaders(sent)
+		got := &impersonate.Target{User: sent.Get("Impersonate-User"), UID: sent.Get("Impersonate-Uid"), Groups: sent["Impersonate-Group"]}
+		for name, values := range sent {
+			for _, value := range values {
+				if !httpguts.ValidHeaderFieldName(name) || !httpguts.ValidHeaderFieldValue(value) || strings.TrimSpace(value) != value {
+					t.Errorf("%s: %q is not what a header carries", name, value)
+				}
+			}
+			if strings.HasPrefix(name, "Impersonate-Extra-") && decodeExtra(t, name) != impersonate.ExtraOriginalUser {
+				got.Extra = map[string][]string{decodeExtra(t, name): values}
+			}
+		}
+		if diff := cmp.Diff(target, got); diff != "" {
+			t.Errorf("what is sent (-understood +sent):\n%s", diff)
+		}
+		if got := sent.Get("Impersonate-User"); got != user {
+			t.Errorf("sent as %q; want %q", got, user)
+		}
+	})
 }

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -348,12 +349,12 @@ func TestWhoMayNoLongerActAsSomebodyElseIsEnded(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
 		site := new(Config).NewSite(nil, nil, n.rules())
-		withdrawn := false
+		var withdrawn atomic.Bool
 		acting := act(t, site, func(_ context.Context, caller *impersonate.Identity, since time.Time) error {
 			if caller != alice || since != time.Now() {
 				t.Errorf("asked about %+v since %v; want who the caller is by now", caller, since)
 			}
-			if withdrawn {
+			if withdrawn.Load() {
 				return refusal.Forbidden("alice may not act as bob")
 			}
 			return nil
@@ -364,7 +365,7 @@ func TestWhoMayNoLongerActAsSomebodyElseIsEnded(t *testing.T) {
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		acting.wantOpen(t)
-		withdrawn = true
+		withdrawn.Store(true)
 		time.Sleep(interval)
 		synctest.Wait()
 		acting.wantEnded(t, Refused, "alice may not act as bob")

@@ -25,7 +25,11 @@ import (
 // actAs returns the identity that caller wants to be sent as in r, if the API server
 // that r is for says that it may.
 func (t *Transport) actAs(r *http.Request, caller *impersonate.Identity) (*impersonate.Identity, *apierrors.StatusError) {
-	wish, host := caller.Wish, r.URL.Host
+	wish, host, agent := caller.Wish, r.URL.Host, userAgent
+	if caller.RequestID != "" {
+		// For the audit log, where a request that is refused appears in no other way.
+		agent += " (request " + caller.RequestID + ")"
+	}
 	question := review.Question{
 		Caller:  caller,
 		Target:  wish.Target,
@@ -33,7 +37,7 @@ func (t *Transport) actAs(r *http.Request, caller *impersonate.Identity) (*imper
 		Since:   time.Now().Add(-wish.MaxAge),
 	}
 	ask := func(ctx context.Context, review *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
-		return t.cluster.review(ctx, host, review)
+		return t.cluster.review(ctx, host, agent, review)
 	}
 	id, refused := t.reviewer.Authorize(r.Context(), ask, question)
 	if refused != nil {
@@ -58,12 +62,15 @@ func (t *Transport) actAs(r *http.Request, caller *impersonate.Identity) (*imper
 	return id, nil
 }
 
+// userAgent is what the proxy calls itself where it asks the API server something.
+const userAgent = "caddy-tailscale-impersonate"
+
 // maxReview is how long an API server's answer to a review may be, in bytes.
 const maxReview = 1 << 20
 
 // review asks the API server at host to review whether somebody may do something,
-// as the proxy itself.
-func (c *cluster) review(ctx context.Context, host string, review *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
+// as the proxy itself, which calls itself agent.
+func (c *cluster) review(ctx context.Context, host, agent string, review *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
 	review.TypeMeta = metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: "SubjectAccessReview"}
 	body, err := json.Marshal(review)
 	if err != nil {
@@ -80,6 +87,7 @@ func (c *cluster) review(ctx context.Context, host string, review *authorization
 	}
 	r.Header.Set("Content-Type", "application/json")
 	r.Header.Set("Accept", "application/json")
+	r.Header.Set("User-Agent", agent)
 	if authorization != "" {
 		r.Header.Set("Authorization", authorization)
 	}

@@ -105,6 +105,7 @@ func TestWhoMayActAsSomebodyElseIsSentAsThat(t *testing.T) {
 	s := newReviewingServer(t, "impersonate")
 	tr := newTransport(t, kubeconfig{server: s.URL + "/clusters/a", cluster: map[string]any{"certificate-authority-data": s.ca()}, user: token})
 	a := newActing()
+	a.RequestID = "f00"
 	r := a.request(s, "/api/v1/namespaces/default/pods", "Impersonate-User", "forged", "Impersonate-Uid", "forged")
 	roundTrip(t, tr, r)
 
@@ -112,6 +113,7 @@ func TestWhoMayActAsSomebodyElseIsSentAsThat(t *testing.T) {
 		"Authorization":     {"Bearer proxy-token"},
 		"Impersonate-User":  {"bob"},
 		"Impersonate-Group": {"viewers"},
+		"Impersonate-Extra-Tailscale-Impersonate.github.io%2frequest-Id":      {"f00"},
 		"Impersonate-Extra-Tailscale-Impersonate.github.io%2foriginal-User":   {"alice@example.com"},
 		"Impersonate-Extra-Tailscale-Impersonate.github.io%2foriginal-Groups": {"tailnet-readers", "b"},
 	}
@@ -128,6 +130,9 @@ func TestWhoMayActAsSomebodyElseIsSentAsThat(t *testing.T) {
 		}
 		if diff := cmp.Diff(http.Header{"Authorization": {"Bearer proxy-token"}}, protectedHeaders(asked.Header)); diff != "" {
 			t.Errorf("headers of a review (-want +got):\n%s", diff)
+		}
+		if agent := asked.UserAgent(); agent != "caddy-tailscale-impersonate (request f00)" {
+			t.Errorf("a review comes from %q; want it to name the request", agent)
 		}
 	}
 	verbs := make([]string, 0, len(s.specs))

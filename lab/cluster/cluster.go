@@ -38,11 +38,14 @@ const (
 )
 
 // auditPolicy logs every request once, when it is answered. Requests that stay
-// open, such as watches and exec, are logged when they begin as well.
+// open, such as watches and exec, are logged when they begin as well. Of reviews of
+// who may do what, the question and the answer are logged.
 const auditPolicy = `apiVersion: audit.k8s.io/v1
 kind: Policy
 omitStages: [RequestReceived]
 rules:
+  - level: RequestResponse
+    resources: [{group: authorization.k8s.io, resources: [subjectaccessreviews]}]
   - level: Metadata
 `
 

@@ -127,7 +127,7 @@ func giveErinRights(t *testing.T) {
 	eventually(t, "the rights are in force", func() error {
 		for _, user := range []string{"for-everybody", "for-group-a", "old-user", "new-user", "system:node:new-node", "system:serviceaccount:default:new-account", "system:serviceaccount:default:old-account"} {
 			if o, err := do(t.Context(), direct, rest.ImpersonationConfig{UserName: user}, whoami); err != nil || o.Refused != "" {
-				return fmt.Errorf("as %s: %v %s", user, err, o.Refused)
+				return fmt.Errorf("as %s: %w %s", user, err, o.Refused)
 			}
 		}
 		return nil

@@ -48,11 +48,11 @@ func TestKubectlAsSaysWhichPermissionIsMissing(t *testing.T) {
 		args []string
 		want []string
 	}{
-		{[]string{"get", "pods", "--as", "alice@example.com"}, []string{
+		{[]string{"get", "--raw", "/api/v1/namespaces/default/pods", "--as", "alice@example.com"}, []string{
 			`users "alice@example.com" is forbidden: User "dave@example.com" cannot impersonate resource "users" in API group "" at the cluster scope`,
 			`pods is forbidden: User "dave@example.com" cannot impersonate-on:user-info:list resource "pods" in API group "" in the namespace "default"`,
 		}},
-		{[]string{"get", "pods", "--as", "system:serviceaccount:kube-system:default"}, []string{
+		{[]string{"get", "--raw", "/version", "--as", "system:serviceaccount:kube-system:default"}, []string{
 			`serviceaccounts "default" is forbidden: User "dave@example.com" cannot impersonate resource "serviceaccounts" in API group "" in the namespace "kube-system"`,
 		}},
 		{[]string{"get", "--raw", "/metrics", "--as", "alice@example.com"}, []string{
@@ -127,7 +127,7 @@ func TestImpersonationHeadersThatAreNotKubectlsAreRefused(t *testing.T) {
 		{"Impersonate-Group: system:masters"},
 		{"Impersonate-User: bob@example.com", "Impersonate-User: system:admin"},
 		{"Impersonate-User: bob@example.com", "Impersonate-Something-New: x"},
-		{"Impersonate-User: bob@example.com", "Impersonate-Extra-Tailscale-Impersonate.github.io%2Foriginal-User: dave@example.com"},
+		{"Impersonate-User: bob@example.com", "Impersonate-Extra-Tailscale-Impersonate%2Egithub%2Eio%2Foriginal-User: dave@example.com"},
 		{"Impersonate-User: bob@example.com", "Impersonate-Extra-%zz: x"},
 		{"Impersonate-User: "},
 	} {
@@ -255,7 +255,7 @@ func TestAProxyThatMayNotAskRefuses(t *testing.T) {
 	eventually(t, "the right to ask is gone", func() error {
 		stderr, err := asBob()
 		if err == nil || !strings.Contains(stderr, `cannot create resource "subjectaccessreviews"`) {
-			return fmt.Errorf("%v %s", err, stderr)
+			return fmt.Errorf("%w %s", err, stderr)
 		}
 		return nil
 	})

@@ -105,6 +105,7 @@ type auditEvent struct {
 	AuditID          string
 	RequestURI       string
 	Verb             string
+	ObjectRef        *objectRef
 	User             userInfo
 	ImpersonatedUser *userInfo
 	ResponseStatus   struct{ Code int }

@@ -148,7 +148,7 @@ func info(u user.Info) user.DefaultInfo {
 // reviews is what the API server's own filter decides: who is sent, or that it is
 // refused and why.
 func TestDecisionsAreThoseOfTheAPIServer(t *testing.T) {
-	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // it has to be the same in every run
+	random := rand.New(rand.NewPCG(1, 2))
 	pick := func(of ...string) string { return of[random.IntN(len(of))] }
 	some := func(most int, of ...string) []string {
 		random.Shuffle(len(of), func(i, j int) { of[i], of[j] = of[j], of[i] })

@@ -67,6 +67,7 @@ func labSites(first int, plain, encrypted, kubeconfig string) []site {
 		{name: "transport http, strip", body: handler("strip") + toPlain},
 		{name: "transport kubernetes, reject", body: handler("reject") + toEncrypted(""), authorization: own, http3: true},
 		{name: "transport kubernetes, strip", body: handler("strip") + toEncrypted(""), authorization: own},
+		{name: "transport kubernetes, authorize", body: handler("authorize") + toEncrypted(""), authorization: own},
 		{name: "transport kubernetes, and header_up against it", body: handler("strip") + "\thandle {\n" + toEncrypted(against) + "\t}\n", authorization: own, pitfall: "2"},
 		{name: "transport kubernetes without the handler", body: toEncrypted(""), pitfall: "36", nobody: true},
 		{name: "behind the PROXY protocol", body: handler("strip") + toPlain, pitfall: "16", nobody: true, options: "protocols h1\nlistener_wrappers {\n\tproxy_protocol\n\ttls\n}"},

@@ -94,6 +94,9 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 	if err := showRecording(ctx, l); err != nil {
 		return err
 	}
+	if err := showActingAs(ctx, l); err != nil {
+		return err
+	}
 	if once {
 		return nil
 	}
@@ -111,6 +114,8 @@ https://k8s.tailnet.example {
 	tls internal
 	tailscale_kubernetes {
 		kubeconfig ` + l.Kubeconfig() + `
+		client_impersonation authorize
+		audit
 	}
 }
 `
