@@ -203,13 +203,13 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	decided.setPlaceholders(r)
 
 	// From here on the caller can lose what it had, and the request ends.
-	request := h.site.Open(conn, id, decided.asked)
+	request := h.site.Open(r.Context(), conn, id, decided.asked)
 	defer request.Close()
 
 	// The identity travels in the context as well: transport kubernetes takes
 	// it from there and writes the headers anew, so that no handler and no
 	// header_up between here and there has a say in it.
-	r = r.WithContext(impersonate.NewContext(r.Context(), id))
+	r = r.WithContext(request)
 	id.SetHeaders(r.Header)
 	// It must not remain on the request that handle_errors starts over with.
 	defer impersonate.RemoveHeaders(r.Header)

@@ -74,10 +74,12 @@ type Rules struct {
 	Ended func(*Ended)
 }
 
-// Request is an open request.
+// Request is an open request, and the context that it is made in. They are one, as
+// there is one of each for every request that is ever made.
 type Request struct {
+	impersonate.Context
+
 	conn *tailnet.Conn
-	id   *impersonate.Identity
 
 	// What follows is guarded by mu.
 
@@ -91,9 +93,10 @@ type Request struct {
 }
 
 // Open records a request on conn that is made as id, which was found out at asked.
-// Close must be called when it has ended.
-func (s *Site) Open(conn *tailnet.Conn, id *impersonate.Identity, asked time.Time) *Request {
-	r := &Request{conn: conn, id: id, confirmed: asked}
+// The request's context is ctx, and carries id. Close must be called when it has
+// ended.
+func (s *Site) Open(ctx context.Context, conn *tailnet.Conn, id *impersonate.Identity, asked time.Time) *Request {
+	r := &Request{Context: impersonate.Context{Context: ctx, ID: id}, conn: conn, confirmed: asked}
 	mu.Lock()
 	defer mu.Unlock()
 	for s.next != nil {
@@ -166,7 +169,7 @@ func judge(c caller, requests []*Request, rules []Rules, began time.Time) {
 				continue
 			}
 			if ended == nil {
-				ended = &Ended{Reason: reason, Detail: detail, Remote: c.remote, User: r.id.User}
+				ended = &Ended{Reason: reason, Detail: detail, Remote: c.remote, User: r.ID.User}
 			}
 			r.ended = true
 			ended.Requests++
@@ -199,12 +202,12 @@ type verdict struct {
 func (v verdict) on(r *Request, now time.Time) (sure bool, reason Reason, detail string) {
 	switch {
 	case v.err == nil:
-		reason, detail = lost(r.id, v.id)
+		reason, detail = lost(r.ID, v.id)
 		return true, reason, detail
 	case apierrors.IsForbidden(v.err):
 		return true, Refused, v.err.Error()
 	case now.Sub(r.confirmed) > v.grace:
-		return false, Unconfirmed, fmt.Sprintf("%s could not be checked for %v: %v", r.id.User, v.grace, v.err)
+		return false, Unconfirmed, fmt.Sprintf("%s could not be checked for %v: %v", r.ID.User, v.grace, v.err)
 	}
 	return false, "", ""
 }

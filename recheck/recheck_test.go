@@ -180,9 +180,9 @@ func TestWhoLosesAccessIsEndedWithinTheInterval(t *testing.T) {
 				n := newNetwork()
 				site := new(Config).NewSite(nil, nil, n.rules())
 				of, other := connect(t, aliceAddr), connect(t, bobAddr)
-				request := site.Open(of.conn, alice, time.Now())
+				request := site.Open(t.Context(), of.conn, alice, time.Now())
 				defer request.Close()
-				defer site.Open(other.conn, bob, time.Now()).Close()
+				defer site.Open(t.Context(), other.conn, bob, time.Now()).Close()
 				time.Sleep(time.Minute)
 				of.wantOpen(t)
 				n.knows(aliceAddr, tt.now)
@@ -204,7 +204,7 @@ func TestGainingSomethingEndsNothing(t *testing.T) {
 		n := newNetwork()
 		site := new(Config).NewSite(nil, nil, n.rules())
 		c := connect(t, aliceAddr)
-		defer site.Open(c.conn, alice, time.Now()).Close()
+		defer site.Open(t.Context(), c.conn, alice, time.Now()).Close()
 		n.knows(aliceAddr, &impersonate.Identity{User: alice.User, Groups: []string{"c", "b", "a"}})
 		time.Sleep(time.Minute)
 		c.wantOpen(t)
@@ -218,8 +218,8 @@ func TestARequestThatBeganWithLessGoesOn(t *testing.T) {
 		site := new(Config).NewSite(nil, nil, n.rules())
 		less := &impersonate.Identity{User: alice.User, Groups: []string{"b"}}
 		c, d := connect(t, aliceAddr), connect(t, aliceAddr)
-		defer site.Open(c.conn, less, time.Now()).Close()
-		defer site.Open(d.conn, alice, time.Now()).Close()
+		defer site.Open(t.Context(), c.conn, less, time.Now()).Close()
+		defer site.Open(t.Context(), d.conn, alice, time.Now()).Close()
 		n.knows(aliceAddr, less)
 		time.Sleep(time.Minute)
 		c.wantOpen(t)
@@ -232,9 +232,9 @@ func TestAllRequestsOfACallerCostOneQuestion(t *testing.T) {
 		n := newNetwork()
 		site := new(Config).NewSite(nil, nil, n.rules())
 		for range 1000 {
-			defer site.Open(connect(t, aliceAddr).conn, alice, time.Now()).Close()
+			defer site.Open(t.Context(), connect(t, aliceAddr).conn, alice, time.Now()).Close()
 		}
-		defer site.Open(connect(t, bobAddr).conn, bob, time.Now()).Close()
+		defer site.Open(t.Context(), connect(t, bobAddr).conn, bob, time.Now()).Close()
 		time.Sleep(10*interval + interval/2)
 		asked, _ := n.seen()
 		if diff := cmp.Diff(map[netip.Addr]int{aliceAddr: 10, bobAddr: 10}, asked, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
@@ -248,7 +248,7 @@ func TestShortRequestsCostNoQuestion(t *testing.T) {
 		n := newNetwork()
 		site := new(Config).NewSite(nil, nil, n.rules())
 		for range 1000 {
-			site.Open(connect(t, aliceAddr).conn, alice, time.Now()).Close()
+			site.Open(t.Context(), connect(t, aliceAddr).conn, alice, time.Now()).Close()
 			time.Sleep(100 * time.Millisecond)
 		}
 		time.Sleep(time.Minute)
@@ -268,7 +268,7 @@ func TestWhoCannotBeCheckedGoesOnForTheGrace(t *testing.T) {
 		n := newNetwork()
 		site := new(Config).NewSite(nil, nil, n.rules())
 		c := connect(t, aliceAddr)
-		defer site.Open(c.conn, alice, time.Now()).Close()
+		defer site.Open(t.Context(), c.conn, alice, time.Now()).Close()
 		time.Sleep(interval)
 		synctest.Wait() // the last check that succeeds
 		n.fails(refusal.TryAgain("no answer"))
@@ -286,7 +286,7 @@ func TestACheckThatSucceedsStartsTheGraceAnew(t *testing.T) {
 		n := newNetwork()
 		site := new(Config).NewSite(nil, nil, n.rules())
 		c := connect(t, aliceAddr)
-		defer site.Open(c.conn, alice, time.Now()).Close()
+		defer site.Open(t.Context(), c.conn, alice, time.Now()).Close()
 		for range 5 {
 			n.fails(errors.New("no answer"))
 			time.Sleep(grace - interval)
@@ -315,8 +315,8 @@ func TestCallersAreAskedAboutAtOnce(t *testing.T) {
 		}
 		site := new(Config).NewSite(nil, nil, rules)
 		silent, c := connect(t, aliceAddr), connect(t, bobAddr)
-		defer site.Open(silent.conn, alice, time.Now()).Close()
-		defer site.Open(c.conn, bob, time.Now()).Close()
+		defer site.Open(t.Context(), silent.conn, alice, time.Now()).Close()
+		defer site.Open(t.Context(), c.conn, bob, time.Now()).Close()
 		n.knows(bobAddr, nil)
 		time.Sleep(interval)
 		synctest.Wait()
@@ -333,7 +333,7 @@ func TestWithoutASuccessorASiteGoesOnByItsOwnRules(t *testing.T) {
 		second.NewSite([]string{":8443"}, "a", newNetwork().rules())
 		first.Run()
 		c := connect(t, aliceAddr)
-		defer site.Open(c.conn, alice, time.Now()).Close()
+		defer site.Open(t.Context(), c.conn, alice, time.Now()).Close()
 		second.Run()
 		n.knows(aliceAddr, nil)
 		time.Sleep(interval)
@@ -403,14 +403,14 @@ func TestAfterAReloadTheNewRulesJudge(t *testing.T) {
 				before, sites := config(tt.old)
 				before.Run()
 				c := connect(t, aliceAddr)
-				request := sites[0].Open(c.conn, alice, time.Now())
+				request := sites[0].Open(t.Context(), c.conn, alice, time.Now())
 				defer request.Close()
 				after, _ := config(tt.new)
 				after.Run()
 				after.Run() // as every handler of the config calls it
 				// A connection that the old config has accepted outlives it.
 				late := connect(t, aliceAddr)
-				defer sites[0].Open(late.conn, alice, time.Now()).Close()
+				defer sites[0].Open(t.Context(), late.conn, alice, time.Now()).Close()
 				time.Sleep(interval)
 				synctest.Wait()
 				for _, c := range []client{c, late} {
@@ -433,7 +433,7 @@ func TestTheConfigAfterNextJudgesAsWell(t *testing.T) {
 		second.NewSite([]string{":443"}, "b", without(aliceAddr).rules())
 		first.Run()
 		c := connect(t, aliceAddr)
-		defer site.Open(c.conn, alice, time.Now()).Close()
+		defer site.Open(t.Context(), c.conn, alice, time.Now()).Close()
 		none.Run()
 		time.Sleep(time.Minute)
 		c.wantOpen(t)
@@ -450,7 +450,7 @@ func TestWhatIsReported(t *testing.T) {
 		site := new(Config).NewSite(nil, nil, n.rules())
 		one, two := connect(t, aliceAddr), connect(t, aliceAddr)
 		for _, c := range []client{one, one, two} {
-			defer site.Open(c.conn, alice, time.Now()).Close()
+			defer site.Open(t.Context(), c.conn, alice, time.Now()).Close()
 		}
 		n.knows(aliceAddr, bob)
 		time.Sleep(interval)

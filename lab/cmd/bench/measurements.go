@@ -122,6 +122,7 @@ func (b *bench) lists(ctx context.Context, r *report) (err error) {
 // watched is what a thousand watches cost a proxy, each.
 type watched struct {
 	memory     float64 // resident, in bytes
+	stacks     float64 // what goroutines have of it at most, in bytes
 	goroutines float64
 	// connections are those of all watches together.
 	down, up int
@@ -176,7 +177,7 @@ func (b *bench) watchesOn(ctx context.Context, kind string) (w watched, err erro
 	if err := t.get(ctx, small); err != nil { // what the first request brings along is not the watches'
 		return watched{}, err
 	}
-	before, goroutines, err := p.memory()
+	before, err := p.memory()
 	if err != nil {
 		return watched{}, err
 	}
@@ -213,14 +214,16 @@ func (b *bench) watchesOn(ctx context.Context, kind string) (w watched, err erro
 		return watched{}, err
 	default:
 	}
-	after, more, err := p.memory()
+	after, err := p.memory()
 	if err != nil {
 		return watched{}, err
 	}
 	up, err := connections(p.cmd.Process.Pid, b.lab.Cluster.Host())
 	return watched{
-		memory: float64(after-before) / n, goroutines: float64(more-goroutines) / n,
-		down: int(dials.Load()), up: up,
+		memory:     float64(after.resident-before.resident) / n,
+		stacks:     float64(after.Stacks-before.Stacks) / n,
+		goroutines: float64(after.Goroutines-before.Goroutines) / n,
+		down:       int(dials.Load()), up: up,
 	}, err
 }
 
@@ -347,55 +350,101 @@ func cp(ctx context.Context, kubeconfig, payload string) error {
 }
 
 // peers measures a small answer on tailnets of more and more peers, each with a
-// grant of its own.
+// grant of its own: first the plugin on all of them in turn, then on each in turn
+// with Tailscale's proxy, of which a machine has room for one (it listens on port
+// 80 of localhost).
 func (b *bench) peers(ctx context.Context, r *report) error {
+	measure := func(t target, _ bool) (sample, error) { return t.load(ctx, small, 16, b.slice) }
+	var tailnets []*tailnet
+	var plugins []target
 	for _, n := range peerCounts {
-		if err := b.peersOf(ctx, r, n); err != nil {
+		tn, err := b.tailnetOf(ctx, n)
+		if err != nil {
 			return fmt.Errorf("%d peers: %w", n, err)
 		}
-		fmt.Printf("  %d peers: done\n", n)
+		defer tn.stop()
+		t, err := tn.start(ctx, plugin)
+		if err != nil {
+			return fmt.Errorf("%d peers: %w", n, err)
+		}
+		t.kind = fmt.Sprint(n)
+		tailnets, plugins = append(tailnets, tn), append(plugins, t)
+	}
+	var err error
+	if r.growth, err = b.inRounds(plugins, measure); err != nil {
+		return err
+	}
+	for i, n := range peerCounts {
+		other, err := tailnets[i].start(ctx, official)
+		if err != nil {
+			return fmt.Errorf("%d peers: %w", n, err)
+		}
+		mine := plugins[i]
+		mine.kind = plugin
+		if r.peers[n], err = b.inRounds([]target{mine, other}, measure); err != nil {
+			return err
+		}
+		if err := other.proxy.stop(); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-func (b *bench) peersOf(ctx context.Context, r *report, n int) (err error) {
-	control := startControl(n, b.lab.Headscale.DERPMap())
-	defer control.stop()
+// tailnet is one that Tailscale's control server for tests has made up.
+type tailnet struct {
+	bench   *bench
+	control *control
+	caller  *tsnet.Server
+	proxies []*proxy
+}
+
+// tailnetOf starts a tailnet of n peers.
+func (b *bench) tailnetOf(ctx context.Context, n int) (*tailnet, error) {
+	tn := &tailnet{bench: b, control: startControl(n, b.lab.Headscale.DERPMap())}
 	discard := func(string, ...any) {}
 	dir, err := os.MkdirTemp(b.dir, "caller-")
 	if err != nil {
-		return err
+		tn.stop()
+		return nil, err
 	}
-	caller := &tsnet.Server{Hostname: "caller", Dir: dir, ControlURL: control.url(), Logf: discard, UserLogf: discard}
-	defer func() { err = errors.Join(err, caller.Close()) }()
-	if _, err := caller.Up(ctx); err != nil {
-		return err
+	tn.caller = &tsnet.Server{Hostname: "caller", Dir: dir, ControlURL: tn.control.url(), Logf: discard, UserLogf: discard}
+	if _, err := tn.caller.Up(ctx); err != nil {
+		tn.stop()
+		return nil, err
 	}
-	ip4, _ := caller.TailscaleIPs()
-	control.grant(ip4)
-	var targets []target
-	for _, kind := range []string{plugin, official} {
-		p, err := b.startOn(kind, b.answers, control.url(), "any-will-do")
-		if err != nil {
-			return err
+	ip4, _ := tn.caller.TailscaleIPs()
+	tn.control.grant(ip4)
+	return tn, nil
+}
+
+// start starts a proxy on the tailnet and waits until it answers.
+func (tn *tailnet) start(ctx context.Context, kind string) (target, error) {
+	p, err := tn.bench.startOn(kind, tn.bench.answers, tn.control.url(), "any-will-do")
+	if err != nil {
+		return target{}, err
+	}
+	tn.proxies = append(tn.proxies, p)
+	t := through(p, tn.caller)
+	// Until the node knows the caller, and what it is granted.
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		if err = t.get(ctx, small); err == nil || ctx.Err() != nil {
+			break
 		}
-		defer func() { err = errors.Join(err, p.stop()) }()
-		targets = append(targets, through(p, caller))
+		time.Sleep(100 * time.Millisecond)
 	}
-	for _, t := range targets {
-		// Until the node knows the caller, and what it is granted.
-		for began := time.Now(); ; time.Sleep(100 * time.Millisecond) {
-			err := t.get(ctx, small)
-			if err == nil {
-				break
-			}
-			if time.Since(began) > time.Minute {
-				return fmt.Errorf("%s: %w", t.kind, err)
-			}
-		}
+	return t, err
+}
+
+// stop stops all that is on the tailnet and still runs.
+func (tn *tailnet) stop() {
+	for _, p := range tn.proxies {
+		_ = p.stop() // it may have been stopped already
 	}
-	r.peers[n], err = b.inRounds(targets, func(t target, warmUp bool) (sample, error) {
-		return t.load(ctx, small, 16, b.slice)
-	})
-	return err
+	if tn.caller != nil {
+		_ = tn.caller.Close()
+	}
+	tn.control.stop()
 }

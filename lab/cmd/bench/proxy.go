@@ -48,8 +48,13 @@ type spec struct {
 // up is what a proxy's process says once it serves.
 type up struct{ Address string }
 
-// usage is what a proxy's process says of itself when it is asked.
-type usage struct{ Goroutines int }
+// usage is what a proxy's process needs. All but what the operating system tells, it
+// says of itself when it is asked.
+type usage struct {
+	Goroutines int
+	Stacks     int64 // the memory of their stacks, in bytes
+	resident   int64 // memory, in bytes
+}
 
 // serveProxy is a proxy's process: one node on the tailnet, and nothing else.
 func serveProxy() error {
@@ -87,7 +92,9 @@ func serveProxy() error {
 		// What nothing needs any more is not the work's.
 		runtime.GC()
 		debug.FreeOSMemory()
-		if err := out.Encode(usage{runtime.NumGoroutine()}); err != nil {
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		if err := out.Encode(usage{Goroutines: runtime.NumGoroutine(), Stacks: int64(m.StackInuse)}); err != nil { //nolint:gosec // far from 2^63
 			return err
 		}
 	}
@@ -218,26 +225,25 @@ func (p *proxy) cpu() (time.Duration, error) {
 	return time.Duration(ts.Nano()), nil
 }
 
-// memory returns the resident memory of the process in bytes, and how many
-// goroutines it has.
-func (p *proxy) memory() (resident int64, goroutines int, err error) {
+// memory returns what the process needs now.
+func (p *proxy) memory() (u usage, err error) {
 	if err := p.in.Encode(struct{}{}); err != nil {
-		return 0, 0, err
+		return usage{}, err
 	}
-	var u usage
 	if err := p.out.Decode(&u); err != nil {
-		return 0, 0, err
+		return usage{}, err
 	}
 	status, err := os.Open(filepath.Join("/proc", strconv.Itoa(p.cmd.Process.Pid), "status"))
 	if err != nil {
-		return 0, 0, err
+		return usage{}, err
 	}
 	defer status.Close()
 	for scanner := bufio.NewScanner(status); scanner.Scan(); {
 		if value, ok := strings.CutPrefix(scanner.Text(), "VmRSS:"); ok {
 			kB, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(value, "kB")), 10, 64)
-			return kB << 10, u.Goroutines, err
+			u.resident = kB << 10
+			return u, err
 		}
 	}
-	return 0, 0, fmt.Errorf("%s has no VmRSS", status.Name())
+	return usage{}, fmt.Errorf("%s has no VmRSS", status.Name())
 }
