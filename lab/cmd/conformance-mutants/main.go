@@ -107,6 +107,10 @@ func run(ctx context.Context, only, by string, find bool) error {
 	if bad > 0 {
 		return fmt.Errorf("%d of %d mutants were not caught", bad, tried)
 	}
+	if find {
+		fmt.Printf("The lines of all %d mutants are where the table says.\n", tried)
+		return nil
+	}
 	fmt.Printf("All %d mutants were caught.\n", tried)
 	return nil
 }
