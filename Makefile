@@ -88,7 +88,7 @@ conformance-mutants: $(DEMO_PARTS) ## take away each line that security rests on
 
 # Each fuzz target for that long.
 FUZZTIME ?= 60s
-FUZZ_TARGETS := .:FuzzRequest impersonate:FuzzStripClient impersonate:FuzzIdentity guard:FuzzLimit
+FUZZ_TARGETS := .:FuzzRequest impersonate:FuzzStripClient impersonate:FuzzIdentity guard:FuzzLimit transport:FuzzPath
 
 fuzz: ## run every fuzz target for FUZZTIME (default 60s)
 	@for target in $(FUZZ_TARGETS); do \

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -239,12 +240,14 @@ func wantIdentity(t *testing.T, device *lab.Caller, user string, groups ...strin
 	within(t, time.Minute, device.Name+" is "+user, func() error {
 		plain.take()
 		status := ask(client, "http://"+lab.ProxyName+":"+portHTTPTransport+"/api")
-		for _, r := range plain.take() {
-			if r.Header.Get("Impersonate-User") == user && strings.Join(r.Header["Impersonate-Group"], " ") == strings.Join(groups, " ") {
-				return nil
-			}
-			return fmt.Errorf("it is %q in groups %q", r.Header["Impersonate-User"], r.Header["Impersonate-Group"])
+		requests := plain.take()
+		if len(requests) == 0 {
+			return fmt.Errorf("its requests are answered with %d", status)
 		}
-		return fmt.Errorf("its requests are answered with %d", status)
+		h := requests[len(requests)-1].Header
+		if h.Get("Impersonate-User") != user || !slices.Equal(h["Impersonate-Group"], groups) {
+			return fmt.Errorf("it is %q in groups %q", h["Impersonate-User"], h["Impersonate-Group"])
+		}
+		return nil
 	})
 }
