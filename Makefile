@@ -44,10 +44,10 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components assets-note asciicast demo test test-long conformance fuzz bench lint xcaddy clean
+.PHONY: help components assets-note asciicast demo test test-long conformance conformance-mutants fuzz bench lint xcaddy clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # What the demo runs, and what only the tests run.
 DEMO_PARTS := $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale)
@@ -87,9 +87,12 @@ test-long: components ## run the tests that wait for minutes: silence, pauses, t
 conformance: $(DEMO_PARTS) ## attack the plugin in every way that such proxies are known to fail
 	cd lab && go run ./cmd/conformance
 
+conformance-mutants: $(DEMO_PARTS) ## take away each line that security rests on, one at a time, and see a test or an attack notice
+	cd lab && go run ./cmd/conformance-mutants
+
 # Each fuzz target for that long.
 FUZZTIME ?= 60s
-FUZZ_TARGETS := .:FuzzRequest impersonate:FuzzStripClient impersonate:FuzzIdentity impersonate:FuzzParseTarget guard:FuzzLimit apirequest:FuzzParse
+FUZZ_TARGETS := .:FuzzRequest impersonate:FuzzStripClient impersonate:FuzzIdentity impersonate:FuzzParseTarget guard:FuzzLimit apirequest:FuzzParse transport:FuzzPath
 
 fuzz: ## run every fuzz target for FUZZTIME (default 60s)
 	@for target in $(FUZZ_TARGETS); do \

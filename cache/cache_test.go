@@ -109,6 +109,18 @@ func TestWithoutATTLEveryRequestAsks(t *testing.T) {
 	})
 }
 
+// Nor does it wait for an answer that another request, on the same connection, asked
+// for before.
+func TestWithoutATTLNoEarlierQuestionIsWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache(t, 0, &asker{takes: 100 * time.Millisecond})
+		accepted := time.Now()
+		go func() { _, _ = c.Get(t.Context(), alice, accepted) }()
+		time.Sleep(50 * time.Millisecond)
+		want(t, c, alice, accepted, "2")
+	})
+}
+
 func TestCallersThatDifferInAnyWayAreAskedAboutApart(t *testing.T) {
 	c := newCache(t, time.Hour, new(asker))
 	accepted := time.Now()

@@ -29,4 +29,16 @@
 //     choose their own login names.
 //   - Everything that is in doubt is an error with a zero [Identity]. There is no
 //     anonymous, no default and no partial identity.
+//
+// The tailnet's control server is trusted to say who owns a device, and whoever
+// edits its policy file to say what is granted: between them they can be anybody in
+// the cluster. They are not trusted with names that are the cluster's own, nor to
+// know what a header carries. A tailnet whose devices were shared into this one is
+// trusted to say who owns them, but not to tag them. The client is trusted to hold
+// its device's key, and in nothing that it sends.
+//
+// That the answer is about the peer at the other end of the connection, and not too
+// old, is for packages tailnet and cache to see to; that credentials go nowhere
+// without an identity, for package transport. What the caller does with the rights
+// that it has is RBAC's to judge. SECURITY.md says all of it, and how to report a hole.
 package impersonate

@@ -176,16 +176,16 @@ func (p Proxy) sendHTTP3(ctx context.Context, a attack, marker string) error {
 	if err != nil {
 		return err
 	}
-	defer packets.Close()
+	defer func() { _ = packets.Close() }()
 	over := &quic.Transport{Conn: packets}
-	defer over.Close()
+	defer func() { _ = over.Close() }()
 	client := &h3.Transport{
 		TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 		Dial: func(ctx context.Context, _ string, tlsConfig *tls.Config, config *quic.Config) (*quic.Conn, error) {
 			return over.DialEarly(ctx, address, tlsConfig, config)
 		},
 	}
-	defer client.Close()
+	defer func() { _ = client.Close() }()
 	r, err := http.NewRequestWithContext(ctx, cmp.Or(a.method, http.MethodGet), "https://"+p.Host+marker+a.path, strings.NewReader(a.body))
 	if err != nil {
 		return err

@@ -61,6 +61,8 @@ func TestStreamsOfADeviceThatLeavesAreEnded(t *testing.T) {
 				})
 				l.wantOnlyOK(t, "bob", "carol")
 			})
+			// It would join again, as another node with the same key.
+			leave(t, device)
 		})
 	}
 }

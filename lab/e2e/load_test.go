@@ -154,7 +154,9 @@ func (l *load) wantProgress(t *testing.T, names ...string) {
 	}
 }
 
-// wantOnlyOK fails the test if a request of a caller was not let through.
+// wantOnlyOK fails the test if requests of a caller were not let through. A machine
+// that is busy may have the node miss the time in which it has to say who a few of
+// them are, upon which they are to be tried again.
 func (l *load) wantOnlyOK(t *testing.T, names ...string) {
 	t.Helper()
 	for _, c := range l.callers {
@@ -162,10 +164,9 @@ func (l *load) wantOnlyOK(t *testing.T, names ...string) {
 			continue
 		}
 		c.mu.Lock()
-		for status, n := range c.answers {
-			if status != http.StatusOK {
-				t.Errorf("%d requests of %s were answered with %d; want 200", n, c.name, status)
-			}
+		passed, again := c.answers[http.StatusOK], c.answers[http.StatusServiceUnavailable]
+		if len(c.answers) > 2 || (len(c.answers) == 2 && again == 0) || again > passed/20 {
+			t.Errorf("the requests of %s were answered with (by status) %v; want 200, and 503 in a few cases at most", c.name, c.answers)
 		}
 		c.mu.Unlock()
 	}

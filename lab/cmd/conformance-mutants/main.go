@@ -107,6 +107,10 @@ func run(ctx context.Context, only, by string, find bool) error {
 	if bad > 0 {
 		return fmt.Errorf("%d of %d mutants were not caught", bad, tried)
 	}
+	if find {
+		fmt.Printf("The lines of all %d mutants are where the table says.\n", tried)
+		return nil
+	}
 	fmt.Printf("All %d mutants were caught.\n", tried)
 	return nil
 }
@@ -164,7 +168,12 @@ func attack(ctx context.Context, root, program string, flags []string) (noticed 
 	case !errors.As(err, &exit) || exit.ExitCode() != 1:
 		return "", fmt.Errorf("the attacks could not be made: %w: %s", err, lastLine(out))
 	}
-	return found(out, `first failure: (.*)`), nil
+	// The last one: those before are a naive proxy's, which has to fail.
+	failures := regexp.MustCompile(`first failure: (.*)`).FindAllSubmatch(out, -1)
+	if len(failures) == 0 {
+		return lastLine(out), nil
+	}
+	return string(failures[len(failures)-1][1]), nil
 }
 
 // test runs the tests of packages. Those of the lab are a module of their own.

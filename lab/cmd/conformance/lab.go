@@ -32,7 +32,7 @@ const (
 // site is a site of the lab's Caddy.
 type site struct {
 	// port is where it is over plain HTTP, and tlsPort over TLS.
-	port, tlsPort int
+	port, tlsPort uint16
 	name, body    string
 	// authorization is the proxy's own, empty if it has none.
 	authorization string
@@ -51,7 +51,7 @@ type site struct {
 // labSites returns the sites of the lab. plain and encrypted are the addresses of
 // the recorder, kubeconfig is for the latter. Their ports begin with first, which
 // has to be free on loopback as well: the first site listens there, too.
-func labSites(first int, plain, encrypted, kubeconfig string) []site {
+func labSites(first uint16, plain, encrypted, kubeconfig string) []site {
 	handler := func(mode string) string {
 		return "\ttailscale_impersonate {\n\t\tclient_impersonation " + mode + "\n\t}\n"
 	}
@@ -73,8 +73,10 @@ func labSites(first int, plain, encrypted, kubeconfig string) []site {
 		{name: "behind the PROXY protocol", body: handler("strip") + toPlain, pitfall: "16", nobody: true, options: "protocols h1\nlistener_wrappers {\n\tproxy_protocol\n\ttls\n}"},
 		{name: "naive", body: "\trequest_header Impersonate-User " + callerLogin + "\n\trequest_header Impersonate-Group " + callerGroup + "\n" + toPlain, fails: true},
 	}
+	port := first
 	for i := range sites {
-		sites[i].port, sites[i].tlsPort = first+i, first+len(sites)+i
+		sites[i].port, sites[i].tlsPort = port, port+1
+		port += 2
 	}
 	return sites
 }
@@ -178,13 +180,14 @@ func attackLab(ctx context.Context, options conformance.Options) (err error) {
 }
 
 // freePort returns a port that nobody listens on, on loopback.
-func freePort() (int, error) {
+func freePort() (uint16, error) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return 0, err
 	}
 	defer ln.Close()
-	return ln.Addr().(*net.TCPAddr).Port, nil
+	address, err := netip.ParseAddrPort(ln.Addr().String())
+	return address.Port(), err
 }
 
 // allPorts opens all ports to callers, not only those of the examples.
@@ -229,18 +232,18 @@ func waysIn(ctx context.Context, l *lab.Lab, sites []site, seen *conformance.Rec
 		secured.Name, secured.Address, secured.TLS = s.name+", TLS", fmt.Sprintf("%s:%d", proxyHost, s.tlsPort), true
 		secured.Host = secured.Address
 		if s.http3 {
-			secured.Packets = packets(bob.Server, netip.AddrPortFrom(ip4, uint16(s.tlsPort)))
+			secured.Packets = packets(bob.Server, netip.AddrPortFrom(ip4, s.tlsPort))
 		}
 		ways = append(ways, way{secured, s.fails})
 	}
 
 	over6 := to(sites[0])
 	over6.Name, over6.Pitfall, over6.From = "over IPv6", "17", bob6.String()
-	over6.Address = netip.AddrPortFrom(ip6, uint16(sites[0].port)).String()
+	over6.Address = netip.AddrPortFrom(ip6, sites[0].port).String()
 	over6.Host = over6.Address
 	itself := to(sites[0])
 	itself.Name, itself.Pitfall, itself.Nobody = "from the proxy's own node", "20b", true
-	itself.Address = netip.AddrPortFrom(ip4, uint16(sites[0].port)).String()
+	itself.Address = netip.AddrPortFrom(ip4, sites[0].port).String()
 	itself.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
 		return lab.Dial(ctx, node, network, address)
 	}
