@@ -104,6 +104,9 @@ func grantTo(t *testing.T, login string, groups ...string) (withdraw func()) {
 		if err := theLab.Headscale.SetPolicy(context.Background(), policy); err != nil {
 			t.Fatal(err)
 		}
+		if err := theLab.LimitProxy(context.Background(), policy, false); err != nil {
+			t.Fatal(err)
+		}
 	}
 	withdraw = sync.OnceFunc(func() { set(theLab.Policy) })
 	t.Cleanup(withdraw)

@@ -94,8 +94,10 @@ func start(dir string) (err error) {
 		Examples:  filepath.Join(root, "examples"),
 		Policy:    testPolicy,
 		Caddyfile: sites,
-		Callers:   callers,
-		Progress:  os.Stderr,
+		// Of the site on portGroupRails.
+		GroupPrefixes: []string{"tailnet:"},
+		Callers:       callers,
+		Progress:      os.Stderr,
 	})
 	return err
 }

@@ -31,6 +31,7 @@ const (
 	portHTTP3            = "8443" // TLS with HTTP/3
 	portGroupRails       = "8012" // limits on groups, and prefixes
 	portDeviceRails      = "8013" // limits on devices
+	portNarrow           = "8014" // deny_groups, whoami, over TLS
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
 
@@ -100,7 +101,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 	)
 	impersonate := "\ttailscale_impersonate\n"
 	return globals +
-		site("https://"+name, k8s, "\ttls internal\n\ttailscale_kubernetes {\n\t\tkubeconfig "+l.Kubeconfig()+"\n\t\tstream_close_delay 1m\n\t}\n") +
+		site("https://"+name, k8s, "\ttls internal\n\ttailscale_kubernetes {\n\t\tkubeconfig "+l.Kubeconfig()+"\n\t\tstream_close_delay 1m\n\t\twhoami\n\t}\n") +
 		site("http://:"+portNoAuth, k8s, fmt.Sprintf("\treverse_proxy {\n\t\tdynamic kubernetes {\n\t\t\tkubeconfig %[1]s\n\t\t}\n\t\ttransport kubernetes {\n\t\t\tkubeconfig %[1]s\n\t\t\tcredentials client\n\t\t}\n\t}\n", l.AdminKubeconfig())) +
 		site("http://", k8s, impersonate+toCluster) +
 		site("http://:"+portHTTPTransport, k8s, impersonate+toPlain) +
@@ -112,7 +113,8 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portMeddling, k8s, impersonate+toRecorder("header_up -Impersonate-*\n\t\theader_up Impersonate-User system:admin\n\t\theader_up Authorization \"Bearer other\"")) +
 		site("http://:"+portStrip, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation strip\n\t}\n"+toCluster) +
 		site("http://:"+portGroupRails, k8s, "\ttailscale_impersonate {\n\t\tallow_groups a b system:*\n\t\tdeny_groups system:masters b\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
-		site("http://:"+portDeviceRails, k8s, "\ttailscale_impersonate {\n\t\trequire_groups\n\t\tallow_tags tag:k8s-*\n\t\tdeny_tags tag:k8s-ops\n\t\tdeny_shared\n\t}\n"+toCluster) +
+		site("http://:"+portDeviceRails, k8s, "\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tallow_tags tag:k8s-*\n\t\tdeny_tags tag:k8s-ops\n\t\tdeny_shared\n\t}\n"+toCluster) +
+		site("https://"+name+":"+portNarrow, k8s, "\ttls internal\n\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tdeny_groups system:*\n\t}\n"+toCluster) +
 		site("http://:"+portProxyProtocol, k8s, impersonate+toPlain) +
 		site("http://:"+portTwoNodes, k8s+" tailscale/"+secondNode, impersonate+toPlain) +
 		site("http://:"+portSameAddress, k8s+" tailscale/"+secondNode+" tailscale/"+foreignNode, impersonate+toPlain) +
