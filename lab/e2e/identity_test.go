@@ -104,9 +104,11 @@ func grantTo(t *testing.T, login string, groups ...string) (withdraw func()) {
 		if err := theLab.Headscale.SetPolicy(context.Background(), policy); err != nil {
 			t.Fatal(err)
 		}
-		if err := theLab.LimitProxy(context.Background(), policy, false); err != nil {
-			t.Fatal(err)
-		}
+	}
+	// As an operator would do it: first the cluster lets the proxy, then callers are
+	// granted it.
+	if err := theLab.LimitProxy(t.Context(), changed, false); err != nil {
+		t.Fatal(err)
 	}
 	withdraw = sync.OnceFunc(func() { set(theLab.Policy) })
 	t.Cleanup(withdraw)

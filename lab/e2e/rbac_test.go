@@ -44,6 +44,7 @@ func withoutGrant(t *testing.T, group string) []byte {
 func limit(t *testing.T, policy []byte, constrained bool) {
 	t.Helper()
 	t.Cleanup(func() {
+		// Not the test's context, which is over by then.
 		if err := theLab.LimitProxy(context.Background(), theLab.Policy, false); err != nil {
 			t.Error(err)
 		}

@@ -159,9 +159,9 @@ func TestABrowserShowsWhoItsUserIs(t *testing.T) {
 		args          []string
 		want          color.NRGBA
 	}{
-		{"whoami-light", 900, 1720, nil, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
-		{"whoami-dark", 900, 1720, []string{"--blink-settings=preferredColorScheme=0"}, color.NRGBA{0x11, 0x14, 0x1b, 0xff}},
-		{"whoami-phone", 390, 1880, nil, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
+		{"whoami-light", 900, 1450, nil, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
+		{"whoami-dark", 900, 1450, []string{"--blink-settings=preferredColorScheme=0"}, color.NRGBA{0x11, 0x14, 0x1b, 0xff}},
+		{"whoami-phone", 390, 1600, nil, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
 	} {
 		picture := b.shoot(t, whoamiURL, tt.name, tt.width, tt.height, tt.args...)
 		for _, corner := range []image.Point{{1, 1}, {tt.width - 2, tt.height / 2}} {
@@ -180,7 +180,7 @@ func TestABrowserShowsWhyItsUserIsRefused(t *testing.T) {
 			t.Errorf("the page does not say %q", want)
 		}
 	}
-	b.shoot(t, whoamiNarrowURL, "whoami-refused", 900, 1120)
+	b.shoot(t, whoamiNarrowURL, "whoami-refused", 900, 990)
 }
 
 // The kubeconfig on the page is one that kubectl works with.
