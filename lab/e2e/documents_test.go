@@ -172,7 +172,7 @@ func checkCommands(t *testing.T, root, script string) {
 		case "docker":
 			read(words[slices.Index(words, "-f")+1])
 		case "caddy":
-			checkCaddy(t, root, line, words[1:])
+			t.Run(line, func(t *testing.T) { checkCaddy(t, root, line, words[1:]) })
 		case "kubectl":
 			switch {
 			case words[1] == "config":
