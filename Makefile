@@ -44,7 +44,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components assets-note asciicast demo test test-long conformance conformance-mutants fuzz bench lint xcaddy clean
+.PHONY: help components assets-note asciicast browser demo test test-long conformance conformance-mutants fuzz bench lint xcaddy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,7 +57,22 @@ TEST_PARTS := $(addprefix $(BIN)/,helm)
 asciicast: ## install asciinema's parser for the tests (needs npm)
 	cd $(TOOLS)/asciicast && npm ci --no-audit --no-fund
 
-components: assets-note $(DEMO_PARTS) $(TEST_PARTS) ## build what the lab runs (once)
+components: assets-note $(DEMO_PARTS) $(TEST_PARTS) browser ## build what the lab runs (once)
+
+# A browser for the tests of the whoami page: Debian's, where it can be installed.
+# Without one, these tests say that they are skipped.
+BROWSERS := chromium-headless-shell chromium chromium-browser google-chrome
+
+browser:
+	@for browser in $(BROWSERS); do command -v $$browser >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "==> installing Chromium from Debian's packages, once, for the tests of the whoami page"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get update -qq && apt-get install -yqq --no-install-recommends chromium-headless-shell fonts-dejavu-core >/dev/null || \
+			echo "==> Chromium cannot be installed: the tests of the whoami page in a browser are skipped"; \
+	else \
+		echo "==> there is no Chromium, and no apt-get and root to install it with: the tests of the whoami page in a browser are skipped"; \
+	fi
 
 assets-note:
 	@$(if $(ASSETS_NOTE),echo "==> $(ASSETS_NOTE)",:)

@@ -133,7 +133,7 @@ called.`,
 
 func rbacCommand() *cobra.Command {
 	var policy string
-	var options rbac.Options
+	options := rbac.Defaults()
 	cmd := &cobra.Command{
 		Use:   "rbac --policy <file> [--constrained] [--audit]",
 		Short: "Writes the least RBAC that the proxy needs for a tailnet policy file",
@@ -162,8 +162,9 @@ tags, and no others. Run it again when those change.`,
 	f.BoolVar(&options.Audit, "audit", false, "for a handler with the option audit")
 	f.StringVar(&options.Capability, "capability", "", "the handler's option capability, if it has that")
 	f.StringVar(&options.GroupPrefix, "group-prefix", "", "the handler's option group_prefix, if it has that")
-	f.StringVar(&options.Namespace, "namespace", "tailscale-impersonate", "the namespace of the proxy's service account")
-	f.StringVar(&options.ServiceAccount, "service-account", "proxy", "the name of the proxy's service account")
+	f.StringVar(&options.Name, "name", options.Name, "what to call the ClusterRole and its binding")
+	f.StringVar(&options.Namespace, "namespace", options.Namespace, "the namespace of the proxy's service account")
+	f.StringVar(&options.ServiceAccount, "service-account", options.ServiceAccount, "the name of the proxy's service account")
 	mustRequire(cmd, "policy")
 	return cmd
 }

@@ -23,6 +23,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/cluster"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/headscale"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/rbac"
 )
 
 // What the lab's parts are called.
@@ -63,6 +64,9 @@ type Config struct {
 	Caddyfile func(*Lab) string
 	// Policy changes the policy file of the examples. Default: not at all.
 	Policy func([]byte) ([]byte, error)
+	// GroupPrefixes are the prefixes that sites of the Caddyfile put in front of
+	// groups.
+	GroupPrefixes []string
 	// Callers are the devices that call.
 	Callers []CallerSpec
 	// Progress is where each step is reported.
@@ -81,6 +85,7 @@ type Lab struct {
 
 	progress io.Writer
 	proxyKey string
+	prefixes []string
 	mu       sync.Mutex // held while a line of progress is written
 }
 
@@ -92,7 +97,7 @@ func Start(ctx context.Context, cfg Config) (_ *Lab, err error) {
 	if err := os.Setenv("TS_NO_LOGS_NO_SUPPORT", "true"); err != nil {
 		return nil, err
 	}
-	l := &Lab{Dir: cfg.Dir, Callers: make(map[string]*Caller), progress: cfg.Progress}
+	l := &Lab{Dir: cfg.Dir, Callers: make(map[string]*Caller), progress: cfg.Progress, prefixes: cfg.GroupPrefixes}
 	if l.progress == nil {
 		l.progress = io.Discard
 	}
@@ -187,6 +192,9 @@ func (l *Lab) startCluster(ctx context.Context, examples string) error {
 				return fmt.Errorf("%s: %w", name, err)
 			}
 		}
+		if err := l.LimitProxy(ctx, l.Policy, false); err != nil {
+			return err
+		}
 		// What a kubelet mounts into a pod, and renews: the token of the
 		// service account that may only impersonate.
 		token, err := l.Cluster.ServiceAccountToken(ctx, impersonatorNamespace, impersonatorName, 12*time.Hour)
@@ -204,6 +212,27 @@ func (l *Lab) startCluster(ctx context.Context, examples string) error {
 		}
 		return l.Cluster.RunPod(ctx, "default", Pod, []string{"sh", "-c", "i=0; while true; do echo line $i; i=$((i+1)); sleep 1; done"})
 	})
+}
+
+// LimitProxy lets the proxy impersonate what a policy file grants and nothing else,
+// as "caddy tailscale-impersonate rbac" says, by constrained impersonation or not.
+func (l *Lab) LimitProxy(ctx context.Context, policy []byte, constrained bool) error {
+	for _, prefix := range append([]string{""}, l.prefixes...) {
+		options := rbac.Defaults()
+		options.Constrained = constrained
+		options.GroupPrefix = prefix
+		if prefix != "" {
+			options.Name += "-" + strings.Trim(prefix, ":")
+		}
+		manifest, err := rbac.FromPolicy(policy, options)
+		if err != nil {
+			return fmt.Errorf("what the proxy may do: %w", err)
+		}
+		if err := l.Cluster.Apply(ctx, manifest); err != nil {
+			return fmt.Errorf("what the proxy may do: %w", err)
+		}
+	}
+	return nil
 }
 
 // ProxyKey is the key with which the proxy's node joins the tailnet.

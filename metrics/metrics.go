@@ -58,8 +58,9 @@ var (
 		"Questions about who a caller is, by whether the answer was known from a moment ago (hit) or a tailnet node had to be asked (miss).",
 		"result")
 
-	// CacheHits and CacheMisses count whether an answer of a moment ago was there.
-	CacheHits   = lookups.WithLabelValues("hit")
+	// CacheHits count the answers of a moment ago that were there.
+	CacheHits = lookups.WithLabelValues("hit")
+	// CacheMisses count those that were not.
 	CacheMisses = lookups.WithLabelValues("miss")
 
 	// Revocations are requests that were ended because their caller lost access,

@@ -33,10 +33,17 @@ type Options struct {
 	Capability, GroupPrefix string
 	// Namespace and ServiceAccount are where the proxy's service account is.
 	Namespace, ServiceAccount string
+	// Name is what to call the ClusterRole and its binding.
+	Name string
 }
 
-// name is that of the ClusterRole and of its binding.
-const name = "tailscale-impersonate"
+// Defaults are the options for the manifests in examples/kubernetes.
+func Defaults() Options {
+	return Options{Namespace: "tailscale-impersonate", ServiceAccount: "proxy", Name: "tailscale-impersonate"}
+}
+
+// masters is the group that may do anything.
+const masters = "system:masters"
 
 // auditExtras are the keys of what the handler's option audit adds to an identity.
 var auditExtras = []string{"address", "groups-source", "node", "node-id", "request-id", "tags"}
@@ -58,9 +65,14 @@ func FromPolicy(policy []byte, o Options) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	impersonable := groups
+	if o.Constrained {
+		// The API server refuses to, whatever its RBAC says.
+		impersonable = slices.DeleteFunc(slices.Clone(groups), func(g string) bool { return g == masters })
+	}
 	role := rbacv1.ClusterRole{
 		TypeMeta:   metav1.TypeMeta{APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "ClusterRole"},
-		ObjectMeta: metav1.ObjectMeta{Name: name},
+		ObjectMeta: metav1.ObjectMeta{Name: o.Name},
 	}
 	// Constrained impersonation has users and groups among authentication's
 	// resources, and verbs of its own.
@@ -72,8 +84,8 @@ func FromPolicy(policy []byte, o Options) ([]byte, error) {
 		role.Rules = append(role.Rules, rbacv1.PolicyRule{Verbs: []string{verb}, APIGroups: []string{group}, Resources: []string{resource}, ResourceNames: names})
 	}
 	allow(group, "users")
-	if len(groups) > 0 {
-		allow(group, "groups", groups...)
+	if len(impersonable) > 0 {
+		allow(group, "groups", impersonable...)
 	}
 	if o.Audit {
 		allow(authenticationv1.GroupName, "uids")
@@ -92,8 +104,8 @@ func FromPolicy(policy []byte, o Options) ([]byte, error) {
 	}
 	binding := rbacv1.ClusterRoleBinding{
 		TypeMeta:   metav1.TypeMeta{APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "ClusterRoleBinding"},
-		ObjectMeta: metav1.ObjectMeta{Name: name},
-		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: name},
+		ObjectMeta: metav1.ObjectMeta{Name: o.Name},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: o.Name},
 		Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Name: o.ServiceAccount, Namespace: o.Namespace}},
 	}
 
@@ -137,7 +149,13 @@ but RBAC cannot express that: whoever holds this account's token can be any user
 The policy file names no groups and has no tags, so callers are users and nothing more.
 `
 	}
-	if reserved := slices.DeleteFunc(slices.Clone(groups), func(g string) bool { return !strings.HasPrefix(g, "system:") }); len(reserved) > 0 {
+	if o.Constrained && slices.Contains(groups, masters) {
+		text += `
+The policy file names ` + masters + `, which constrained impersonation never allows: callers
+that have it are refused by the API server. Grant them a group of your own instead, and
+bind that to cluster-admin.
+`
+	} else if reserved := slices.DeleteFunc(slices.Clone(groups), func(g string) bool { return !strings.HasPrefix(g, "system:") }); len(reserved) > 0 {
 		text += `
 The policy file names groups of the cluster's own: ` + strings.Join(reserved, ", ") + `. Whoever
 holds this account's token has their rights.

@@ -3,6 +3,8 @@
 package rbac_test
 
 import (
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -49,7 +51,7 @@ func parse(t *testing.T, text []byte) (role rbacv1.ClusterRole, binding rbacv1.C
 	return role, binding
 }
 
-var serviceAccount = rbac.Options{Namespace: "ns", ServiceAccount: "sa"}
+var serviceAccount = rbac.Options{Namespace: "ns", ServiceAccount: "sa", Name: "n"}
 
 func generate(t *testing.T, policy string, change func(*rbac.Options)) []byte {
 	t.Helper()
@@ -85,7 +87,7 @@ func TestGroupsAreThoseOfThePolicyFile(t *testing.T) {
 			if diff := cmp.Diff(want, role.Rules); diff != "" {
 				t.Errorf("rules (-want +got):\n%s", diff)
 			}
-			if diff := cmp.Diff([]rbacv1.Subject{{Kind: "ServiceAccount", Name: "sa", Namespace: "ns"}}, binding.Subjects); diff != "" || binding.RoleRef.Name != role.Name {
+			if diff := cmp.Diff([]rbacv1.Subject{{Kind: "ServiceAccount", Name: "sa", Namespace: "ns"}}, binding.Subjects); diff != "" || binding.RoleRef.Name != role.Name || role.Name != "n" {
 				t.Errorf("the binding is %+v", binding)
 			}
 		})
@@ -124,6 +126,21 @@ func TestConstrainedRulesHaveNoOtherVerbs(t *testing.T) {
 	}
 	if !strings.Contains(string(text), "impersonate is left out") {
 		t.Error("it is not said why the older verb is left out")
+	}
+}
+
+// The API server lets nobody impersonate system:masters by constrained impersonation.
+func TestConstrainedRulesLeaveOutMasters(t *testing.T) {
+	masters := strings.Replace(policy, `"ops"`, `"system:masters"`, 1)
+	for _, constrained := range []bool{false, true} {
+		text := generate(t, masters, func(o *rbac.Options) { o.Constrained = constrained })
+		role, _ := parse(t, text)
+		if got := slices.Contains(role.Rules[1].ResourceNames, "system:masters"); got == constrained {
+			t.Errorf("constrained %v: system:masters may be impersonated: %v", constrained, got)
+		}
+		if got := strings.Contains(string(text), "never allows"); got != constrained {
+			t.Errorf("constrained %v: it is said that it may not: %v", constrained, got)
+		}
 	}
 }
 
@@ -170,5 +187,24 @@ func TestWhatIsNoPolicyFileIsAnError(t *testing.T) {
 		if got, err := rbac.FromPolicy([]byte(text), serviceAccount); err == nil || got != nil {
 			t.Errorf("%s: got %s, %v; want an error", text, got, err)
 		}
+	}
+}
+
+// The example manifests hold what is written for the example policy file.
+func TestTheExampleIsWhatIsWritten(t *testing.T) {
+	policy, err := os.ReadFile(filepath.Join("..", "examples", "policy.hujson"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := rbac.FromPolicy(policy, rbac.Defaults())
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(filepath.Join("..", "examples", "kubernetes", "10-impersonator.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasSuffix(string(got), "\n---\n"+string(want)) {
+		t.Errorf("examples/kubernetes/10-impersonator.yaml does not end with\n%s", want)
 	}
 }

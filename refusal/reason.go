@@ -35,6 +35,12 @@ const (
 	Other          Reason = "other"            // none of these
 )
 
+// Reasons are all of them.
+var Reasons = []Reason{
+	Protocol, WebPage, Host, NotFromTailnet, AmbiguousNode, Starting, UnknownPeer, Self, NoAnswer,
+	NoIdentity, Guard, NoGroups, Impersonation, NoHandler, NoCredentials, UpstreamAway, Method, Other,
+}
+
 // Because returns err with a reason.
 func Because(reason Reason, err *apierrors.StatusError) *apierrors.StatusError {
 	details := err.ErrStatus.Details

@@ -190,9 +190,16 @@ func filename(server string) string {
 	return name + ".kubeconfig"
 }
 
+// lineLength is how long JSON may be on one line.
+const lineLength = 72
+
 // indented returns JSON as people read it.
 func indented(value json.RawMessage) string {
 	var out bytes.Buffer
+	if err := json.Compact(&out, value); err == nil && out.Len() <= lineLength {
+		return out.String()
+	}
+	out.Reset()
 	if err := json.Indent(&out, value, "", "  "); err != nil {
 		return string(value)
 	}

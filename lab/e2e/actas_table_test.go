@@ -126,7 +126,7 @@ func giveErinRights(t *testing.T) {
 	direct := erinDirectly(t)
 	eventually(t, "the rights are in force", func() error {
 		for _, user := range []string{"for-everybody", "for-group-a", "old-user", "new-user", "system:node:new-node", "system:serviceaccount:default:new-account", "system:serviceaccount:default:old-account"} {
-			if o, err := do(t.Context(), direct, rest.ImpersonationConfig{UserName: user}, whoami); err != nil || o.Refused != "" {
+			if o, err := do(t.Context(), direct, rest.ImpersonationConfig{UserName: user}, whoAmI); err != nil || o.Refused != "" {
 				return fmt.Errorf("as %s: %w %s", user, err, o.Refused)
 			}
 		}
@@ -136,7 +136,7 @@ func giveErinRights(t *testing.T) {
 
 // The requests of the table.
 const (
-	whoami  = "who am I"
+	whoAmI  = "who am I"
 	pods    = "list pods"
 	secrets = "list secrets"
 	version = "get /version"
@@ -158,7 +158,7 @@ func (d dotless) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // outcome is what became of a request.
 type outcome struct {
-	Who     authenticationv1.UserInfo // of whoami
+	Who     authenticationv1.UserInfo // of whoAmI
 	Refused string                    // the API server's, or the proxy's, words
 	Code    int32
 }
@@ -173,7 +173,7 @@ func do(ctx context.Context, config *rest.Config, as rest.ImpersonationConfig, r
 	}
 	var o outcome
 	switch request {
-	case whoami:
+	case whoAmI:
 		var review *authenticationv1.SelfSubjectReview
 		if review, err = client.AuthenticationV1().SelfSubjectReviews().Create(ctx, &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{}); err == nil {
 			o.Who = review.Status.UserInfo
@@ -229,81 +229,81 @@ func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
 		may     bool
 	}{
 		// The verb impersonate.
-		{as("old-user"), whoami, true},
+		{as("old-user"), whoAmI, true},
 		{as("old-user"), pods, true},
 		{as("old-user"), secrets, true},
 		{as("old-user"), version, true},
-		{as("nobody"), whoami, false},
+		{as("nobody"), whoAmI, false},
 		{as("nobody"), pods, false},
 		{as("nobody"), version, false},
-		{as("old:user with blanks"), whoami, true},
-		{as("Old-User"), whoami, false},
-		{as("erin@example.com"), whoami, false},
-		{as("for-group-a"), whoami, true},
-		{as("for-everybody"), whoami, true},
-		{as("old-user", "old-group"), whoami, true},
-		{as("old-user", "old-group", "other-old-group"), whoami, true},
-		{as("old-user", "old-group", "nobodys"), whoami, false},
-		{as("old-user", "nobodys"), whoami, false},
-		{as("nobody", "old-group"), whoami, false},
+		{as("old:user with blanks"), whoAmI, true},
+		{as("Old-User"), whoAmI, false},
+		{as("erin@example.com"), whoAmI, false},
+		{as("for-group-a"), whoAmI, true},
+		{as("for-everybody"), whoAmI, true},
+		{as("old-user", "old-group"), whoAmI, true},
+		{as("old-user", "old-group", "other-old-group"), whoAmI, true},
+		{as("old-user", "old-group", "nobodys"), whoAmI, false},
+		{as("old-user", "nobodys"), whoAmI, false},
+		{as("nobody", "old-group"), whoAmI, false},
 		{as("old-user", "system:masters"), secrets, true},
-		{as("old-user", "system:authenticated"), whoami, true},
-		{as("old-user", "system:unauthenticated"), whoami, true},
-		{as("old-user", "a"), whoami, false},
-		{uid(as("old-user"), "old-uid"), whoami, true},
-		{uid(as("old-user"), "nobodys"), whoami, false},
-		{uid(as("nobody"), "old-uid"), whoami, false},
-		{extra(as("old-user"), "scopes", "old-value"), whoami, true},
-		{extra(as("old-user"), "scopes", "old-value", "other-old-value"), whoami, true},
-		{extra(as("old-user"), "scopes", "old-value", "nobodys"), whoami, false},
-		{extra(as("old-user"), "example.com/role", "old-value"), whoami, true},
-		{extra(as("old-user"), "example.com/other", "old-value"), whoami, false},
-		{extra(extra(uid(as("old-user", "old-group"), "old-uid"), "scopes", "old-value"), "example.com/role", "other-old-value"), whoami, true},
-		{extra(extra(uid(as("old-user", "old-group"), "old-uid"), "scopes", "old-value"), "example.com/role", "nobodys"), whoami, false},
-		{as(account + "old-account"), whoami, true},
+		{as("old-user", "system:authenticated"), whoAmI, true},
+		{as("old-user", "system:unauthenticated"), whoAmI, true},
+		{as("old-user", "a"), whoAmI, false},
+		{uid(as("old-user"), "old-uid"), whoAmI, true},
+		{uid(as("old-user"), "nobodys"), whoAmI, false},
+		{uid(as("nobody"), "old-uid"), whoAmI, false},
+		{extra(as("old-user"), "scopes", "old-value"), whoAmI, true},
+		{extra(as("old-user"), "scopes", "old-value", "other-old-value"), whoAmI, true},
+		{extra(as("old-user"), "scopes", "old-value", "nobodys"), whoAmI, false},
+		{extra(as("old-user"), "example.com/role", "old-value"), whoAmI, true},
+		{extra(as("old-user"), "example.com/other", "old-value"), whoAmI, false},
+		{extra(extra(uid(as("old-user", "old-group"), "old-uid"), "scopes", "old-value"), "example.com/role", "other-old-value"), whoAmI, true},
+		{extra(extra(uid(as("old-user", "old-group"), "old-uid"), "scopes", "old-value"), "example.com/role", "nobodys"), whoAmI, false},
+		{as(account + "old-account"), whoAmI, true},
 		{as(account + "old-account"), pods, true},
-		{as(account + "nobodys"), whoami, false},
-		{as("system:serviceaccount:kube-system:old-account"), whoami, false},
-		{as(account+"old-account", "old-group"), whoami, true},
-		{as(account+"old-account", "nobodys"), whoami, false},
-		{uid(as(account+"old-account"), "old-uid"), whoami, true},
-		{as("system:serviceaccount:default"), whoami, false}, // is none
-		{as("system:node:old-node"), whoami, true},
-		{as("system:node:nobodys"), whoami, false},
-		{as("system:node:old-node", "old-group"), whoami, true},
-		{as("system:anonymous"), whoami, true},
-		{as("system:kube-scheduler"), whoami, true},
-		{as("system:kube-controller-manager"), whoami, false},
+		{as(account + "nobodys"), whoAmI, false},
+		{as("system:serviceaccount:kube-system:old-account"), whoAmI, false},
+		{as(account+"old-account", "old-group"), whoAmI, true},
+		{as(account+"old-account", "nobodys"), whoAmI, false},
+		{uid(as(account+"old-account"), "old-uid"), whoAmI, true},
+		{as("system:serviceaccount:default"), whoAmI, false}, // is none
+		{as("system:node:old-node"), whoAmI, true},
+		{as("system:node:nobodys"), whoAmI, false},
+		{as("system:node:old-node", "old-group"), whoAmI, true},
+		{as("system:anonymous"), whoAmI, true},
+		{as("system:kube-scheduler"), whoAmI, true},
+		{as("system:kube-controller-manager"), whoAmI, false},
 
 		// The constrained form, which goes by the request as well.
-		{as("new-user"), whoami, true},
+		{as("new-user"), whoAmI, true},
 		{as("new-user"), pods, true},
 		{as("new-user"), secrets, false},
 		{as("new-user"), version, true},
-		{as("new-user", "new-group"), whoami, true},
+		{as("new-user", "new-group"), whoAmI, true},
 		{as("new-user", "new-group"), secrets, false},
-		{as("new-user", "nobodys"), whoami, false},
-		{as("new-user", "system:masters"), whoami, false},
-		{as("new-user", "g1", "g2", "g3"), whoami, false},
-		{as("new-user", "g1", "g2", "g3", "g4"), whoami, true}, // from four on, "*" is enough
-		{as("new-user", "g1", "g2", "g3", "system:masters"), whoami, false},
-		{uid(as("new-user"), "new-uid"), whoami, true},
-		{uid(as("new-user"), "old-uid"), whoami, false},
-		{extra(as("new-user"), "example.com/role", "new-value"), whoami, true},
-		{extra(as("new-user"), "example.com/role", "old-value"), whoami, false},
-		{extra(as("new-user"), "scopes", "new-value"), whoami, false}, // a key without a domain
-		{extra(as("new-user"), "example.com/role", "v1", "v2", "v3", "v4"), whoami, true},
-		{as(account + "new-account"), whoami, true},
+		{as("new-user", "nobodys"), whoAmI, false},
+		{as("new-user", "system:masters"), whoAmI, false},
+		{as("new-user", "g1", "g2", "g3"), whoAmI, false},
+		{as("new-user", "g1", "g2", "g3", "g4"), whoAmI, true}, // from four on, "*" is enough
+		{as("new-user", "g1", "g2", "g3", "system:masters"), whoAmI, false},
+		{uid(as("new-user"), "new-uid"), whoAmI, true},
+		{uid(as("new-user"), "old-uid"), whoAmI, false},
+		{extra(as("new-user"), "example.com/role", "new-value"), whoAmI, true},
+		{extra(as("new-user"), "example.com/role", "old-value"), whoAmI, false},
+		{extra(as("new-user"), "scopes", "new-value"), whoAmI, false}, // a key without a domain
+		{extra(as("new-user"), "example.com/role", "v1", "v2", "v3", "v4"), whoAmI, true},
+		{as(account + "new-account"), whoAmI, true},
 		{as(account + "new-account"), pods, false},
-		{as(account+"new-account", "new-group"), whoami, false},
-		{as("system:node:new-node"), whoami, true},
+		{as(account+"new-account", "new-group"), whoAmI, false},
+		{as("system:node:new-node"), whoAmI, true},
 		{as("system:node:new-node"), pods, false},
-		{uid(as("system:node:new-node"), "new-uid"), whoami, false},
+		{uid(as("system:node:new-node"), "new-uid"), whoAmI, false},
 
 		// Half of each form is none of them.
-		{as("old-user", "new-group"), whoami, false},
-		{as("new-user", "old-group"), whoami, false},
-		{uid(as("old-user"), "new-uid"), whoami, false},
+		{as("old-user", "new-group"), whoAmI, false},
+		{as("new-user", "old-group"), whoAmI, false},
+		{uid(as("old-user"), "new-uid"), whoAmI, false},
 	}
 	if len(rows) < 40 {
 		t.Fatalf("the table has %d rows; want at least 40", len(rows))
@@ -338,7 +338,7 @@ func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
 				}
 				return
 			}
-			if row.request == whoami && got.Refused == "" {
+			if row.request == whoAmI && got.Refused == "" {
 				if got.Who.Extra[impersonate.ExtraOriginalUser] == nil {
 					t.Errorf("the extra fields are %v; want erin to be in them", got.Who.Extra)
 				}

@@ -20,7 +20,7 @@ func TestLimitsHoldWhateverThePolicyFileGrants(t *testing.T) {
 		{"system:masters is denied", "alice", portGroupRails, `tailnet:alice@example.com ["system:authenticated"]`, ""},
 		{"tags that are not allowed as groups are cut", "ci", portGroupRails, `tailnet:ci.` + lab.Domain + ` ["system:authenticated"]`, ""},
 		{"a group that is there, as required", "bob", portDeviceRails, `bob@example.com ["tailnet-readers","system:authenticated"]`, ""},
-		{"a group that is not", "carol", portDeviceRails, "", "carol@example.com may not use this server: require_groups is on, and no group is granted"},
+		{"a group that is not", "carol", portDeviceRails, "", "carol@example.com on carol.tailnet.example may not use this server: require_groups is on, and no group is granted"},
 		{"a tag that is allowed", "ci", portDeviceRails, `ci.` + lab.Domain + ` ["tag:k8s-readers","system:authenticated"]`, ""},
 		{"a tag that is denied", "ops", portDeviceRails, "", "may not use this server: the device has the tag tag:k8s-ops, which deny_tags names"},
 	} {

@@ -109,6 +109,11 @@ func grantRuleTo(t *testing.T, login string, rule map[string]any) (withdraw func
 			t.Fatal(err)
 		}
 	}
+	// As an operator would do it: first the cluster lets the proxy, then callers are
+	// granted it.
+	if err := theLab.LimitProxy(t.Context(), changed, false); err != nil {
+		t.Fatal(err)
+	}
 	withdraw = sync.OnceFunc(func() { set(theLab.Policy) })
 	t.Cleanup(withdraw)
 	set(changed)

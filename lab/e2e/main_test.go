@@ -101,8 +101,10 @@ func start(dir string) (err error) {
 		Examples:  filepath.Join(root, "examples"),
 		Policy:    testPolicy,
 		Caddyfile: sites,
-		Callers:   callers,
-		Progress:  os.Stderr,
+		// Of the site on portGroupRails.
+		GroupPrefixes: []string{"tailnet:"},
+		Callers:       callers,
+		Progress:      os.Stderr,
 	})
 	if err != nil {
 		return err

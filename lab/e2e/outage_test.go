@@ -27,7 +27,7 @@ func TestATokenThatIsReplacedMidRunFailsNoRequest(t *testing.T) {
 	defer firstConfig(t)
 	testReplacedToken(t, func(a *asking) {
 		// A new config reads the file at once. An exec that connected just then
-		// could be hung up on, as the README says, so there is none.
+		// could be hung up on, as docs/limits.md says, so there is none.
 		a.commands.Lock()
 		defer a.commands.Unlock()
 		if err := theLab.Caddy.Load(withVersion(theLab, "", "other")); err != nil {

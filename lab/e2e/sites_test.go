@@ -42,6 +42,7 @@ const (
 	portAuthorize        = "8022" // client_impersonation authorize
 	portAuthorizeRails   = "8023" // the same with audit, deny_groups and allow_groups
 	portAuthorizeHTTP    = "8024" // the same with transport http, to the plain recorder
+	portNarrow           = "8018" // deny_groups, whoami, over TLS
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
 
@@ -114,7 +115,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 	)
 	impersonate := "\ttailscale_impersonate\n"
 	return globals +
-		site("https://"+name, k8s, "\ttls internal\n\ttailscale_kubernetes {\n\t\tkubeconfig "+l.Kubeconfig()+"\n\t\tstream_close_delay 1m\n\t}\n") +
+		site("https://"+name, k8s, "\ttls internal\n\ttailscale_kubernetes {\n\t\tkubeconfig "+l.Kubeconfig()+"\n\t\tstream_close_delay 1m\n\t\twhoami\n\t}\n") +
 		site("http://:"+portNoAuth, k8s, fmt.Sprintf("\treverse_proxy {\n\t\tdynamic kubernetes {\n\t\t\tkubeconfig %[1]s\n\t\t}\n\t\ttransport kubernetes {\n\t\t\tkubeconfig %[1]s\n\t\t\tcredentials client\n\t\t}\n\t}\n", l.AdminKubeconfig())) +
 		site("http://", k8s, impersonate+toCluster) +
 		site("http://:"+portHTTPTransport, k8s, impersonate+toPlain) +
@@ -126,7 +127,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portMeddling, k8s, impersonate+toRecorder("header_up -Impersonate-*\n\t\theader_up Impersonate-User system:admin\n\t\theader_up Authorization \"Bearer other\"")) +
 		site("http://:"+portStrip, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation strip\n\t}\n"+toCluster) +
 		site("http://:"+portGroupRails, k8s, "\ttailscale_impersonate {\n\t\tallow_groups a b system:*\n\t\tdeny_groups system:masters b\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
-		site("http://:"+portDeviceRails, k8s, "\ttailscale_impersonate {\n\t\trequire_groups\n\t\tallow_tags tag:k8s-*\n\t\tdeny_tags tag:k8s-ops\n\t\tdeny_shared\n\t}\n"+toCluster) +
+		site("http://:"+portDeviceRails, k8s, "\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tallow_tags tag:k8s-*\n\t\tdeny_tags tag:k8s-ops\n\t\tdeny_shared\n\t}\n"+toCluster) +
 		site("http://:"+portReadOnly, k8s, exampleRules("read-only")+toCluster) +
 		site("http://:"+portNoShells, k8s, exampleRules("no-shells-for-devices")+toCluster) +
 		site("http://:"+portRewriting, k8s, impersonate+"\t@writes not kubernetes {\n\t\tverb get list watch\n\t}\n\trespond @writes 403\n"+
@@ -137,6 +138,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portAuthorizeRails, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t\taudit\n\t\tallow_groups acted-* tailnet-* system:*\n\t\tdeny_groups system:masters system:serviceaccounts system:nodes\n\t}\n"+toCluster) +
 		"&(plain) {\n" + toPlain + "}\n" +
 		site("http://:"+portAuthorizeHTTP, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t}\n\tinvoke plain\n") +
+		site("https://"+name+":"+portNarrow, k8s, "\ttls internal\n\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tdeny_groups system:*\n\t}\n"+toCluster) +
 		site("http://:"+portProxyProtocol, k8s, impersonate+toPlain) +
 		site("http://:"+portTwoNodes, k8s+" tailscale/"+secondNode, impersonate+toPlain) +
 		site("http://:"+portSameAddress, k8s+" tailscale/"+secondNode+" tailscale/"+foreignNode, impersonate+toPlain) +

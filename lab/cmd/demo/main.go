@@ -88,6 +88,9 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := printPages(ctx, l); err != nil {
+		return err
+	}
 	if wrong > 0 && once {
 		return fmt.Errorf("%d cells are not what the policy file and the bindings say", wrong)
 	}
@@ -116,6 +119,7 @@ https://k8s.tailnet.example {
 		kubeconfig ` + l.Kubeconfig() + `
 		client_impersonation authorize
 		audit
+		whoami
 	}
 }
 `

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"image"
+	"image/color"
+	"image/png"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/whoami"
+)
+
+var screenshots = flag.String("screenshots", "", "a folder for pictures of the whoami pages, docs for the ones of the documents")
+
+// browser runs a headless Chromium on a caller's device.
+type browser struct {
+	path string
+	// address leads to the proxy's node over the tailnet, from the caller.
+	address string
+}
+
+// onDevice returns a browser on a caller's device. It skips the test on a machine
+// that has none: make components installs one where it can.
+func onDevice(t *testing.T, caller, port string) *browser {
+	t.Helper()
+	b := new(browser)
+	for _, name := range []string{"chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"} {
+		if path, err := exec.LookPath(name); err == nil {
+			b.path = path
+			break
+		}
+	}
+	if b.path == "" {
+		t.Skip("there is no Chromium on this machine; apt-get install chromium-headless-shell")
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	b.address = ln.Addr().String()
+	device := theLab.Callers[caller]
+	go func() {
+		for {
+			near, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer near.Close()
+				far, err := device.Dial(context.Background(), "tcp", lab.ProxyName+":"+port)
+				if err != nil {
+					return
+				}
+				defer far.Close()
+				go func() { _, _ = io.Copy(far, near) }()
+				_, _ = io.Copy(near, far)
+			}()
+		}
+	}()
+	return b
+}
+
+// open opens a page and returns what the browser printed. What its console says is
+// an error: that a style was blocked, for instance.
+func (b *browser) open(t *testing.T, url string, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	const name = lab.ProxyName + "." + lab.Domain
+	cmd := exec.CommandContext(ctx, b.path, append([]string{
+		"--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
+		"--user-data-dir=" + t.TempDir(), "--disable-background-networking", "--no-first-run",
+		"--host-resolver-rules=MAP " + name + " " + b.address + ", MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+		"--ignore-certificate-errors", // whose authority is the lab's
+		"--virtual-time-budget=5000",
+	}, append(args, url)...)...)
+	var out, log bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &log
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%s: %v\n%s", b.path, err, &log)
+	}
+	if strings.Contains(log.String(), "CONSOLE") {
+		t.Errorf("the browser's console says:\n%s", &log)
+	}
+	return out.String()
+}
+
+// shoot takes a picture of a page.
+func (b *browser) shoot(t *testing.T, url, name string, width, height int, args ...string) image.Image {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "page.png")
+	b.open(t, url, append(args, fmt.Sprintf("--window-size=%d,%d", width, height), "--screenshot="+file)...)
+	if *screenshots != "" {
+		root, err := lab.Root()
+		if err != nil {
+			t.Fatal(err)
+		}
+		picture, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(root, *screenshots, name+".png"), picture, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	picture, err := png.Decode(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return picture
+}
+
+// The URLs of the pages: that of the site with the defaults, and of one that limits
+// what is granted.
+const (
+	whoamiURL       = "https://" + lab.ProxyName + "." + lab.Domain + "/whoami"
+	whoamiNarrowURL = "https://" + lab.ProxyName + "." + lab.Domain + ":" + portNarrow + "/whoami"
+)
+
+// A real browser on a real device of the tailnet shows its user who they are.
+func TestABrowserShowsWhoItsUserIs(t *testing.T) {
+	b := onDevice(t, "erin", "443")
+	page := b.open(t, whoamiURL, "--dump-dom")
+	for _, want := range []string{"You are known here", "erin@example.com", "erin.tailnet.example", "from grant 1", "from grants 1 and 2", "https://k8s.tailnet.example"} {
+		if !strings.Contains(page, want) {
+			t.Errorf("the page does not say %q", want)
+		}
+	}
+	if t.Failed() {
+		t.Log(page)
+	}
+	// The corner has the page's background: the browser lets the page have its
+	// style, in daylight and in the dark.
+	for _, tt := range []struct {
+		name          string
+		width, height int
+		args          []string
+		want          color.NRGBA
+	}{
+		{"whoami-light", 900, 1450, nil, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
+		{"whoami-dark", 900, 1450, []string{"--blink-settings=preferredColorScheme=0"}, color.NRGBA{0x11, 0x14, 0x1b, 0xff}},
+		{"whoami-phone", 390, 1600, nil, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
+	} {
+		picture := b.shoot(t, whoamiURL, tt.name, tt.width, tt.height, tt.args...)
+		for _, corner := range []image.Point{{1, 1}, {tt.width - 2, tt.height / 2}} {
+			if got := color.NRGBAModel.Convert(picture.At(corner.X, corner.Y)); got != tt.want {
+				t.Errorf("%s: the page is %v at %v; want %v", tt.name, got, corner, tt.want)
+			}
+		}
+	}
+}
+
+func TestABrowserShowsWhyItsUserIsRefused(t *testing.T) {
+	b := onDevice(t, "alice", portNarrow)
+	page := b.open(t, whoamiNarrowURL, "--dump-dom")
+	for _, want := range []string{"You are refused", "alice@example.com on alice.tailnet.example may not use this server", "system:masters", "deny_groups"} {
+		if !strings.Contains(page, want) {
+			t.Errorf("the page does not say %q", want)
+		}
+	}
+	b.shoot(t, whoamiNarrowURL, "whoami-refused", 900, 990)
+}
+
+// The kubeconfig on the page is one that kubectl works with.
+func TestTheKubeconfigOfThePageWorks(t *testing.T) {
+	resp := send(t, "bob", portDeviceRails, get("/whoami", "Accept: application/json", "Host: k8s.tailnet.example:"+portDeviceRails))
+	var facts whoami.Facts
+	if err := json.Unmarshal([]byte(resp.body), &facts); err != nil {
+		t.Fatalf("%s: %v\n%s", resp.Status, err, resp.body)
+	}
+	if facts.User != "bob@example.com" || len(facts.Groups) != 1 || facts.Groups[0].Name != "tailnet-readers" {
+		t.Errorf("got %+v", facts)
+	}
+	kubeconfig := filepath.Join(t.TempDir(), "config")
+	download := send(t, "bob", portDeviceRails, get("/whoami?kubeconfig", "Host: k8s.tailnet.example:"+portDeviceRails))
+	if download.body != facts.Kubeconfig {
+		t.Errorf("the download is not the page's kubeconfig:\n%s", download.body)
+	}
+	config, err := clientcmd.Load([]byte(download.body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Not this machine is on the tailnet but the caller.
+	device, err := clientcmd.LoadFromFile(theLab.Callers["bob"].Kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, cluster := range config.Clusters {
+		cluster.ProxyURL = device.Clusters["lab"].ProxyURL
+	}
+	if err := clientcmd.WriteToFile(*config, kubeconfig); err != nil {
+		t.Fatal(err)
+	}
+	stdout, stderr, err := runKubectl(t, kubeconfig, nil, "get", "pods", "-o", "name")
+	if err != nil || !strings.Contains(stdout, "pod/web") {
+		t.Errorf("kubectl: %v: %s%s", err, stdout, stderr)
+	}
+}
