@@ -228,7 +228,9 @@ func (h *Handler) setReady(nodes tailnet.Nodes) {
 func (h *Handler) Cleanup() error {
 	running.remove(h)
 	h.setReady(nil)
-	h.events.Close()
+	if h.events != nil { // or Provision has failed before
+		h.events.Close()
+	}
 	return nil
 }
 

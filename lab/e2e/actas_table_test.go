@@ -126,7 +126,7 @@ func giveErinRights(t *testing.T) {
 	direct := erinDirectly(t)
 	eventually(t, "the rights are in force", func() error {
 		for _, user := range []string{"for-everybody", "for-group-a", "old-user", "new-user", "system:node:new-node", "system:serviceaccount:default:new-account", "system:serviceaccount:default:old-account"} {
-			if o, err := do(t.Context(), direct, rest.ImpersonationConfig{UserName: user}, whoAmI); err != nil || o.Refused != "" {
+			if o, err := do(t.Context(), direct, rest.ImpersonationConfig{UserName: user}, selfReview); err != nil || o.Refused != "" {
 				return fmt.Errorf("as %s: %w %s", user, err, o.Refused)
 			}
 		}
@@ -136,7 +136,7 @@ func giveErinRights(t *testing.T) {
 
 // The requests of the table.
 const (
-	whoAmI  = "who am I"
+	selfReview  = "who am I"
 	pods    = "list pods"
 	secrets = "list secrets"
 	version = "get /version"
@@ -158,7 +158,7 @@ func (d dotless) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // outcome is what became of a request.
 type outcome struct {
-	Who     authenticationv1.UserInfo // of whoAmI
+	Who     authenticationv1.UserInfo // of selfReview
 	Refused string                    // the API server's, or the proxy's, words
 	Code    int32
 }
@@ -173,7 +173,7 @@ func do(ctx context.Context, config *rest.Config, as rest.ImpersonationConfig, r
 	}
 	var o outcome
 	switch request {
-	case whoAmI:
+	case selfReview:
 		var review *authenticationv1.SelfSubjectReview
 		if review, err = client.AuthenticationV1().SelfSubjectReviews().Create(ctx, &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{}); err == nil {
 			o.Who = review.Status.UserInfo
@@ -229,81 +229,81 @@ func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
 		may     bool
 	}{
 		// The verb impersonate.
-		{as("old-user"), whoAmI, true},
+		{as("old-user"), selfReview, true},
 		{as("old-user"), pods, true},
 		{as("old-user"), secrets, true},
 		{as("old-user"), version, true},
-		{as("nobody"), whoAmI, false},
+		{as("nobody"), selfReview, false},
 		{as("nobody"), pods, false},
 		{as("nobody"), version, false},
-		{as("old:user with blanks"), whoAmI, true},
-		{as("Old-User"), whoAmI, false},
-		{as("erin@example.com"), whoAmI, false},
-		{as("for-group-a"), whoAmI, true},
-		{as("for-everybody"), whoAmI, true},
-		{as("old-user", "old-group"), whoAmI, true},
-		{as("old-user", "old-group", "other-old-group"), whoAmI, true},
-		{as("old-user", "old-group", "nobodys"), whoAmI, false},
-		{as("old-user", "nobodys"), whoAmI, false},
-		{as("nobody", "old-group"), whoAmI, false},
+		{as("old:user with blanks"), selfReview, true},
+		{as("Old-User"), selfReview, false},
+		{as("erin@example.com"), selfReview, false},
+		{as("for-group-a"), selfReview, true},
+		{as("for-everybody"), selfReview, true},
+		{as("old-user", "old-group"), selfReview, true},
+		{as("old-user", "old-group", "other-old-group"), selfReview, true},
+		{as("old-user", "old-group", "nobodys"), selfReview, false},
+		{as("old-user", "nobodys"), selfReview, false},
+		{as("nobody", "old-group"), selfReview, false},
 		{as("old-user", "system:masters"), secrets, true},
-		{as("old-user", "system:authenticated"), whoAmI, true},
-		{as("old-user", "system:unauthenticated"), whoAmI, true},
-		{as("old-user", "a"), whoAmI, false},
-		{uid(as("old-user"), "old-uid"), whoAmI, true},
-		{uid(as("old-user"), "nobodys"), whoAmI, false},
-		{uid(as("nobody"), "old-uid"), whoAmI, false},
-		{extra(as("old-user"), "scopes", "old-value"), whoAmI, true},
-		{extra(as("old-user"), "scopes", "old-value", "other-old-value"), whoAmI, true},
-		{extra(as("old-user"), "scopes", "old-value", "nobodys"), whoAmI, false},
-		{extra(as("old-user"), "example.com/role", "old-value"), whoAmI, true},
-		{extra(as("old-user"), "example.com/other", "old-value"), whoAmI, false},
-		{extra(extra(uid(as("old-user", "old-group"), "old-uid"), "scopes", "old-value"), "example.com/role", "other-old-value"), whoAmI, true},
-		{extra(extra(uid(as("old-user", "old-group"), "old-uid"), "scopes", "old-value"), "example.com/role", "nobodys"), whoAmI, false},
-		{as(account + "old-account"), whoAmI, true},
+		{as("old-user", "system:authenticated"), selfReview, true},
+		{as("old-user", "system:unauthenticated"), selfReview, true},
+		{as("old-user", "a"), selfReview, false},
+		{uid(as("old-user"), "old-uid"), selfReview, true},
+		{uid(as("old-user"), "nobodys"), selfReview, false},
+		{uid(as("nobody"), "old-uid"), selfReview, false},
+		{extra(as("old-user"), "scopes", "old-value"), selfReview, true},
+		{extra(as("old-user"), "scopes", "old-value", "other-old-value"), selfReview, true},
+		{extra(as("old-user"), "scopes", "old-value", "nobodys"), selfReview, false},
+		{extra(as("old-user"), "example.com/role", "old-value"), selfReview, true},
+		{extra(as("old-user"), "example.com/other", "old-value"), selfReview, false},
+		{extra(extra(uid(as("old-user", "old-group"), "old-uid"), "scopes", "old-value"), "example.com/role", "other-old-value"), selfReview, true},
+		{extra(extra(uid(as("old-user", "old-group"), "old-uid"), "scopes", "old-value"), "example.com/role", "nobodys"), selfReview, false},
+		{as(account + "old-account"), selfReview, true},
 		{as(account + "old-account"), pods, true},
-		{as(account + "nobodys"), whoAmI, false},
-		{as("system:serviceaccount:kube-system:old-account"), whoAmI, false},
-		{as(account+"old-account", "old-group"), whoAmI, true},
-		{as(account+"old-account", "nobodys"), whoAmI, false},
-		{uid(as(account+"old-account"), "old-uid"), whoAmI, true},
-		{as("system:serviceaccount:default"), whoAmI, false}, // is none
-		{as("system:node:old-node"), whoAmI, true},
-		{as("system:node:nobodys"), whoAmI, false},
-		{as("system:node:old-node", "old-group"), whoAmI, true},
-		{as("system:anonymous"), whoAmI, true},
-		{as("system:kube-scheduler"), whoAmI, true},
-		{as("system:kube-controller-manager"), whoAmI, false},
+		{as(account + "nobodys"), selfReview, false},
+		{as("system:serviceaccount:kube-system:old-account"), selfReview, false},
+		{as(account+"old-account", "old-group"), selfReview, true},
+		{as(account+"old-account", "nobodys"), selfReview, false},
+		{uid(as(account+"old-account"), "old-uid"), selfReview, true},
+		{as("system:serviceaccount:default"), selfReview, false}, // is none
+		{as("system:node:old-node"), selfReview, true},
+		{as("system:node:nobodys"), selfReview, false},
+		{as("system:node:old-node", "old-group"), selfReview, true},
+		{as("system:anonymous"), selfReview, true},
+		{as("system:kube-scheduler"), selfReview, true},
+		{as("system:kube-controller-manager"), selfReview, false},
 
 		// The constrained form, which goes by the request as well.
-		{as("new-user"), whoAmI, true},
+		{as("new-user"), selfReview, true},
 		{as("new-user"), pods, true},
 		{as("new-user"), secrets, false},
 		{as("new-user"), version, true},
-		{as("new-user", "new-group"), whoAmI, true},
+		{as("new-user", "new-group"), selfReview, true},
 		{as("new-user", "new-group"), secrets, false},
-		{as("new-user", "nobodys"), whoAmI, false},
-		{as("new-user", "system:masters"), whoAmI, false},
-		{as("new-user", "g1", "g2", "g3"), whoAmI, false},
-		{as("new-user", "g1", "g2", "g3", "g4"), whoAmI, true}, // from four on, "*" is enough
-		{as("new-user", "g1", "g2", "g3", "system:masters"), whoAmI, false},
-		{uid(as("new-user"), "new-uid"), whoAmI, true},
-		{uid(as("new-user"), "old-uid"), whoAmI, false},
-		{extra(as("new-user"), "example.com/role", "new-value"), whoAmI, true},
-		{extra(as("new-user"), "example.com/role", "old-value"), whoAmI, false},
-		{extra(as("new-user"), "scopes", "new-value"), whoAmI, false}, // a key without a domain
-		{extra(as("new-user"), "example.com/role", "v1", "v2", "v3", "v4"), whoAmI, true},
-		{as(account + "new-account"), whoAmI, true},
+		{as("new-user", "nobodys"), selfReview, false},
+		{as("new-user", "system:masters"), selfReview, false},
+		{as("new-user", "g1", "g2", "g3"), selfReview, false},
+		{as("new-user", "g1", "g2", "g3", "g4"), selfReview, true}, // from four on, "*" is enough
+		{as("new-user", "g1", "g2", "g3", "system:masters"), selfReview, false},
+		{uid(as("new-user"), "new-uid"), selfReview, true},
+		{uid(as("new-user"), "old-uid"), selfReview, false},
+		{extra(as("new-user"), "example.com/role", "new-value"), selfReview, true},
+		{extra(as("new-user"), "example.com/role", "old-value"), selfReview, false},
+		{extra(as("new-user"), "scopes", "new-value"), selfReview, false}, // a key without a domain
+		{extra(as("new-user"), "example.com/role", "v1", "v2", "v3", "v4"), selfReview, true},
+		{as(account + "new-account"), selfReview, true},
 		{as(account + "new-account"), pods, false},
-		{as(account+"new-account", "new-group"), whoAmI, false},
-		{as("system:node:new-node"), whoAmI, true},
+		{as(account+"new-account", "new-group"), selfReview, false},
+		{as("system:node:new-node"), selfReview, true},
 		{as("system:node:new-node"), pods, false},
-		{uid(as("system:node:new-node"), "new-uid"), whoAmI, false},
+		{uid(as("system:node:new-node"), "new-uid"), selfReview, false},
 
 		// Half of each form is none of them.
-		{as("old-user", "new-group"), whoAmI, false},
-		{as("new-user", "old-group"), whoAmI, false},
-		{uid(as("old-user"), "new-uid"), whoAmI, false},
+		{as("old-user", "new-group"), selfReview, false},
+		{as("new-user", "old-group"), selfReview, false},
+		{uid(as("old-user"), "new-uid"), selfReview, false},
 	}
 	if len(rows) < 40 {
 		t.Fatalf("the table has %d rows; want at least 40", len(rows))
@@ -338,7 +338,7 @@ func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
 				}
 				return
 			}
-			if row.request == whoAmI && got.Refused == "" {
+			if row.request == selfReview && got.Refused == "" {
 				if got.Who.Extra[impersonate.ExtraOriginalUser] == nil {
 					t.Errorf("the extra fields are %v; want erin to be in them", got.Who.Extra)
 				}
