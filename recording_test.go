@@ -63,7 +63,7 @@ func startRecorder(t *testing.T, rules ...string) (*recordertest.Recorder, *tail
 		}
 	})
 	who := whoIs(append([]string{readers}, rules...)...)
-	who.Node.StableID, who.Node.User = "nLaptop", 7
+	who.Node.StableID, who.UserProfile.ID = "nLaptop", 7
 	node := newNode(who, nil)
 	node.DialPeer = func(ctx context.Context, network, address string) (net.Conn, error) {
 		switch address {
