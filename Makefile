@@ -17,7 +17,7 @@ KUBERNETES_VERSION := $(call version_in,$(TOOLS)/kubernetes/go.mod,k8s.io/kubern
 LAB_TEST_TIMEOUT ?= 20m
 
 KUBERNETES_PARTS := etcd kube-apiserver kubectl
-MODULES_WANTED   := http.handlers.tailscale_impersonate http.reverse_proxy.transport.kubernetes http.matchers.kubernetes
+MODULES_WANTED   := admin.api.tailscale_impersonate http.handlers.tailscale_impersonate http.reverse_proxy.transport.kubernetes http.matchers.kubernetes
 
 # KUBEBUILDER_ASSETS may name a folder with the parts of Kubernetes. One that
 # lacks any of them is not used at all, as versions had better match.

@@ -64,7 +64,7 @@ type peer struct {
 	Node    string         `json:"node"`
 	Address netip.Addr     `json:"address"`
 	User    string         `json:"user"`
-	Groups  []string       `json:"groups"`
+	Groups  []string       `json:"groups,omitempty"`
 	Source  string         `json:"source"`
 	Proxy   string         `json:"proxy,omitempty"`
 	Asked   *time.Time     `json:"asked,omitempty"`

@@ -98,7 +98,7 @@ func TestExplainAsksTheAdminAPI(t *testing.T) {
 	if asked != "GET /tailscale_impersonate/peers/laptop" {
 		t.Errorf("asked %s", asked)
 	}
-	for _, want := range []string{"alice@example.com on laptop", "readers", "from grant 1", "left out by deny_groups", "sessions are recorded", `tailnet node "other"`, "not here"} {
+	for _, want := range []string{"alice@example.com on laptop", "readers", "from grant 1", "left out by deny_groups", "sessions are recorded", `cap: {"impersonate":{}}`, `tailnet node "other"`, "not here"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("printed, without %q:\n%s", want, out)
 		}

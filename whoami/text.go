@@ -4,11 +4,21 @@ package whoami
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
 	"text/tabwriter"
 )
+
+// oneLine returns JSON without line breaks.
+func oneLine(value json.RawMessage) string {
+	var out bytes.Buffer
+	if err := json.Compact(&out, value); err != nil {
+		return string(value)
+	}
+	return out.String()
+}
 
 // WriteText writes f to w for a terminal.
 func (f *Facts) WriteText(w io.Writer) error {
@@ -60,7 +70,7 @@ func (f *Facts) WriteText(w io.Writer) error {
 		}
 	}
 	for i, grant := range f.Grants {
-		row(fmt.Sprintf("grant %d", i+1), fmt.Sprintf("%s: %s", f.Capability, grant.Value))
+		row(fmt.Sprintf("grant %d", i+1), f.Capability+": "+oneLine(grant.Value))
 	}
 	if len(f.Grants) == 0 {
 		row("grants", "none for "+f.LooksFor)

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package impersonate
+
+import (
+	"slices"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"tailscale.com/tailcfg"
+)
+
+// explained returns the peer with these values of the capability name.
+func explained(name tailcfg.PeerCapability, values ...string) Peer {
+	p := Peer{Node: "laptop.example.ts.net", Login: "alice@example.com", Capabilities: tailcfg.PeerCapMap{}}
+	for _, value := range values {
+		p.Capabilities[name] = append(p.Capabilities[name], tailcfg.RawMessage(value))
+	}
+	return p
+}
+
+func TestExplanationsSayWhereGroupsComeFrom(t *testing.T) {
+	const both, one, none = `{"impersonate":{"groups":["a","b","a"]}}`, `{"impersonate":{"groups":["b"]}}`, `{"recorder":["tag:r"]}`
+	for _, name := range Capabilities {
+		var why Explanation
+		id, err := explained(name, both, none, one).Explain(Capabilities, &why)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := Explanation{Capability: name, Grants: []Grant{
+			{Value: both, Groups: []string{"a", "b"}},
+			{Value: none},
+			{Value: one, Groups: []string{"b"}},
+		}}
+		if diff := cmp.Diff(want, why); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+		if !slices.Equal(id.Groups, []string{"a", "b"}) {
+			t.Errorf("%s: groups %v; want those that are explained", name, id.Groups)
+		}
+	}
+}
+
+// What was found until an error is there to explain it.
+func TestExplanationsOfErrors(t *testing.T) {
+	name := Capabilities[0]
+	for _, values := range [][]string{
+		{`{"impersonate":{"groups":["a",""]}}`},
+		{`{"impersonate":{"groups":["a"]}}`, `{"impersonate":"everybody"}`},
+	} {
+		var why Explanation
+		id, err := explained(name, values...).Explain(Capabilities, &why)
+		if err == nil || !cmp.Equal(id, Identity{}) {
+			t.Errorf("%q: got %+v, %v; want an error", values, id, err)
+		}
+		if why.Capability != name || len(why.Grants) != len(values) || string(why.Grants[0].Value) != values[0] {
+			t.Errorf("%q: got %+v; want the grants as they are", values, why)
+		}
+	}
+}
+
+func TestExplanationWithoutGrants(t *testing.T) {
+	var why Explanation
+	if _, err := (Peer{Node: "ci.example.ts.net", Tags: []string{"tag:ci"}}).Explain(Capabilities, &why); err != nil {
+		t.Fatal(err)
+	}
+	if why.Capability != "" || len(why.Grants) > 0 {
+		t.Errorf("got %+v; want nothing", why)
+	}
+}
