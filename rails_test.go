@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -85,6 +86,21 @@ func TestARecheckThatFindsNobodyIsAnError(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A request that has ended costs no further question.
+func TestARequestThatHasEndedIsNotRechecked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		node := newChanging()
+		h := newHandler(t, caddyfile.Config{}, node.Node)
+		wantUser(t, h, over()(), "alice@example.com")
+		time.Sleep(3 * h.Interval())
+		node.mu.Lock()
+		defer node.mu.Unlock()
+		if node.asked != 1 {
+			t.Errorf("the node was asked %d times; want once", node.asked)
+		}
+	})
 }
 
 // A recheck that is answered from before would find a grant that is gone.

@@ -506,6 +506,10 @@ func TestAfterAReloadTheNewRulesJudge(t *testing.T) {
 			[]site{{on(":443"), "c", false}, {on(":443"), "d", true}}, true,
 		},
 		{
+			"two, both changed: the first may be hers", []site{{on(":443"), "a", false}, {on(":443"), "b", false}},
+			[]site{{on(":443"), "c", true}, {on(":443"), "d", false}}, true,
+		},
+		{
 			"two, both changed, and both let her in", []site{{on(":443"), "a", true}, {on(":443"), "b", true}},
 			[]site{{on(":443"), "c", false}, {on(":443"), "d", false}}, false,
 		},
@@ -564,6 +568,24 @@ func TestTheConfigAfterNextJudgesAsWell(t *testing.T) {
 		none.Run()
 		time.Sleep(time.Minute)
 		c.wantOpen(t)
+		second.Run()
+		time.Sleep(interval)
+		synctest.Wait()
+		c.wantEnded(t, Refused)
+	})
+}
+
+// A connection that was accepted before may bring a request when the config has been
+// gone for a while.
+func TestTheConfigAfterNextJudgesARequestThatCameLate(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		var first, none, second Config
+		site := first.NewSite([]string{":443"}, "a", newNetwork().rules())
+		second.NewSite([]string{":443"}, "b", without(aliceAddr).rules())
+		first.Run()
+		none.Run()
+		c := connect(t, aliceAddr)
+		defer site.Open(t.Context(), c.conn, alice, time.Now()).Close()
 		second.Run()
 		time.Sleep(interval)
 		synctest.Wait()

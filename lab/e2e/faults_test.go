@@ -189,7 +189,7 @@ func TestTenReloadsASecondLeaveEverybodyWhoTheyAre(t *testing.T) {
 	})
 }
 
-// joinForTest connects a device to the tailnet, until the test ends.
+// joinForTest connects a device to the tailnet, which leave takes off it.
 func joinForTest(t *testing.T, spec lab.CallerSpec) *lab.Caller {
 	t.Helper()
 	device, err := theLab.Join(t.Context(), spec)
