@@ -40,9 +40,6 @@ type Site struct {
 	// Count is told how every recording has ended.
 	Count func(Outcome)
 
-	// timeout is for tests, which have less time.
-	timeout time.Duration
-
 	// failures remembers when a caller was refused as no recorder could be reached.
 	// kubectl tries a session that was refused again over another protocol, and
 	// its user is not to wait twice.
@@ -173,10 +170,11 @@ func (s *Session) prepare(ctx context.Context, who Caller) *apierrors.StatusErro
 	var err error
 	if s.file, err = createFile(s.site.Dir, s.id); err != nil {
 		s.log.Error("the session cannot be recorded", zap.Error(err))
-		s.discard()
+		s.abandon()
 		return refusal.Unavailable("the session cannot be recorded, as the proxy cannot write its recordings; its log says why")
 	}
-	s.sinks = append(s.sinks, newSink(s.file, errFileLost, s.fileFailed))
+	s.toFile = newSink(s.file, errFileLost, s.fileFailed)
+	s.sinks = append(s.sinks, s.toFile)
 	return nil
 }
 
@@ -190,7 +188,7 @@ func (s *Session) reach(ctx context.Context, who Caller) *apierrors.StatusError 
 	case s.enforce && s.site.failedBefore(caller):
 		s.log.Error("no recorder could be reached a moment ago")
 	default:
-		if s.upload, err = connect(ctx, who.Recording.Recorders, who.Dial, s.site.connectTimeout()); err != nil {
+		if s.upload, err = connect(ctx, who.Recording.Recorders, who.Dial, connectTimeout); err != nil {
 			s.log.Error("no recorder can be reached", zap.Error(err))
 			// A caller that goes away says nothing about recorders.
 			if s.enforce && ctx.Err() == nil {
@@ -213,13 +211,6 @@ func (s *Session) reach(ctx context.Context, who Caller) *apierrors.StatusError 
 	s.sinks = append(s.sinks, newSink(s.upload, required, s.recorderFailed))
 	go s.watch()
 	return nil
-}
-
-func (s *Site) connectTimeout() time.Duration {
-	if s.timeout != 0 {
-		return s.timeout
-	}
-	return connectTimeout
 }
 
 // failedBefore reports whether the caller was refused for that a moment ago.

@@ -176,6 +176,6 @@ func (s *spdySession) farewell(reason string) []byte {
 func appendSPDY(b []byte, id uint32, flags byte, data []byte) []byte {
 	size := len(data)
 	b = binary.BigEndian.AppendUint32(b, id)
-	b = append(b, flags, byte(size>>16), byte(size>>8), byte(size))
+	b = append(b, flags, byte(size>>16&0xff), byte(size>>8&0xff), byte(size&0xff))
 	return append(b, data...)
 }

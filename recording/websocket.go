@@ -248,7 +248,7 @@ func (w *webSocket) message(b []byte, channel byte, data []byte) []byte {
 	if size := len(payload); size < 126 {
 		b = append(b, byte(size))
 	} else {
-		b = append(b, 126, byte(size>>8), byte(size)) // not as long as 64 KiB
+		b = append(b, 126, byte(size>>8&0xff), byte(size&0xff)) // not as long as 64 KiB
 	}
 	return append(b, payload...)
 }

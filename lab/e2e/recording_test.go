@@ -450,6 +450,33 @@ func TestRecordingOf50MB(t *testing.T) {
 	})
 }
 
+// What is piped through a recorded session comes back as it is, to its last byte, and
+// is in the recording.
+func TestARecordedPipeIsWhole(t *testing.T) {
+	var text bytes.Buffer
+	for i := 0; text.Len() < 5<<20; i++ {
+		fmt.Fprintf(&text, "line %d, with ünïcode 日本\n", i)
+	}
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		useRecorder(t, recordertest.V2)
+		for range 3 {
+			cmd := kubectlAs(t, "gus", p, "exec", "-i", lab.Pod, "--", "cat")
+			cmd.Stdin = bytes.NewReader(text.Bytes())
+			var out bytes.Buffer
+			cmd.Stdout = &out
+			if err := cmd.Run(); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(out.Bytes(), text.Bytes()) {
+				t.Errorf("%d other bytes came back; want the %d that were piped in", out.Len(), text.Len())
+			}
+			if _, got := recorded(t); got.output != text.String() {
+				t.Errorf("recorded are %d other bytes", len(got.output))
+			}
+		}
+	})
+}
+
 // A site that keeps recordings keeps those of whoever comes.
 func TestRecordingsInFiles(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
