@@ -111,7 +111,7 @@ func TestWhatCannotBeWrittenDownIsAmbiguous(t *testing.T) {
 	if !decided.On(r).Ambiguous {
 		t.Error("without variables: got an unambiguous request")
 	}
-	decided.Refuse(r)
+	_ = decided.Refuse(r)
 
 	r = newRequest("GET", "/api/v1/pods")
 	caddyhttp.SetVar(r.Context(), "tailscale_impersonate.decided", "a config's own")
