@@ -14,6 +14,7 @@ package apievents
 
 import (
 	"bytes"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -21,6 +22,7 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"go.uber.org/zap"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -255,6 +257,10 @@ func kubernetes(r *http.Request) sessionrecording.KubernetesRequestInfo {
 
 // log writes a line about r.
 func (s *Site) log(r *http.Request, i apirequest.Info, b body, who Caller) {
+	text, binary := string(b.data), ""
+	if !utf8.Valid(b.data) { // kubectl speaks protobuf
+		text, binary = "", base64.StdEncoding.EncodeToString(b.data)
+	}
 	s.Log.Info("API request",
 		zap.String("user", who.Identity.User),
 		zap.Strings("groups", who.Identity.Groups),
@@ -271,7 +277,8 @@ func (s *Site) log(r *http.Request, i apirequest.Info, b body, who Caller) {
 		zap.String("method", r.Method),
 		zap.String("uri", r.URL.String()),
 		zap.String("user_agent", r.UserAgent()),
-		zap.ByteString("body", b.data),
+		zap.String("body", text),
+		zap.String("body_base64", binary),
 		zap.Bool("body_cut", b.cut),
 		zap.String("body_left_out", b.leftOut))
 }

@@ -38,14 +38,14 @@ const limit = 10
 // network is a tailnet with recorders on it.
 type network struct {
 	recorders map[netip.AddrPort]*recordertest.Recorder
-	real      map[netip.AddrPort]string
+	local     map[netip.AddrPort]string
 	dials     atomic.Int64
 }
 
 // newNetwork returns a network with n recorders, and their addresses.
 func newNetwork(t *testing.T, n int) (*network, []netip.AddrPort) {
 	t.Helper()
-	nw := &network{recorders: make(map[netip.AddrPort]*recordertest.Recorder), real: make(map[netip.AddrPort]string)}
+	nw := &network{recorders: make(map[netip.AddrPort]*recordertest.Recorder), local: make(map[netip.AddrPort]string)}
 	var addrs []netip.AddrPort
 	for i := range n {
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -61,7 +61,7 @@ func newNetwork(t *testing.T, n int) (*network, []netip.AddrPort) {
 				t.Error(err)
 			}
 		})
-		nw.recorders[addr], nw.real[addr] = r, ln.Addr().String()
+		nw.recorders[addr], nw.local[addr] = r, ln.Addr().String()
 		addrs = append(addrs, addr)
 	}
 	return nw, addrs
@@ -74,11 +74,11 @@ func (nw *network) node() *tailnet.Node {
 		Addrs: func() (netip.Addr, netip.Addr) { return netip.MustParseAddr("100.64.0.1"), netip.Addr{} },
 		DialPeer: func(ctx context.Context, network, address string) (net.Conn, error) {
 			nw.dials.Add(1)
-			real, ok := nw.real[netip.MustParseAddrPort(address)]
+			local, ok := nw.local[netip.MustParseAddrPort(address)]
 			if !ok {
 				return nil, errors.New("nobody there")
 			}
-			return new(net.Dialer).DialContext(ctx, network, real)
+			return new(net.Dialer).DialContext(ctx, network, local)
 		},
 	}
 }
@@ -309,7 +309,7 @@ func TestWithoutARecorderThatTakesEvents(t *testing.T) {
 				nw.recorders[addrs[0]].SetMode(tt.mode)
 				switch {
 				case tt.absent:
-					nw.real = nil
+					nw.local = nil
 				case tt.none:
 					addrs = nil
 				}
@@ -343,6 +343,7 @@ func TestWithoutARecorderThatTakesEvents(t *testing.T) {
 // A recorder that does not answer costs the first request its head start, and no
 // event is lost.
 func TestTheNextRecorderIsAskedInTime(t *testing.T) {
+	t.Parallel()
 	nw, addrs := newNetwork(t, 3)
 	nw.recorders[addrs[0]].SetMode(recordertest.Silent)
 	nw.recorders[addrs[1]].SetMode(recordertest.Failing)
@@ -368,6 +369,7 @@ func TestTheNextRecorderIsAskedInTime(t *testing.T) {
 
 // What all recorders are known not to do is not waited for again and again.
 func TestSilentRecordersCostOneWaitAndAreTriedAgain(t *testing.T) {
+	t.Parallel()
 	nw, addrs := newNetwork(t, 1)
 	nw.recorders[addrs[0]].SetMode(recordertest.Silent)
 	s := newSite(t)
@@ -497,6 +499,7 @@ func TestTheLogHasEveryRequest(t *testing.T) {
 		newRequest("POST", "/api/v1/namespaces/a/pods/p/eviction", "0123456789a", "User-Agent", "kubectl"),
 		newRequest("POST", "/api/v1/namespaces/a/secrets", "x"),
 		newRequest("GET", "/api/v1//pods", ""),
+		newRequest("POST", "/api/v1/namespaces/a/pods", "k8s\x00\xff"),
 	} {
 		if err := s.Record(r, who); err != nil {
 			t.Fatal(err)
@@ -506,14 +509,14 @@ func TestTheLogHasEveryRequest(t *testing.T) {
 		}
 	}
 	logged := s.logged.All()
-	if len(logged) != 3 {
-		t.Fatalf("got %d lines; want 3", len(logged))
+	if len(logged) != 4 {
+		t.Fatalf("got %d lines; want 4", len(logged))
 	}
 	want := map[string]any{
 		"user": "alice@example.com", "groups": []any{"a", "b"}, "node": "laptop.example.ts.net", "remote_addr": "100.64.0.2:40000",
 		"verb": "create", "group": "", "version": "v1", "resource": "pods", "subresource": "eviction", "namespace": "a", "name": "p", "class": "ordinary",
 		"method": "POST", "uri": "/api/v1/namespaces/a/pods/p/eviction", "user_agent": "kubectl",
-		"body": "0123456789", "body_cut": true, "body_left_out": "",
+		"body": "0123456789", "body_base64": "", "body_cut": true, "body_left_out": "",
 	}
 	if diff := cmp.Diff(want, logged[0].ContextMap()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -523,6 +526,9 @@ func TestTheLogHasEveryRequest(t *testing.T) {
 	}
 	if line := logged[2].ContextMap(); line["class"] != "ambiguous" {
 		t.Errorf("got %v of an ambiguous path; want that to be said", line)
+	}
+	if line := logged[3].ContextMap(); line["body"] != "" || line["body_base64"] != "azhzAP8=" {
+		t.Errorf("got %v of a body that is no text; want it in base64", line)
 	}
 	if len(s.outcomes) > 0 {
 		t.Errorf("counted %v; want nothing, as there is no recorder", s.outcomes)
@@ -538,7 +544,7 @@ func BenchmarkRecord(b *testing.B) {
 	go func() { _ = server.Serve(ln) }()
 	defer server.Close()
 	addr := netip.MustParseAddrPort("100.64.1.0:80")
-	nw := &network{real: map[netip.AddrPort]string{addr: ln.Addr().String()}}
+	nw := &network{local: map[netip.AddrPort]string{addr: ln.Addr().String()}}
 	s := &apievents.Site{BodyLimit: limit, Logger: zap.NewNop(), Count: func(apievents.Outcome) {}}
 	defer s.Close()
 	who := callerOf(nw.node(), alice, impersonate.Recording{Recorders: []netip.AddrPort{addr}, Events: true})

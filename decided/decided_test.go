@@ -99,6 +99,9 @@ func TestARefusalIsKeptThatNobodyGave(t *testing.T) {
 	if answer.ErrStatus.Code != http.StatusBadRequest || !strings.Contains(answer.ErrStatus.Message, `"/api/v1//pods"`) {
 		t.Errorf("got %+v; want a 400 that names the path", answer.ErrStatus)
 	}
+	if decided.Check(r) == nil {
+		t.Error("the request would be sent as it is after it was refused")
+	}
 	// Not even after it was made a better one.
 	r.URL.Path = "/api/v1/pods"
 	if decided.Check(r) == nil {
@@ -111,7 +114,7 @@ func TestWhatCannotBeWrittenDownIsAmbiguous(t *testing.T) {
 	if !decided.On(r).Ambiguous {
 		t.Error("without variables: got an unambiguous request")
 	}
-	decided.Refuse(r)
+	_ = decided.Refuse(r)
 
 	r = newRequest("GET", "/api/v1/pods")
 	caddyhttp.SetVar(r.Context(), "tailscale_impersonate.decided", "a config's own")

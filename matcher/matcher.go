@@ -169,12 +169,6 @@ func checkSegment(p string) error {
 	return nil
 }
 
-// Match reports whether r matches. Caddy calls MatchWithError.
-func (m Matcher) Match(r *http.Request) bool {
-	matches, err := m.MatchWithError(r)
-	return matches && err == nil
-}
-
 // MatchWithError reports whether r matches. An error is the answer to a request
 // about which nothing can be decided: one that does not match would be let through
 // by a `not`.
@@ -207,7 +201,7 @@ func (m Matcher) matches(i apirequest.Info) bool {
 		{m.Namespace, i.Namespace},
 		{m.Name, i.Name},
 	} {
-		if o.patterns != nil && !(i.IsResourceRequest && pattern.Any(o.patterns, o.value)) {
+		if o.patterns != nil && (!i.IsResourceRequest || !pattern.Any(o.patterns, o.value)) {
 			return false
 		}
 	}
@@ -244,7 +238,6 @@ func (Matcher) CELLibrary(caddy.Context) (cel.Library, error) {
 var (
 	_ caddy.Module                      = Matcher{}
 	_ caddy.Validator                   = Matcher{}
-	_ caddyhttp.RequestMatcher          = Matcher{}
 	_ caddyhttp.RequestMatcherWithError = Matcher{}
 	_ caddyhttp.CELLibraryProducer      = Matcher{}
 )
