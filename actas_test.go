@@ -228,6 +228,32 @@ func TestAGrantedWishIsRechecked(t *testing.T) {
 	}
 }
 
+// What was granted under one config ends under the next, if that lets nobody act as
+// somebody else.
+func TestAGrantedWishIsJudgedByTheNewConfig(t *testing.T) {
+	interval := caddy.Duration(100 * time.Millisecond)
+	before := newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, RecheckInterval: &interval}, aliceNode())
+	before.sites.Run()
+	var ended error
+	err := before.ServeHTTP(noAnswer{}, newRequest("GET", "http://k8s/api", "Impersonate-User", "bob"), nextFunc(func(_ http.ResponseWriter, r *http.Request) error {
+		id, _ := impersonate.FromContext(r.Context())
+		id.Wish.Granted(func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		newHandler(t, caddyfile.Config{RecheckInterval: &interval}, aliceNode()).sites.Run()
+		select {
+		case <-r.Context().Done():
+			ended = context.Cause(r.Context())
+		case <-time.After(30 * time.Second):
+		}
+		return nil
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ended == nil || !strings.Contains(ended.Error(), "callers may no longer act as somebody else") {
+		t.Errorf("the request ended with %v; want the reason", ended)
+	}
+}
+
 // nextFunc is a next handler.
 type nextFunc func(http.ResponseWriter, *http.Request) error
 
