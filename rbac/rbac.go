@@ -45,12 +45,6 @@ func Defaults() Options {
 // masters is the group that may do anything.
 const masters = "system:masters"
 
-// auditExtras are the keys of what the handler's option audit adds to an identity.
-var auditExtras = []string{"address", "groups-source", "node", "node-id", "request-id", "tags"}
-
-// auditDomain is what these start with.
-const auditDomain = "tailscale-impersonate.github.io/"
-
 // The verbs that the API server has for requests: those for objects, and those for
 // paths that are none.
 var (
@@ -90,8 +84,8 @@ func FromPolicy(policy []byte, o Options) ([]byte, error) {
 	if o.Audit {
 		allow(authenticationv1.GroupName, "uids")
 		extras := rbacv1.PolicyRule{Verbs: []string{verb}, APIGroups: []string{authenticationv1.GroupName}}
-		for _, key := range auditExtras {
-			extras.Resources = append(extras.Resources, "userextras/"+auditDomain+key)
+		for _, key := range slices.Sorted(slices.Values(impersonate.AuditExtras)) {
+			extras.Resources = append(extras.Resources, "userextras/"+key)
 		}
 		role.Rules = append(role.Rules, extras)
 	}

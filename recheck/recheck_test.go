@@ -585,7 +585,7 @@ func TestTheConfigAfterNextJudgesARequestThatCameLate(t *testing.T) {
 		first.Run()
 		none.Run()
 		c := connect(t, aliceAddr)
-		defer site.Open(t.Context(), c.conn, alice, time.Now()).Close()
+		defer site.Open(t.Context(), c.conn, alice, time.Now(), Short).Close()
 		second.Run()
 		time.Sleep(interval)
 		synctest.Wait()

@@ -136,10 +136,10 @@ func giveErinRights(t *testing.T) {
 
 // The requests of the table.
 const (
-	selfReview  = "who am I"
-	pods    = "list pods"
-	secrets = "list secrets"
-	version = "get /version"
+	selfReview = "who am I"
+	pods       = "list pods"
+	secrets    = "list secrets"
+	version    = "get /version"
 )
 
 // dotless encodes the dots in the names of headers.
