@@ -74,8 +74,8 @@ func underLoad(t *testing.T, f func(l *load)) {
 	}
 	within(t, idleFor+30*time.Second, "nothing is left of the connections", func() error {
 		after := theFootprint(t)
-		if after.caddy > before.caddy || after.files > before.files {
-			return fmt.Errorf("%d goroutines of Caddy's and %d open files; want at most %d and %d", after.caddy, after.files, before.caddy, before.files)
+		if after.caddy > before.caddy+spare || after.files > before.files+spare {
+			return fmt.Errorf("%d goroutines of Caddy's and %d open files; want at most %d more than %d and %d", after.caddy, after.files, spare, before.caddy, before.files)
 		}
 		return nil
 	})
@@ -83,6 +83,11 @@ func underLoad(t *testing.T, f func(l *load)) {
 
 // idleFor is how long transport kubernetes keeps a connection that it does not use.
 const idleFor = time.Minute
+
+// spare is how much more there may be of what others in this process open by
+// themselves, such as the sockets of tailnet nodes. A load is more than a hundred
+// requests: if they left anything, there would be more of it.
+const spare = 4
 
 // add has another caller take part, who may be one after the other of identities.
 func (l *load) add(t *testing.T, caller *lab.Caller, identities ...conformance.Identity) {
