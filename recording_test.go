@@ -258,11 +258,25 @@ func upgradeRequest(method, target, upgrade string, headers ...string) string {
 
 const wsV5 = "Sec-WebSocket-Protocol: v5.channel.k8s.io, v4.channel.k8s.io"
 
+// sessionTimeout is how long a session of these tests may take: 200 at once, with the
+// race detector, take their time.
+const sessionTimeout = 2 * time.Minute
+
+// dialSession connects to s for a session.
+func dialSession(t *testing.T, s *site) net.Conn {
+	t.Helper()
+	conn := s.dial(t, aliceAddr, "http/1.1")
+	if err := conn.SetDeadline(time.Now().Add(sessionTimeout)); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
 // openWebSocket opens a shell, with early sent behind the request in the same
 // write. It returns no shell but the answer, if that is another than 101.
 func openWebSocket(t *testing.T, s *site, target, early string) (shell, *http.Response) {
 	t.Helper()
-	conn := s.dial(t, aliceAddr, "http/1.1")
+	conn := dialSession(t, s)
 	if _, err := io.WriteString(conn, upgradeRequest("GET", target, "websocket", wsV5)+early); err != nil {
 		t.Fatal(err)
 	}
@@ -328,7 +342,7 @@ type spdyShell struct {
 
 func openSPDY(t *testing.T, s *site, target, _ string) (shell, *http.Response) {
 	t.Helper()
-	conn := s.dial(t, aliceAddr, "http/1.1")
+	conn := dialSession(t, s)
 	if _, err := io.WriteString(conn, upgradeRequest("POST", target, "SPDY/3.1", "X-Stream-Protocol-Version: v4.channel.k8s.io")); err != nil {
 		t.Fatal(err)
 	}
@@ -350,7 +364,7 @@ func openSPDY(t *testing.T, s *site, target, _ string) (shell, *http.Response) {
 		if *stream.to, err = out.conn.CreateStream(http.Header{"streamType": {stream.what}}, nil, false); err != nil {
 			t.Fatal(err)
 		}
-		if err := (*stream.to).Wait(); err != nil {
+		if err := (*stream.to).WaitTimeout(sessionTimeout); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -1001,8 +1015,11 @@ func TestManySessionsLeaveNothingBehind(t *testing.T) {
 	since := counted()
 	var all [sessions]shell
 	var opening sync.WaitGroup
+	atOnce := make(chan struct{}, 20) // are opened; in the end, all are open
 	for i := range all {
 		opening.Go(func() {
+			atOnce <- struct{}{}
+			defer func() { <-atOnce }()
 			open := openWebSocket
 			if i%2 == 0 {
 				open = openSPDY

@@ -494,7 +494,7 @@ func TestRecordingsInFiles(t *testing.T) {
 		eventually(t, "there is a file", func() error {
 			files, err := filepath.Glob(filepath.Join(recordings(theLab), "*.cast"))
 			if err != nil || len(files) != 1 {
-				return fmt.Errorf("there are %q, %v", files, err)
+				return fmt.Errorf("there are %q", files)
 			}
 			b, err := os.ReadFile(files[0])
 			if err != nil {
