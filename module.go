@@ -202,7 +202,9 @@ func (h *Handler) setReady(nodes tailnet.Nodes) {
 // outlive the config.
 func (h *Handler) Cleanup() error {
 	h.setReady(nil)
-	h.events.Close()
+	if h.events != nil { // Caddy cleans up as well what could not be provisioned
+		h.events.Close()
+	}
 	return nil
 }
 
