@@ -44,7 +44,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components assets-note demo test test-long conformance fuzz bench lint xcaddy clean
+.PHONY: help components assets-note asciicast demo test test-long conformance fuzz bench lint xcaddy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ help: ## list the targets
 # What the demo runs, and what only the tests run.
 DEMO_PARTS := $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale)
 TEST_PARTS := $(addprefix $(BIN)/,helm)
+
+# The parser of somebody else that the tests play recordings with, if it is there.
+asciicast: ## install asciinema's parser for the tests (needs npm)
+	cd $(TOOLS)/asciicast && npm ci --no-audit --no-fund
 
 components: assets-note $(DEMO_PARTS) $(TEST_PARTS) ## build what the lab runs (once)
 

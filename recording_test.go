@@ -257,11 +257,25 @@ func upgradeRequest(method, target, upgrade string, headers ...string) string {
 
 const wsV5 = "Sec-WebSocket-Protocol: v5.channel.k8s.io, v4.channel.k8s.io"
 
+// sessionTimeout is how long a session of these tests may take: 200 at once, with the
+// race detector, take their time.
+const sessionTimeout = 2 * time.Minute
+
+// dialSession connects to s for a session.
+func dialSession(t *testing.T, s *site) net.Conn {
+	t.Helper()
+	conn := s.dial(t, aliceAddr, "http/1.1")
+	if err := conn.SetDeadline(time.Now().Add(sessionTimeout)); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
 // openWebSocket opens a shell, with early sent behind the request in the same
 // write. It returns no shell but the answer, if that is another than 101.
 func openWebSocket(t *testing.T, s *site, target, early string) (shell, *http.Response) {
 	t.Helper()
-	conn := s.dial(t, aliceAddr, "http/1.1")
+	conn := dialSession(t, s)
 	if _, err := io.WriteString(conn, upgradeRequest("GET", target, "websocket", wsV5)+early); err != nil {
 		t.Fatal(err)
 	}
@@ -327,7 +341,7 @@ type spdyShell struct {
 
 func openSPDY(t *testing.T, s *site, target, _ string) (shell, *http.Response) {
 	t.Helper()
-	conn := s.dial(t, aliceAddr, "http/1.1")
+	conn := dialSession(t, s)
 	if _, err := io.WriteString(conn, upgradeRequest("POST", target, "SPDY/3.1", "X-Stream-Protocol-Version: v4.channel.k8s.io")); err != nil {
 		t.Fatal(err)
 	}
@@ -349,7 +363,7 @@ func openSPDY(t *testing.T, s *site, target, _ string) (shell, *http.Response) {
 		if *stream.to, err = out.conn.CreateStream(http.Header{"streamType": {stream.what}}, nil, false); err != nil {
 			t.Fatal(err)
 		}
-		if err := (*stream.to).Wait(); err != nil {
+		if err := (*stream.to).WaitTimeout(sessionTimeout); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -1000,8 +1014,11 @@ func TestManySessionsLeaveNothingBehind(t *testing.T) {
 	since := counted()
 	var all [sessions]shell
 	var opening sync.WaitGroup
+	atOnce := make(chan struct{}, 20) // are opened; in the end, all are open
 	for i := range all {
 		opening.Go(func() {
+			atOnce <- struct{}{}
+			defer func() { <-atOnce }()
 			open := openWebSocket
 			if i%2 == 0 {
 				open = openSPDY
@@ -1055,5 +1072,133 @@ func TestManySessionsLeaveNothingBehind(t *testing.T) {
 	if n := settle(); n > before+5 {
 		b := make([]byte, 1<<20)
 		t.Errorf("%d goroutines are left; %d there were before\n%s", n, before, b[:runtime.Stack(b, true)])
+	}
+}
+
+// A client that does not read cannot keep a session that has to end.
+func TestAClientThatDoesNotReadIsNotWaitedFor(t *testing.T) {
+	recorder, node := startRecorder(t, enforced)
+	s := startSite(t, newPods(t), false, "", toKubernetes, node)
+	since := counted()
+	sh := mustOpen(t, openWebSocket, s).(*webSocketShell)
+	var typing sync.WaitGroup
+	typing.Go(func() {
+		for trySay(sh, strings.Repeat("x", 32<<10)) {
+		}
+	})
+	// Until nothing moves any more: what comes back is not read.
+	recorded := func() int {
+		total := 0
+		for _, r := range recorder.Peek() {
+			total += len(r.Bytes())
+		}
+		return total
+	}
+	for before := -1; recorded() != before; {
+		before = recorded()
+		time.Sleep(300 * time.Millisecond) // in which more would have arrived
+	}
+	recorder.Cut()
+	wantCounted(t, since, map[recording.Outcome]int{recording.Ended: 1})
+	sh.leave()
+	typing.Wait()
+}
+
+// A caller that goes away while recorders are asked is not one that cannot be
+// recorded: its next session is.
+func TestGoingAwayDoesNotSwitchRecordingOff(t *testing.T) {
+	for _, rule := range []string{enforced, wanted} {
+		recorder, node := startRecorder(t, rule)
+		dial := node.DialPeer
+		asked := make(chan struct{}, 10)
+		node.DialPeer = func(ctx context.Context, network, address string) (net.Conn, error) {
+			asked <- struct{}{}
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		s := startSite(t, newPods(t), false, "", toKubernetes, node)
+		since := counted()
+		conn := s.dial(t, aliceAddr)
+		if _, err := io.WriteString(conn, upgradeRequest("GET", execTarget, "websocket", wsV5)); err != nil {
+			t.Fatal(err)
+		}
+		<-asked
+		_ = conn.Close()
+		outcome := recording.Unrecorded
+		if rule == enforced {
+			outcome = recording.Refused
+		}
+		wantCounted(t, since, map[recording.Outcome]int{outcome: 1})
+		node.DialPeer = dial
+		since = counted()
+		sh := mustOpen(t, openWebSocket, s)
+		sh.hear(t, "hello ")
+		sh.leave()
+		wantCounted(t, since, map[recording.Outcome]int{recording.Recorded: 1})
+		taken(t, recorder)
+	}
+}
+
+// What the API server chooses has to be what it was offered.
+func TestAProtocolThatWasNotOfferedIsNotSpoken(t *testing.T) {
+	for name, chosen := range map[string]string{
+		"another subprotocol": "Upgrade: websocket\r\nSec-WebSocket-Protocol: v9.channel.k8s.io\r\n",
+		"no subprotocol":      "Upgrade: websocket\r\n",
+		"compression":         "Upgrade: websocket\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\nSec-WebSocket-Extensions: permessage-deflate\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			up := newUpstream(t)
+			up.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				conn, _, err := http.NewResponseController(w).Hijack()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer conn.Close()
+				_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n"+chosen+"\r\n"+string(wsMessage(false, "\x01secret")))
+				_, _ = io.Copy(io.Discard, conn)
+			})
+			_, node := startRecorder(t, enforced)
+			s := startSite(t, up, false, "", toKubernetes, node)
+			since := counted()
+			conn := s.dial(t, aliceAddr)
+			if _, err := io.WriteString(conn, upgradeRequest("GET", execTarget, "websocket", wsV5)); err != nil {
+				t.Fatal(err)
+			}
+			wantCounted(t, since, map[recording.Outcome]int{recording.Ended: 1})
+			_ = conn.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+			if b, _ := io.ReadAll(conn); strings.Contains(string(b), "secret") {
+				t.Errorf("the client has read %q", b)
+			}
+		})
+	}
+}
+
+// A recorder that is wanted and cannot be reached is missed, whatever is kept in
+// files.
+func TestAFileIsNoRecorder(t *testing.T) {
+	up := newPods(t)
+	for _, rule := range []string{`{"recorderAddrs":["` + absentAddr + `"]}`, `{"recorderAddrs":["` + absentAddr + `"],"enforceRecorder":true}`} {
+		dir := t.TempDir()
+		_, node := startRecorder(t, rule)
+		s := startSite(t, up, false, "", "tailscale_impersonate {\nrecord "+dir+"\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}", node)
+		since := counted()
+		up.take()
+		sh, resp := openWebSocket(t, s, execTarget, "")
+		if strings.Contains(rule, "enforce") {
+			checkRefused(t, resp, forbidden, "no recorder can be reached")
+			up.checkSeen(t, nil)
+			if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+				t.Errorf("the directory holds %v, %v", entries, err)
+			}
+			continue
+		}
+		if sh == nil {
+			t.Fatalf("got status %d", resp.StatusCode)
+		}
+		sh.hear(t, "hello ")
+		sh.leave()
+		wantCounted(t, since, map[recording.Outcome]int{recording.Lost: 1})
+		onlyFile(t, dir, ".cast")
 	}
 }

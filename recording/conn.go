@@ -115,7 +115,7 @@ func (c *conn) end(reason error) {
 	c.write.Lock()
 	// In the midst of a frame, anything would be taken for the rest of it.
 	if !c.broken {
-		_, _ = c.Conn.Write(c.farewell("The session was ended by the proxy: " + reason.Error()))
+		_, _ = c.Conn.Write(c.farewell(shorten("The session was ended by the proxy: " + reason.Error())))
 	}
 	c.write.Unlock()
 	_ = c.SetReadDeadline(time.Now()) // wakes up Read

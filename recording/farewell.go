@@ -4,9 +4,18 @@ package recording
 
 import (
 	"encoding/json"
+	"strings"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
+
+// maxReason is how long a reason may be: some hold what a client wrote.
+const maxReason = 1000
+
+// shorten returns a reason of which no more is left than fits.
+func shorten(reason string) string {
+	return strings.ToValidUTF8(reason[:min(len(reason), maxReason)], "")
+}
 
 // onTerminal returns reason as a line of its own, on a terminal in raw mode too.
 func onTerminal(reason string) []byte { return []byte("\r\n" + reason + "\r\n") }

@@ -32,9 +32,9 @@ func createFile(dir, name string) (*file, error) {
 	return &file{f, path}, nil
 }
 
-// complete gives the file its name.
-func (f *file) complete() error {
-	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+// complete gives the file its name, unless err is why it could not be written.
+func (f *file) complete(err error) error {
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
 	return os.Rename(f.path+partial, f.path)

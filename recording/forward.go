@@ -49,7 +49,7 @@ func (s *Session) forwardProtocol(version string) (protocol, error) {
 			observer: (*forwarded)(s),
 			base64:   version == v4Base64Channels,
 			channel:  func(byte) (stream, bool) { return "", true },
-			out:      -1, errors: -1,
+			out:      noChannel, errors: noChannel,
 		}, nil
 	}
 	inner, err := newSPDY((*forwarded)(s))
@@ -63,7 +63,7 @@ func (s *Session) forwardProtocol(version string) (protocol, error) {
 	return &webSocket{
 		whole:    true,
 		observer: &tunnel{client: filter{next: inner.fromClient}, server: filter{next: inner.fromServer}},
-		out:      -1, errors: -1,
+		out:      noChannel, errors: noChannel,
 	}, nil
 }
 

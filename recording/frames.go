@@ -48,7 +48,8 @@ type filter struct {
 // push adds b to what has arrived. It returns the whole frames that may pass, up to
 // the first that may not. They are valid until the next call.
 func (f *filter) push(b []byte) (pass []byte, err error) {
-	if len(f.held) > 0 {
+	waited := len(f.held) > 0
+	if waited {
 		f.held = append(f.held, b...)
 		b = f.held
 	}
@@ -59,6 +60,9 @@ func (f *filter) push(b []byte) (pass []byte, err error) {
 			break
 		}
 		end += n
+	}
+	if end == 0 && waited {
+		return nil, err // and what is held is not copied for every byte that arrives
 	}
 	f.held, f.spare = append(f.spare[:0], b[end:]...), f.held
 	return b[:end], err

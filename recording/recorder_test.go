@@ -27,6 +27,27 @@ func nobody(ctx context.Context, _, _ string) (net.Conn, error) {
 	return nil, ctx.Err()
 }
 
+// startRecorder starts a recorder, and returns it with what dials it whatever the
+// address.
+func startRecorder(t *testing.T) (*recordertest.Recorder, DialFunc) {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := recordertest.New()
+	served := make(chan error, 1)
+	go func() { served <- r.Serve(ln) }()
+	t.Cleanup(func() {
+		if err := errors.Join(r.Close(), <-served); err != nil {
+			t.Error(err)
+		}
+	})
+	return r, func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, network, ln.Addr().String())
+	}
+}
+
 // However many recorders are dead, a caller waits once.
 func TestDeadRecordersCostOneTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -59,18 +80,7 @@ func TestConnectingEndsWithTheRequest(t *testing.T) {
 
 // All are asked at once: the one that answers is found at once, wherever it stands.
 func TestTheRecorderThatAnswersIsFoundAtOnce(t *testing.T) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := recordertest.New()
-	served := make(chan error, 1)
-	go func() { served <- r.Serve(ln) }()
-	defer func() {
-		if err := errors.Join(r.Close(), <-served); err != nil {
-			t.Error(err)
-		}
-	}()
+	r, answers := startRecorder(t)
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
 		switch address {
 		case first.String():
@@ -78,7 +88,7 @@ func TestTheRecorderThatAnswersIsFoundAtOnce(t *testing.T) {
 		case second.String():
 			return nil, errors.New("connection refused")
 		}
-		return (&net.Dialer{}).DialContext(ctx, network, ln.Addr().String())
+		return answers(ctx, network, address)
 	}
 	began := time.Now()
 	u, err := connect(t.Context(), []netip.AddrPort{first, second, third}, dial, connectTimeout)

@@ -34,6 +34,7 @@ type Session struct {
 	sinks  []*sink
 	upload *upload // nil if there is no recorder
 	file   *file   // nil if there is none
+	toFile *sink   // that of file
 	cast   *cast   // nil until the connection is switched
 	sizes  sizes
 	over   chan struct{} // closed by Close
@@ -77,6 +78,7 @@ func (w *responseWriter) EnableFullDuplex() error { return w.controller.EnableFu
 func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	protocol, err := w.session.protocol(w.Header())
 	if err != nil {
+		w.session.end(err)
 		return nil, nil, err
 	}
 	nc, buffered, err := w.controller.Hijack()
@@ -223,27 +225,31 @@ func (s *Session) fileFailed(err error) {
 // request.
 func (s *Session) Close() {
 	s.mu.Lock()
-	s.closing = true
 	c, reason, lost := s.conn, s.reason, s.lost
+	ports, sent, received := s.ports, s.sent, s.received
 	s.mu.Unlock()
-	close(s.over)
 	if c == nil {
-		s.discard()
+		s.abandon()
+		if reason != nil {
+			s.log.Warn("the session was ended before it began", zap.NamedError("reason", reason))
+			s.site.Count(Ended)
+		}
 		return
 	}
+	s.stopWatching()
 	if reason == nil {
 		reason = c.failed()
 	}
 	if s.kind == forward {
-		s.log.Info("port-forward has ended", zap.Strings("ports", s.ports), zap.Duration("duration", time.Since(s.started)),
-			zap.Int64("bytes_sent", s.sent), zap.Int64("bytes_received", s.received))
+		s.log.Info("port-forward has ended", zap.Strings("ports", ports), zap.Duration("duration", time.Since(s.started)),
+			zap.Int64("bytes_sent", sent), zap.Int64("bytes_received", received))
 		return
 	}
 	outcome := Recorded
 	if lost {
 		outcome = Lost
 	}
-	if err := s.complete(); err != nil {
+	if err := s.complete(lost); err != nil {
 		s.log.Error("the end of the recording may be missing", zap.Error(err))
 		outcome = Lost
 	}
@@ -259,23 +265,36 @@ func (s *Session) Close() {
 	s.site.Count(outcome)
 }
 
+// stopWatching makes the end of the recorder's connection nothing to report.
+func (s *Session) stopWatching() {
+	s.mu.Lock()
+	s.closing = true
+	s.mu.Unlock()
+	close(s.over)
+}
+
 // complete has everything written that belongs into the recording.
-func (s *Session) complete() error {
+func (s *Session) complete(lost bool) error {
 	errs := []error{s.cast.finish()}
 	for _, sink := range s.sinks {
-		errs = append(errs, sink.close())
+		// The recorder's may have failed, which has been reported.
+		if err := sink.close(); sink == s.toFile {
+			errs = append(errs, s.file.complete(err))
+		}
 	}
-	if s.upload != nil {
+	switch {
+	case s.upload == nil:
+	case lost:
+		s.upload.discard()
+	default:
 		errs = append(errs, s.upload.complete())
-	}
-	if s.file != nil {
-		errs = append(errs, s.file.complete())
 	}
 	return errors.Join(errs...)
 }
 
-// discard leaves nothing of a recording that has not begun.
-func (s *Session) discard() {
+// abandon leaves nothing of a recording that has not begun.
+func (s *Session) abandon() {
+	s.stopWatching()
 	for _, sink := range s.sinks {
 		_ = sink.close() // nothing was written
 	}

@@ -40,20 +40,11 @@ type Site struct {
 	// Count is told how every recording has ended.
 	Count func(Outcome)
 
-	// timeout is for tests, which have less time.
-	timeout time.Duration
-
-	// failures remembers when no recorder could be reached for a request. kubectl
-	// tries a session that was refused again over another protocol, and its user
-	// is not to wait twice.
+	// failures remembers when a caller was refused as no recorder could be reached.
+	// kubectl tries a session that was refused again over another protocol, and
+	// its user is not to wait twice.
 	mu       sync.Mutex
-	failures map[failure]time.Time
-}
-
-// failure is a request for which no recorder could be reached.
-type failure struct {
-	caller netip.Addr
-	path   string
+	failures map[netip.Addr]time.Time
 }
 
 // Caller is who a request comes from.
@@ -101,7 +92,7 @@ func (s *Site) Begin(r *http.Request, who Caller) (*http.Request, *Session, *api
 	removeField(r.Header, "Sec-Websocket-Extensions")
 	session := newSession(s, r, who, d, upgrade)
 	if d.kind != forward {
-		if refused := session.prepare(r.Context(), r.URL.Path, who); refused != nil {
+		if refused := session.prepare(r.Context(), who); refused != nil {
 			return s.refuse(r, refused)
 		}
 		if len(session.sinks) == 0 {
@@ -167,9 +158,9 @@ func isTrue(values []string) bool {
 }
 
 // prepare makes s ready to be recorded, or returns why it must not begin.
-func (s *Session) prepare(ctx context.Context, path string, who Caller) *apierrors.StatusError {
+func (s *Session) prepare(ctx context.Context, who Caller) *apierrors.StatusError {
 	if who.Recording.Wanted() {
-		if refused := s.reach(ctx, path, who); refused != nil {
+		if refused := s.reach(ctx, who); refused != nil {
 			return refused
 		}
 	}
@@ -179,72 +170,69 @@ func (s *Session) prepare(ctx context.Context, path string, who Caller) *apierro
 	var err error
 	if s.file, err = createFile(s.site.Dir, s.id); err != nil {
 		s.log.Error("the session cannot be recorded", zap.Error(err))
-		s.discard()
+		s.abandon()
 		return refusal.Unavailable("the session cannot be recorded, as the proxy cannot write its recordings; its log says why")
 	}
-	s.sinks = append(s.sinks, newSink(s.file, errFileLost, s.fileFailed))
+	s.toFile = newSink(s.file, errFileLost, s.fileFailed)
+	s.sinks = append(s.sinks, s.toFile)
 	return nil
 }
 
 // reach connects to a recorder, or returns why the session must not begin.
-func (s *Session) reach(ctx context.Context, path string, who Caller) *apierrors.StatusError {
-	key := failure{who.Remote.Addr(), path}
+func (s *Session) reach(ctx context.Context, who Caller) *apierrors.StatusError {
+	caller := who.Remote.Addr()
 	var err error
 	switch {
 	case len(who.Recording.Recorders) == 0:
 		s.log.Error("the caller's grants name no address of a recorder; a control server that knows recorders' tags puts it there")
-	case s.site.failedBefore(key):
+	case s.enforce && s.site.failedBefore(caller):
 		s.log.Error("no recorder could be reached a moment ago")
 	default:
-		if s.upload, err = connect(ctx, who.Recording.Recorders, who.Dial, s.site.connectTimeout()); err != nil {
+		if s.upload, err = connect(ctx, who.Recording.Recorders, who.Dial, connectTimeout); err != nil {
 			s.log.Error("no recorder can be reached", zap.Error(err))
-			s.site.noteFailure(key)
+			// A caller that goes away says nothing about recorders.
+			if s.enforce && ctx.Err() == nil {
+				s.site.noteFailure(caller)
+			}
 		}
 	}
-	switch {
-	case s.upload != nil:
-		s.log.Info("a recorder has been reached", zap.Stringer("recorder", s.upload.recorder))
-		var required error
+	if s.upload == nil {
+		s.lost = true
 		if s.enforce {
-			required = errRecorderLost
+			return refusal.Forbidden("the session has to be recorded, and no recorder can be reached; the proxy's log says why")
 		}
-		s.sinks = append(s.sinks, newSink(s.upload, required, s.recorderFailed))
-		go s.watch()
 		return nil
-	case s.enforce:
-		return refusal.Forbidden("the session has to be recorded, and no recorder can be reached; the proxy's log says why")
 	}
+	s.log.Info("a recorder has been reached", zap.Stringer("recorder", s.upload.recorder))
+	var required error
+	if s.enforce {
+		required = errRecorderLost
+	}
+	s.sinks = append(s.sinks, newSink(s.upload, required, s.recorderFailed))
+	go s.watch()
 	return nil
 }
 
-func (s *Site) connectTimeout() time.Duration {
-	if s.timeout != 0 {
-		return s.timeout
-	}
-	return connectTimeout
-}
-
-// failedBefore reports whether no recorder could be reached for the same request a
-// moment ago.
-func (s *Site) failedBefore(key failure) bool {
+// failedBefore reports whether the caller was refused for that a moment ago.
+func (s *Site) failedBefore(caller netip.Addr) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	at, ok := s.failures[key]
+	at, ok := s.failures[caller]
 	return ok && time.Since(at) < connectTimeout
 }
 
-func (s *Site) noteFailure(key failure) {
+func (s *Site) noteFailure(caller netip.Addr) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.failures == nil {
-		s.failures = make(map[failure]time.Time)
+		s.failures = make(map[netip.Addr]time.Time)
 	}
-	for k, at := range s.failures {
+	for other, at := range s.failures {
 		if time.Since(at) >= connectTimeout {
-			delete(s.failures, k)
+			delete(s.failures, other)
 		}
 	}
-	s.failures[key] = time.Now()
+	s.failures[caller] = time.Now()
 }
 
 // known reports whether the API server has chosen a protocol that is understood.

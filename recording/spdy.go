@@ -174,7 +174,8 @@ func (s *spdySession) farewell(reason string) []byte {
 
 // appendSPDY appends to b a frame with data.
 func appendSPDY(b []byte, id uint32, flags byte, data []byte) []byte {
+	size := len(data)
 	b = binary.BigEndian.AppendUint32(b, id)
-	b = binary.BigEndian.AppendUint32(b, uint32(flags)<<24|uint32(len(data)))
+	b = append(b, flags, byte(size>>16&0xff), byte(size>>8&0xff), byte(size&0xff))
 	return append(b, data...)
 }

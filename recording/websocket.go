@@ -18,9 +18,9 @@ type webSocket struct {
 	status bool // errors are reported as a Status
 	// channel returns what a channel carries, and whether there is such a one.
 	channel func(number byte) (stream, bool)
-	// out is the channel for the farewell's text, errors that of its Status; -1
-	// if there is none.
-	out, errors int
+	// out is the channel for the farewell's text, errors that of its Status, each
+	// noChannel if there is none.
+	out, errors byte
 
 	observer observer
 	client   message
@@ -44,6 +44,7 @@ const (
 
 	// closeChannel is the number of no channel, but of messages that close one.
 	closeChannel = 255
+	noChannel    = closeChannel
 
 	// What the channels of exec and attach carry.
 	stdin  stream = "stdin"
@@ -228,26 +229,26 @@ func (w *webSocket) farewell(reason string) []byte {
 		// word.
 		return nil
 	}
-	if w.out >= 0 {
+	if w.out != noChannel {
 		b = w.message(b, w.out, onTerminal(reason))
 	}
-	if w.errors >= 0 {
+	if w.errors != noChannel {
 		b = w.message(b, w.errors, onErrorStream(reason, w.status))
 	}
 	return append(b, 0x80|opClose, 2, 1000>>8, 1000&0xff) // a normal end: what was sent counts
 }
 
 // message appends to b a message on a channel.
-func (w *webSocket) message(b []byte, channel int, data []byte) []byte {
-	payload, opcode := append([]byte{byte(channel)}, data...), byte(opBinary)
+func (w *webSocket) message(b []byte, channel byte, data []byte) []byte {
+	payload, opcode := append([]byte{channel}, data...), byte(opBinary)
 	if w.base64 {
-		payload, opcode = append([]byte{'0' + byte(channel)}, base64.StdEncoding.EncodeToString(data)...), opText
+		payload, opcode = append([]byte{'0' + channel}, base64.StdEncoding.EncodeToString(data)...), opText
 	}
 	b = append(b, 0x80|opcode)
-	if len(payload) < 126 {
-		b = append(b, byte(len(payload)))
+	if size := len(payload); size < 126 {
+		b = append(b, byte(size))
 	} else {
-		b = binary.BigEndian.AppendUint16(append(b, 126), uint16(len(payload)))
+		b = append(b, 126, byte(size>>8&0xff), byte(size&0xff)) // not as long as 64 KiB
 	}
 	return append(b, payload...)
 }

@@ -450,6 +450,33 @@ func TestRecordingOf50MB(t *testing.T) {
 	})
 }
 
+// What is piped through a recorded session comes back as it is, to its last byte, and
+// is in the recording.
+func TestARecordedPipeIsWhole(t *testing.T) {
+	var text bytes.Buffer
+	for i := 0; text.Len() < 5<<20; i++ {
+		fmt.Fprintf(&text, "line %d, with ünïcode 日本\n", i)
+	}
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		useRecorder(t, recordertest.V2)
+		for range 3 {
+			cmd := kubectlAs(t, "gus", p, "exec", "-i", lab.Pod, "--", "cat")
+			cmd.Stdin = bytes.NewReader(text.Bytes())
+			var out bytes.Buffer
+			cmd.Stdout = &out
+			if err := cmd.Run(); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(out.Bytes(), text.Bytes()) {
+				t.Errorf("%d other bytes came back; want the %d that were piped in", out.Len(), text.Len())
+			}
+			if _, got := recorded(t); got.output != text.String() {
+				t.Errorf("recorded are %d other bytes", len(got.output))
+			}
+		}
+	})
+}
+
 // A site that keeps recordings keeps those of whoever comes.
 func TestRecordingsInFiles(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
@@ -467,7 +494,7 @@ func TestRecordingsInFiles(t *testing.T) {
 		eventually(t, "there is a file", func() error {
 			files, err := filepath.Glob(filepath.Join(recordings(theLab), "*.cast"))
 			if err != nil || len(files) != 1 {
-				return fmt.Errorf("there are %q, %v", files, err)
+				return fmt.Errorf("there are %q", files)
 			}
 			b, err := os.ReadFile(files[0])
 			if err != nil {
@@ -481,4 +508,126 @@ func TestRecordingsInFiles(t *testing.T) {
 			return nil
 		})
 	})
+}
+
+// playing is what a recording shows to somebody who plays it.
+type playing struct {
+	Version       int
+	Width, Height int
+	Lines         []string // on the terminal at the end
+}
+
+// play plays a recording with asciinema's parser and terminal.
+func play(t *testing.T, recording []byte) (p playing) {
+	t.Helper()
+	root, err := lab.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tool := filepath.Join(root, "lab", "tools", "asciicast")
+	if _, err := os.Stat(filepath.Join(tool, "node_modules")); err != nil {
+		t.Skip("asciinema's parser is not installed; `make asciicast` does that")
+	}
+	file := filepath.Join(t.TempDir(), "session.cast")
+	if err := os.WriteFile(file, recording, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	output, err := exec.Command("node", filepath.Join(tool, "screen.mjs"), file).CombinedOutput()
+	if err != nil {
+		t.Fatalf("playing the recording: %v: %s\n%s", err, output, recording)
+	}
+	if err := json.Unmarshal(output, &p); err != nil {
+		t.Fatalf("%v: %s", err, output)
+	}
+	return p
+}
+
+// A parser that is not ours reads recordings, and a terminal that is not ours shows
+// what the user saw.
+func TestRecordingsPlayInAsciinema(t *testing.T) {
+	play(t, []byte(`{"version":2,"width":80,"height":24}`+"\n"+`[0, "o", "x"]`+"\n")) // or the test is skipped at once
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		useRecorder(t, recordertest.V2)
+		// Colours, a line that is overwritten, characters of two and of three bytes.
+		const script = `printf '\033[1;31mred\033[0m\r\n'; printf 'overwritten\rkept       \r\n'; echo grüße 日本; read -r line; stty size; read -r line`
+		cmd := kubectlAs(t, "gus", p, "exec", "-it", lab.Pod, "--", "sh", "-c", script)
+		onTerminal(t, cmd, func(terminal *os.File, screen func() string) {
+			shows := func(what string) {
+				t.Helper()
+				eventually(t, what+" is on the screen", func() error {
+					if !strings.Contains(screen(), what) {
+						return fmt.Errorf("on the screen is %q", screen())
+					}
+					return nil
+				})
+			}
+			enter := func() {
+				if _, err := io.WriteString(terminal, "\r"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			shows("日本")
+			if err := pty.Setsize(terminal, &pty.Winsize{Rows: 30, Cols: 90}); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "the size has arrived", func() error {
+				for _, r := range sessions.Peek() {
+					if strings.Contains(string(r.Bytes()), "90x30") {
+						return nil
+					}
+				}
+				return errors.New("it has not")
+			})
+			enter()
+			shows("30 90")
+			enter()
+		})
+		recording, _ := recorded(t)
+		got := play(t, recording.Bytes())
+		want := playing{2, 100, 30, []string{"red", "kept", "grüße 日本", "", "30 90"}}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("what is played (-want +got):\n%s", diff)
+		}
+	})
+	// Without a terminal, and without an output.
+	useRecorder(t, recordertest.V1)
+	if _, stderr, err := runKubectl(t, theLab.Callers["gus"].Kubeconfig, nil, "exec", lab.Pod, "--", "printf", "a\tb"); err != nil {
+		t.Fatalf("%v: %s", err, stderr)
+	}
+	recording, _ := recorded(t)
+	if diff := cmp.Diff(playing{2, 80, 24, []string{"a       b"}}, play(t, recording.Bytes())); diff != "" {
+		t.Errorf("what is played (-want +got):\n%s", diff)
+	}
+}
+
+// The blocks of the documentation can be used as they are.
+func TestRecordingDocsWork(t *testing.T) {
+	root, err := lab.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	docs, err := os.ReadFile(filepath.Join(root, "docs", "recording.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := make(map[string]int)
+	for _, block := range blocks(t, string(docs)) {
+		used[block.language]++
+		switch block.language {
+		case "caddyfile":
+			validate(t, block.content)
+		case "hujson":
+			if err := theLab.Headscale.SetPolicy(t.Context(), []byte(block.content)); err != nil {
+				t.Errorf("the policy file: %v", err)
+			}
+			if err := theLab.Headscale.SetPolicy(t.Context(), theLab.Policy); err != nil {
+				t.Fatal(err)
+			}
+		default:
+			t.Errorf("a block of language %q is not tested", block.language)
+		}
+	}
+	if used["caddyfile"] != 1 || used["hujson"] != 1 {
+		t.Errorf("the blocks are %v; want one each", used)
+	}
 }

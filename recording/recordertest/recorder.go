@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -83,7 +84,7 @@ func New() *Recorder {
 	mux.HandleFunc("POST /record", r.record1)
 	mux.HandleFunc("HEAD /v2/event", r.probe)
 	mux.HandleFunc("POST /v2/event", r.event)
-	r.server = &http.Server{Handler: mux, Protocols: new(http.Protocols)}
+	r.server = &http.Server{Handler: mux, Protocols: new(http.Protocols), ReadHeaderTimeout: time.Minute}
 	r.server.Protocols.SetHTTP1(true)
 	r.server.Protocols.SetUnencryptedHTTP2(true)
 	return r
@@ -129,6 +130,13 @@ func (r *Recorder) Take() []*Recording {
 	taken := r.recordings
 	r.recordings = nil
 	return taken
+}
+
+// Peek returns the recordings that Take would.
+func (r *Recorder) Peek() []*Recording {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.recordings)
 }
 
 // Conns returns how many connections are open.

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package recording
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	logged "go.uber.org/zap/zaptest/observer"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+)
+
+// execRequest is one over WebSocket.
+func execRequest(t *testing.T) *http.Request {
+	t.Helper()
+	r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1/namespaces/default/pods/web/exec?command=sh", nil)
+	r.Header.Set("Connection", "Upgrade")
+	r.Header.Set("Upgrade", "websocket")
+	r.Header.Set("Sec-Websocket-Protocol", "v5.channel.k8s.io")
+	return r
+}
+
+func caller(rules impersonate.Recording, dial DialFunc) Caller {
+	return Caller{
+		Peer:      &impersonate.Peer{Node: "laptop.example.ts.net", Login: "alice@example.com"},
+		Recording: &rules,
+		Remote:    netip.MustParseAddrPort("100.64.0.2:1"),
+		Dial:      dial,
+	}
+}
+
+// A file that cannot be written any more ends its session, and does not look like a
+// complete one.
+func TestAFileThatFailsEndsTheSession(t *testing.T) {
+	var outcomes []Outcome
+	site := &Site{Dir: t.TempDir(), Logger: zap.NewNop(), Count: func(o Outcome) { outcomes = append(outcomes, o) }}
+	_, s, refused := site.Begin(execRequest(t), caller(impersonate.Recording{}, nobody))
+	if refused != nil {
+		t.Fatal(refused)
+	}
+	if err := s.file.File.Close(); err != nil { // as if the disk were gone
+		t.Fatal(err)
+	}
+	p, err := s.protocol(http.Header{"Upgrade": {"websocket"}, "Sec-WebSocket-Protocol": {"v5.channel.k8s.io"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, server := net.Pipe()
+	read := make(chan string)
+	go func() {
+		b, _ := io.ReadAll(client) // until it is closed
+		read <- string(b)
+	}()
+	c := newConn(server, nil, p)
+	s.begin(c)
+	for err = nil; err == nil; {
+		_, err = c.Write([]byte(wsServer("\x01x")))
+	}
+	if !errors.Is(err, errFileLost) {
+		t.Errorf("got error %v; want %v", err, errFileLost)
+	}
+	_ = c.Close()
+	s.Close()
+	if got := <-read; !strings.Contains(got, errFileLost.Error()) {
+		t.Errorf("the client reads %q", got)
+	}
+	if len(outcomes) != 1 || outcomes[0] != Ended {
+		t.Errorf("got outcomes %q; want ended", outcomes)
+	}
+	entries, err := os.ReadDir(site.Dir)
+	if err != nil || len(entries) != 1 || !strings.HasSuffix(entries[0].Name(), partial) {
+		t.Errorf("the directory holds %v, %v; want the partial file", entries, err)
+	}
+}
+
+// A recorder of a session that is refused for another reason is let go of without a
+// word.
+func TestARefusalIsNotALostRecorder(t *testing.T) {
+	core, logs := logged.New(zap.InfoLevel)
+	notADir := t.TempDir() + "/file"
+	if err := os.WriteFile(notADir, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, dial := startRecorder(t)
+	site := &Site{Dir: notADir, Logger: zap.New(core), Count: func(Outcome) {}}
+	if _, _, refused := site.Begin(execRequest(t), caller(impersonate.Recording{Recorders: []netip.AddrPort{first}, Enforce: true}, dial)); refused == nil {
+		t.Fatal("the session was not refused")
+	}
+	deadline := time.Now().Add(10 * time.Second)
+	for r.Conns() > 0 && time.Now().Before(deadline) {
+		time.Sleep(10 * time.Millisecond) // between two looks
+	}
+	if n := r.Conns(); n > 0 {
+		t.Errorf("%d connections to the recorder are left", n)
+	}
+	if lost := logs.FilterMessageSnippet("lost").All(); len(lost) > 0 {
+		t.Errorf("logged is %v", lost)
+	}
+}
