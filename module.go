@@ -228,7 +228,7 @@ func (h *Handler) setReady(nodes tailnet.Nodes) {
 func (h *Handler) Cleanup() error {
 	running.remove(h)
 	h.setReady(nil)
-	if h.events != nil { // or Provision has failed before
+	if h.events != nil { // Caddy cleans up as well what could not be provisioned
 		h.events.Close()
 	}
 	return nil

@@ -655,8 +655,12 @@ func TestCleanupAfterStartKeepsAnswering(t *testing.T) {
 func TestProvisionOutsideOfAServer(t *testing.T) {
 	ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
 	defer cancel()
-	if err := new(Handler).Provision(ctx); err == nil || !strings.Contains(err.Error(), "HTTP server") {
+	h := new(Handler)
+	if err := h.Provision(ctx); err == nil || !strings.Contains(err.Error(), "HTTP server") {
 		t.Errorf("got error %v; want one that asks for an HTTP server", err)
+	}
+	if err := h.Cleanup(); err != nil { // as Caddy does
+		t.Errorf("Cleanup: %v", err)
 	}
 }
 

@@ -98,6 +98,7 @@ kind: ClusterRole
 metadata: {name: e2e-act-as-proxy}
 rules:
 - {apiGroups: [authentication.k8s.io], verbs: [impersonate], resources: [uids, userextras/scopes, userextras/example.com/role, userextras/example.com/other]}
+- {apiGroups: [""], verbs: [impersonate], resources: [groups]} # beside those of the policy file
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -123,6 +124,11 @@ func giveErinRights(t *testing.T) {
 	if err := theLab.Cluster.Apply(t.Context(), []byte(erinsRights)); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { // so that the other tests do not find the proxy with more rights than it needs
+		if _, stderr, err := runKubectl(t, theLab.AdminKubeconfig(), nil, "delete", "clusterrolebinding", "e2e-act-as-proxy", "--ignore-not-found"); err != nil {
+			t.Errorf("taking the proxy's rights away: %v: %s", err, stderr)
+		}
+	})
 	direct := erinDirectly(t)
 	eventually(t, "the rights are in force", func() error {
 		for _, user := range []string{"for-everybody", "for-group-a", "old-user", "new-user", "system:node:new-node", "system:serviceaccount:default:new-account", "system:serviceaccount:default:old-account"} {
