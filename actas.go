@@ -28,13 +28,13 @@ func (h *Handler) target(r *http.Request) (*impersonate.Target, *apierrors.Statu
 	}
 	target, err := impersonate.ParseTarget(r.Header)
 	if err != nil {
-		return nil, refusal.BadRequest("%v", err)
+		return nil, refusal.Because(refusal.Impersonation, refusal.BadRequest("%v", err))
 	}
 	if target == nil {
 		return nil, nil
 	}
 	if err := h.CheckTarget(target); err != nil {
-		return nil, refusal.Forbidden("no request is sent as %s: %v", target.User, err)
+		return nil, refusal.Because(refusal.Impersonation, refusal.Forbidden("no request is sent as %s: %v", target.User, err))
 	}
 	return target, nil
 }

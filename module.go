@@ -477,7 +477,7 @@ func (h *Handler) judge(ctx context.Context, key cache.Key, found *findings) (*d
 	}
 	if h.Audit {
 		if id, err = peer.Audited(id, key.Remote); err != nil {
-			return nil, refusal.Forbidden("no identity for %s: %v", peer, err)
+			return nil, about(peer, refusal.NoIdentity, refusal.Forbidden("no identity for %s: %v", peer.Describe(), err))
 		}
 	}
 	return newDecision(h, key.Node, peer, id, asked), nil

@@ -115,7 +115,7 @@ func (s *Site) Record(r *http.Request, who Caller) *apierrors.StatusError {
 	case who.Identity.Recording.Enforce:
 		s.Count(Refused)
 		s.Logger.Error("no recorder takes the event of a request, which is refused", zap.Error(err), zap.String("user", who.Identity.User))
-		return refusal.Forbidden("the request has to be recorded, and no recorder takes that; the proxy's log says why")
+		return refusal.Because(refusal.Recording, refusal.Forbidden("the request has to be recorded, and no recorder takes that; the proxy's log says why"))
 	default:
 		s.Count(Unsent)
 		s.Logger.Warn("no recorder takes the event of a request, which goes on", zap.Error(err), zap.String("user", who.Identity.User))

@@ -88,7 +88,7 @@ func Refuse(r *http.Request) *apierrors.StatusError {
 }
 
 func refuseAmbiguous(r *http.Request) *apierrors.StatusError {
-	return refusal.BadRequest("the path %q can be understood in more than one way: it has empty segments, dot segments or encoded slashes, or ends early", r.URL.EscapedPath())
+	return refusal.Because(refusal.AmbiguousPath, refusal.BadRequest("the path %q can be understood in more than one way: it has empty segments, dot segments or encoded slashes, or ends early", r.URL.EscapedPath()))
 }
 
 // recordOf returns the record of r, a new one if there is none, and nil if there
@@ -118,14 +118,14 @@ func Check(out *http.Request) *apierrors.StatusError {
 	rec, ok := value.(*record)
 	switch {
 	case !ok:
-		return refusal.Forbidden("the variable %s is not for a config to set", varKey)
+		return refusal.Because(refusal.Rewritten, refusal.Forbidden("the variable %s is not for a config to set", varKey))
 	case rec.refused:
 		return refuseAmbiguous(out)
 	}
 	sent := rec.info(out)
 	for _, d := range rec.about {
 		if d.info != sent {
-			return refusal.Forbidden("a matcher has decided about %v, and what would be sent is %v: the config rewrites requests behind the matcher", d.info, sent)
+			return refusal.Because(refusal.Rewritten, refusal.Forbidden("a matcher has decided about %v, and what would be sent is %v: the config rewrites requests behind the matcher", d.info, sent))
 		}
 	}
 	return nil

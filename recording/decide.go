@@ -80,7 +80,7 @@ func Confirm(r *http.Request) *apierrors.StatusError {
 	if !ok || decide(r) == decided {
 		return nil
 	}
-	return refusal.Forbidden("the path was changed on its way through the proxy, after it was decided whether to record the session")
+	return refusal.Because(refusal.Rewritten, refusal.Forbidden("the path was changed on its way through the proxy, after it was decided whether to record the session"))
 }
 
 // withDecision returns r with d in its context.

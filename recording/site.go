@@ -106,7 +106,7 @@ func (s *Site) Begin(r *http.Request, who Caller) (*http.Request, *Session, *api
 
 func (s *Site) refuse(r *http.Request, refused *apierrors.StatusError) (*http.Request, *Session, *apierrors.StatusError) {
 	s.Count(Refused)
-	return r, nil, refused
+	return r, nil, refusal.Because(refusal.Recording, refused)
 }
 
 // newSession returns the session that r becomes.

@@ -28,6 +28,9 @@ const (
 	Guard          Reason = "guard"            // the operators' limits keep the peer out
 	NoGroups       Reason = "no_groups"        // require_groups is on and there is none
 	Impersonation  Reason = "impersonation"    // it asks to be somebody else
+	AmbiguousPath  Reason = "ambiguous_path"   // its path can be understood in more than one way
+	Rewritten      Reason = "rewritten"        // it is no longer what was decided about
+	Recording      Reason = "recording"        // it has to be recorded, and cannot be
 	NoHandler      Reason = "no_handler"       // it has not passed tailscale_impersonate
 	NoCredentials  Reason = "no_credentials"   // the proxy has none, or none that are accepted
 	UpstreamAway   Reason = "upstream_away"    // the API server cannot be reached
@@ -38,7 +41,7 @@ const (
 // Reasons are all of them.
 var Reasons = []Reason{
 	Protocol, WebPage, Host, NotFromTailnet, AmbiguousNode, Starting, UnknownPeer, Self, NoAnswer,
-	NoIdentity, Guard, NoGroups, Impersonation, NoHandler, NoCredentials, UpstreamAway, Method, Other,
+	NoIdentity, Guard, NoGroups, Impersonation, AmbiguousPath, Rewritten, Recording, NoHandler, NoCredentials, UpstreamAway, Method, Other,
 }
 
 // Because returns err with a reason.

@@ -47,7 +47,7 @@ func (t *Transport) actAs(r *http.Request, caller *impersonate.Identity) (*imper
 			zap.String("as", wish.Target.User),
 			zap.String("method", r.Method),
 			zap.String("path", r.URL.Path))
-		return nil, refused
+		return nil, refusal.Because(refusal.Impersonation, refused)
 	}
 	if wish.Granted != nil {
 		wish.Granted(func(ctx context.Context, caller *impersonate.Identity, since time.Time) error {
