@@ -19,6 +19,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apirequest"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/review"
 )
 

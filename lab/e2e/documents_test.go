@@ -313,7 +313,7 @@ func TestEveryOptionIsDocumented(t *testing.T) {
 func TestSentencesOfTroubleshootingAreInTheCode(t *testing.T) {
 	root, texts := documents(t)
 	var code strings.Builder
-	for _, dir := range []string{"", "impersonate", "guard", "tailnet", "transport"} {
+	for _, dir := range []string{"", "impersonate", "guard", "tailnet", "transport", "recording", "apievents", "decided", "review"} {
 		files, err := filepath.Glob(filepath.Join(root, dir, "*.go"))
 		if err != nil {
 			t.Fatal(err)
