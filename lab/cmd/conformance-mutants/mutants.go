@@ -245,7 +245,7 @@ var table = []file{
 	{"recording/site.go", ". ./recording", []mutant{
 		{name: "an ambiguous path is not recorded, but refused", old: "	case ambiguous:\n", new: "	case \"\":\n"},
 		{name: "what leads past the recording is refused", old: "		if who.Recording.Enforce {\n\t\t\treturn s.refuse(r, refusal.Forbidden(\"the sessions of", new: "		if false {\n\t\t\treturn s.refuse(r, refusal.Forbidden(\"the sessions of"},
-		{name: "a session that cannot be recorded does not begin", old: "	case s.enforce:\n", new: "	case false:\n"},
+		{name: "a session that cannot be recorded does not begin", old: "\t\tif s.enforce {\n\t\t\treturn refusal.", new: "\t\tif false {\n\t\t\treturn refusal."},
 	}},
 	{"recording/decide.go", ". ./recording", []mutant{
 		{name: "the session that is sent is the one that is recorded", old: "	if !ok || decide(r) == decided {", new: "	if _ = decided; true {"},
