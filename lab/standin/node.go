@@ -15,6 +15,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
+	"tailscale.com/ipn"
 	"tailscale.com/tsnet"
 )
 
@@ -72,10 +73,31 @@ func (n *node) release() error {
 	return err
 }
 
+// closeTimeout is how long a node may take to leave the tailnet. It takes a tenth of
+// a second.
+const closeTimeout = 10 * time.Second
+
 // Destruct stops the node.
+//
+// A node with some hundred connections that are not quite closed never ends (tsnet
+// 1.102): it resets each of them into a queue that nobody empties any more. So it is
+// disconnected first, and goes with the process then. The plugin that this stands in
+// for would wait.
 func (n *node) Destruct() error {
-	if err := n.server.Close(); err != nil {
-		return fmt.Errorf("stopping tailnet node %q: %w", n.name, err)
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	if client, err := n.server.LocalClient(); err == nil {
+		// Should that fail, Close does it as well.
+		_, _ = client.EditPrefs(ctx, &ipn.MaskedPrefs{WantRunningSet: true})
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- n.server.Close() }()
+	select {
+	case err := <-closed:
+		if err != nil {
+			return fmt.Errorf("stopping tailnet node %q: %w", n.name, err)
+		}
+	case <-ctx.Done():
 	}
 	return nil
 }
