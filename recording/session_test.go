@@ -48,7 +48,7 @@ func TestAFileThatFailsEndsTheSession(t *testing.T) {
 	if refused != nil {
 		t.Fatal(refused)
 	}
-	if err := s.file.File.Close(); err != nil { // as if the disk were gone
+	if err := s.file.Close(); err != nil { // as if the disk were gone
 		t.Fatal(err)
 	}
 	p, err := s.protocol(http.Header{"Upgrade": {"websocket"}, "Sec-WebSocket-Protocol": {"v5.channel.k8s.io"}})
