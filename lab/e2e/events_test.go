@@ -30,7 +30,7 @@ func grantEvents(t *testing.T, recorder string, enforce, refused bool) {
 	eventually(t, "the grant is in force", func() error {
 		_, stderr, err := tryKubectl(t, "dave", "get", "secrets")
 		if (err != nil) != refused || strings.Contains(stderr, mustBeRecorded) != refused {
-			return fmt.Errorf("kubectl get secrets: %v: %s", err, stderr)
+			return fmt.Errorf("kubectl get secrets says %q, failing: %t; want it to fail: %t", stderr, err != nil, refused)
 		}
 		return nil
 	})
