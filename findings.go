@@ -65,7 +65,7 @@ func (h *Handler) facts(ctx context.Context, key cache.Key) (*whoami.Facts, *api
 	} else {
 		f.User = decided.identity.User
 		f.Source = string(decided.identity.Source)
-		f.Recording = recordingOf(&decided.identity)
+		f.Recording = h.recordingOf(&decided.identity)
 	}
 	peer := &found.peer
 	f.ID, f.Device, f.Login, f.Tags, f.Shared = string(peer.NodeID), peer.Node, peer.Login, peer.Tags, peer.Shared
@@ -96,8 +96,13 @@ func (f *findings) givenBy(group string) (numbers []int) {
 }
 
 // recordingOf says whether id's sessions are recorded.
-func recordingOf(id *impersonate.Identity) whoami.Recording {
-	r := whoami.Recording{Wanted: id.Recording.Wanted(), Enforced: id.Recording.Enforce, Requests: id.Recording.Events}
+func (h *Handler) recordingOf(id *impersonate.Identity) whoami.Recording {
+	r := whoami.Recording{
+		Wanted:   id.Recording.Wanted() || h.Record != "",
+		Files:    h.Record != "",
+		Enforced: id.Recording.Enforce,
+		Requests: id.Recording.Events || h.Events != "",
+	}
 	for _, recorder := range id.Recording.Recorders {
 		r.Recorders = append(r.Recorders, recorder.String())
 	}

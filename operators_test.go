@@ -290,6 +290,14 @@ func TestWhoamiSaysWhatTheHandlerDecides(t *testing.T) {
 	}
 }
 
+func TestWhoamiSaysThatTheProxyRecords(t *testing.T) {
+	h := newHandler(t, caddyfile.Config{Whoami: "/whoami", Record: t.TempDir(), Events: caddyfile.LogEvents}, aliceNode())
+	_, facts := ask(t, h, newRequest(http.MethodGet, "https://k8s.example.ts.net/whoami", "Accept", "application/json"))
+	if want := (whoami.Recording{Wanted: true, Files: true, Requests: true}); !cmp.Equal(facts.Recording, want) {
+		t.Errorf("got %+v; want %+v", facts.Recording, want)
+	}
+}
+
 func TestWhoamiOfARefusedCaller(t *testing.T) {
 	cfg := whoamiConfig()
 	cfg.RequireGroups = true

@@ -86,9 +86,11 @@ type Cut struct {
 	Grants []int  `json:"grants,omitempty"`
 }
 
-// Recording says whether the caller's sessions are recorded.
+// Recording says whether the caller's sessions are recorded, by recorders or in
+// files that the proxy keeps.
 type Recording struct {
 	Wanted    bool     `json:"wanted"`
+	Files     bool     `json:"files,omitempty"`
 	Enforced  bool     `json:"enforced,omitempty"`
 	Requests  bool     `json:"requests,omitempty"`
 	Recorders []string `json:"recorders,omitempty"`

@@ -87,6 +87,15 @@ func TestThePageTellsEverything(t *testing.T) {
 	}
 }
 
+func TestThePageTellsOfFilesThatTheProxyKeeps(t *testing.T) {
+	f := alice()
+	f.Recording = whoami.Recording{Wanted: true, Files: true}
+	_, body := get(t, f, "GET", "/whoami", browser)
+	if !strings.Contains(body, "The proxy keeps the recordings of all sessions") || strings.Contains(body, "goes on if no recorder") {
+		t.Errorf("the page does not say what becomes of sessions:\n%s", body)
+	}
+}
+
 func TestARefusedCallersPageSaysWhy(t *testing.T) {
 	resp, body := get(t, dave(), "GET", "/whoami", browser)
 	if resp.StatusCode != http.StatusForbidden {
