@@ -429,8 +429,11 @@ func TestRecordingOf50MB(t *testing.T) {
 				t.Fatal(err)
 			}
 			began := time.Now()
-			cmd := kubectlAs(t, caller, p, "exec", lab.Pod, "--", "sh", "-c", fmt.Sprintf("yes 'forty-one letters of text, and a line end' | head -c %d", size))
-			got := &counter{}
+			// It does not end before all has arrived: see TestAPipeLosesNoByte.
+			complete := filepath.Join(t.TempDir(), "complete")
+			cmd := kubectlAs(t, caller, p, "exec", lab.Pod, "--", "sh", "-c",
+				fmt.Sprintf(`yes 'forty-one letters of text, and a line end' | head -c %d; until [ -e "$1" ]; do sleep 0.1; done`, size), "sh", complete)
+			got := &counter{want: size, complete: func() error { return os.WriteFile(complete, nil, 0o600) }}
 			cmd.Stdout = got
 			if err := cmd.Run(); err != nil || got.n != size {
 				t.Fatalf("%s: %d bytes: %v", caller, got.n, err)
