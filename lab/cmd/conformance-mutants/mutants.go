@@ -232,14 +232,14 @@ var table = []file{
 	{"decided/decided.go", "./decided", []mutant{
 		{name: "what is sent is what was decided about", old: "		if d.info != sent {", new: "		if false {"},
 		{name: "a refusal is kept", old: "	case rec.refused:", new: "	case false:"},
-		{name: "a config has no say in what was decided", old: "	case !ok:", new: "	case false:"},
+		{name: "a config has no say in what was decided", old: "	case !ok:", new: "	case !ok && false:"},
 	}},
 	{"matcher/matcher.go", "./matcher", []mutant{
 		{name: "an ambiguous path is an error", old: "	if info.Ambiguous && !m.wantsAmbiguous() {", new: "	if false {"},
 	}},
 	{"apirequest/apirequest.go", "./apirequest", []mutant{
 		{name: "an odd path is ambiguous", old: "err != nil || isAmbiguous(r.URL)", new: "err != nil"},
-		{name: "a path that ends early is ambiguous", old: "err != nil || isAmbiguous(r.URL)", new: "isAmbiguous(r.URL)"},
+		{name: "a path that ends early is ambiguous", old: "err != nil || isAmbiguous(r.URL)", new: "err != nil && false || isAmbiguous(r.URL)"},
 		{name: "an upgrade is interactive", old: "	return upgrade\n}", new: "	return false\n}"},
 	}},
 	{"recording/site.go", ". ./recording", []mutant{
@@ -255,7 +255,7 @@ var table = []file{
 		{name: "a review that contradicts itself is no yes", old: "	case status.Allowed && status.Denied:", new: "	case false:"},
 		{name: "a review that failed halfway is no yes", old: "	case status.Allowed && status.EvaluationError != \"\":", new: "	case false:"},
 		{name: "a review that does not allow is no yes", old: "	case !status.Allowed:", new: "	case false:"},
-		{name: "an answer of a while ago does not count", old: "ok && !asked.Before(q.Since) {", new: "ok {"},
+		{name: "an answer of a while ago does not count", old: "ok && !asked.Before(q.Since) {", new: "ok && !asked.IsZero() {"},
 		{name: "an ambiguous path is not for kubectl --as", old: "	if q.Request.Ambiguous {", new: "	if false {"},
 	}},
 	{"transport/transport.go", "./transport", []mutant{
