@@ -265,8 +265,6 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		}
 	}
 
-	decided.setPlaceholders(r)
-
 	// From here on the caller can lose what it had, and the request ends.
 	request := h.site.Open(r.Context(), conn, id, decided.asked, recheck.KindOf(r))
 	defer request.Close()
@@ -282,8 +280,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		}
 	}
 
+	// Nothing stands against it.
 	decided.allowed.Inc()
 	h.logAllowed(r, decided)
+	decided.setPlaceholders(r)
+
 	// The identity travels in the context as well: transport kubernetes takes
 	// it from there and writes the headers anew, so that no handler and no
 	// header_up between here and there has a say in it.

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
@@ -76,6 +77,21 @@ func TestARequestThatCannotBeRecordedIsNotSent(t *testing.T) {
 		if tt.status != http.StatusOK {
 			checkRefused(t, resp, refusedWith{http.StatusForbidden, "Forbidden", ""}, "has to be recorded")
 		}
+	}
+}
+
+// The access log must not name a user for a request that went nowhere.
+func TestARequestThatCannotBeRecordedSetsNoPlaceholders(t *testing.T) {
+	recorder, node := startRecorder(t, eventsEnforced)
+	recorder.SetMode(recordertest.Failing)
+	r := newRequest(http.MethodGet, "https://k8s.example.ts.net/api/v1/secrets")
+	resp, got := serve(t, newHandler(t, caddyfile.Config{}, node), r)
+	if resp.StatusCode == http.StatusOK || got != nil {
+		t.Fatalf("got %s; want a refusal", resp.Status)
+	}
+	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if user, ok := repl.Get(userID); ok {
+		t.Errorf("the placeholder says %v; want nobody", user)
 	}
 }
 

@@ -31,7 +31,9 @@ var kindNames = [kinds]string{"short", "watch", "log", "exec", "attach", "portfo
 
 func (k Kind) String() string { return kindNames[k] }
 
-// KindOf returns what r will be, from how kubectl and client-go spell it.
+// KindOf returns what r will be, from how kubectl and client-go spell it. To parse it
+// as package apirequest does would cost every request, most of which are over before
+// anybody looks.
 func KindOf(r *http.Request) Kind {
 	query := r.URL.RawQuery
 	if query != "" && (strings.Contains(query, "watch=true") || strings.Contains(query, "watch=1")) {
