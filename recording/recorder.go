@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http/httptrace"
 	"net/netip"
 	"os"
 	"sync"
@@ -38,13 +39,14 @@ type upload struct {
 	conns *connections
 }
 
-// connections are those of one upload. The client keeps some of them open for half a
-// minute after it is done with them.
+// connections are those of one upload. The client opens more of them than it uses at
+// times, and keeps some open for half a minute after it is done with them.
 type connections struct {
 	dial DialFunc
 
 	mu     sync.Mutex
 	open   []*connection
+	used   *connection // by the latest request, which is the upload in the end
 	closed bool
 }
 
@@ -94,11 +96,22 @@ func (c *connections) dialOnce(ctx context.Context, network, address string) (ne
 	}
 }
 
-// last returns the connection that was opened last.
+// trace returns ctx for requests whose connection is to be known.
+func (c *connections) trace(ctx context.Context) context.Context {
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) {
+		if conn, ok := got.Conn.(*connection); ok {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.used = conn
+		}
+	}})
+}
+
+// last returns the connection of the latest request, nil if that is not known.
 func (c *connections) last() *connection {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.open[len(c.open)-1]
+	return c.used
 }
 
 func (c *connections) close() {
@@ -129,7 +142,7 @@ func connect(ctx context.Context, recorders []netip.AddrPort, dial DialFunc, tim
 		aborts[recorder] = abort
 		u := &upload{recorder: recorder, abort: abort, conns: &connections{dial: dial}}
 		go func() {
-			w, _, result, err := sessionrecording.ConnectToRecorder(uploading, []netip.AddrPort{recorder}, u.conns.dialOnce)
+			w, _, result, err := sessionrecording.ConnectToRecorder(u.conns.trace(uploading), []netip.AddrPort{recorder}, u.conns.dialOnce)
 			u.WriteCloser = w
 			attempts <- attempt{u, result, err}
 		}()
@@ -167,20 +180,25 @@ func connect(ctx context.Context, recorders []netip.AddrPort, dial DialFunc, tim
 		return nil, errors.Join(errs...)
 	}
 	won.ended = make(chan struct{})
-	go won.wait(won.conns.last(), result)
+	go won.wait(result)
 	return won, nil
 }
 
 // verdictTimeout is how long after its connection an upload may say how it has ended.
 const verdictTimeout = time.Second
 
-// wait waits until the upload, which is on conn, has ended.
-func (u *upload) wait(conn *connection, result <-chan error) {
+// wait waits until the upload has ended.
+func (u *upload) wait(result <-chan error) {
 	defer close(u.ended)
+	conn := u.conns.last()
+	var gone <-chan struct{}
+	if conn != nil {
+		gone = conn.gone
+	}
 	select {
 	case u.err = <-result:
 		return
-	case <-conn.gone:
+	case <-gone:
 	}
 	timer := time.NewTimer(verdictTimeout)
 	defer timer.Stop()

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/http"
 	"net/netip"
 	"strings"
 	"testing"
@@ -61,6 +62,37 @@ func TestDeadRecordersCostOneTimeout(t *testing.T) {
 		}
 		synctest.Wait() // or the bubble says that goroutines are left
 	})
+}
+
+// The client opens a connection at times that it does not use then.
+func TestTheConnectionOfTheUploadIsWatched(t *testing.T) {
+	r, dial := startRecorder(t)
+	conns := &connections{dial: dial}
+	defer conns.close()
+	client := &http.Client{Transport: &http.Transport{DialContext: conns.dialOnce}}
+	req, err := http.NewRequestWithContext(conns.trace(t.Context()), http.MethodHead, "http://recorder/v2/record", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	if _, err := conns.dialOnce(t.Context(), "tcp", "unused"); err != nil {
+		t.Fatal(err)
+	}
+	u := &upload{conns: conns, ended: make(chan struct{})}
+	go u.wait(make(chan error))
+	r.Cut()
+	select {
+	case <-u.ended:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the end of the connection goes unnoticed")
+	}
+	if u.err == nil {
+		t.Error("it ended well")
+	}
 }
 
 // A caller that goes away is not waited for.
