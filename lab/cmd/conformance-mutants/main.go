@@ -21,8 +21,12 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
@@ -48,9 +52,9 @@ type file struct {
 // attacks is the suite that attacks a proxy: command conformance.
 const attacks = "attacks"
 
-// timeout is how long a suite may take, with what it takes to build it. That it took
-// longer shows nothing.
-const timeout = 15 * time.Minute
+// atOnce is how many mutants are tried at the same time. Tests wait more than they
+// compute.
+const atOnce = 2
 
 func main() {
 	only := flag.String("run", "", "regular expression of the mutants to try, as file: name (default: all)")
@@ -74,12 +78,7 @@ func run(ctx context.Context, only, by string, find bool) error {
 	if err != nil {
 		return err
 	}
-	dir, err := os.MkdirTemp("", "mutants-")
-	if err != nil {
-		return err
-	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	tried, bad := 0, 0
+	var tried []attempt
 	for _, f := range table {
 		for _, m := range f.mutants {
 			if m.by == "" {
@@ -88,31 +87,89 @@ func run(ctx context.Context, only, by string, find bool) error {
 			if !pattern.MatchString(f.path+": "+m.name) || (by != "" && (by == attacks) != (m.by == attacks)) {
 				continue
 			}
+			tried = append(tried, attempt{f.path, m})
+		}
+	}
+	s := &suites{root: root, limits: make(map[string]time.Duration)}
+	if !find {
+		// What fails with every line in place shows nothing.
+		if err := s.measure(ctx, tried); err != nil {
+			return err
+		}
+	}
+	var bad atomic.Int32
+	var g errgroup.Group
+	g.SetLimit(atOnce)
+	for _, a := range tried {
+		g.Go(func() error {
 			began := time.Now()
-			tried++
-			source, err := mutate(filepath.Join(root, f.path), m)
+			source, err := mutate(filepath.Join(root, a.path), a.mutant)
 			noticed := ""
 			if err == nil && !find {
-				noticed, err = try(ctx, root, dir, f.path, source, m.by)
+				noticed, err = s.try(ctx, a, source)
 			}
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
 			if err != nil {
-				bad++
+				bad.Add(1)
 				noticed = "NOT CAUGHT: " + err.Error()
 			}
-			fmt.Printf("%-26s %-62s %-24s %5.1f s  %s\n", f.path, m.name, m.by, time.Since(began).Seconds(), noticed)
-		}
+			fmt.Printf("%-26s %-62s %-24s %5.1f s  %s\n", a.path, a.name, a.by, time.Since(began).Seconds(), noticed)
+			return nil
+		})
 	}
-	if bad > 0 {
-		return fmt.Errorf("%d of %d mutants were not caught", bad, tried)
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	if n := bad.Load(); n > 0 {
+		return fmt.Errorf("%d of %d mutants were not caught", n, len(tried))
 	}
 	if find {
-		fmt.Printf("The lines of all %d mutants are where the table says.\n", tried)
+		fmt.Printf("The lines of all %d mutants are where the table says.\n", len(tried))
 		return nil
 	}
-	fmt.Printf("All %d mutants were caught.\n", tried)
+	fmt.Printf("All %d mutants were caught.\n", len(tried))
+	return nil
+}
+
+// attempt is a mutant of the file at a path.
+type attempt struct {
+	path string
+	mutant
+}
+
+// suites runs the suites.
+type suites struct {
+	root string
+	// limits is how long each may take: that a suite hangs is noticing as well, that
+	// it is slow is not.
+	limits map[string]time.Duration
+	// lab is one at a time.
+	lab sync.Mutex
+}
+
+// measure runs each suite that the attempts need as it is, which has to pass.
+func (s *suites) measure(ctx context.Context, attempts []attempt) error {
+	for _, a := range attempts {
+		for _, suite := range strings.Fields(a.by) {
+			if s.limits[suite] > 0 {
+				continue
+			}
+			s.limits[suite] = 10 * time.Minute
+			began := time.Now()
+			noticed, err := s.run(ctx, suite, nil)
+			if err != nil {
+				return fmt.Errorf("%s: %w", suite, err)
+			}
+			if noticed != "" {
+				return fmt.Errorf("%s fails as it is: %s", suite, noticed)
+			}
+			took := time.Since(began)
+			s.limits[suite] = 2*time.Minute + 3*took
+			fmt.Printf("%-26s %-62s %-24s %5.1f s\n", "", "with every line in place all is well", suite, took.Seconds())
+		}
+	}
 	return nil
 }
 
@@ -128,14 +185,19 @@ func mutate(path string, m mutant) (string, error) {
 	return strings.Replace(string(source), m.old, m.new, 1), nil
 }
 
-// try runs a suite with source in the place of a file, and returns what failed. It
-// is an error if nothing did, or if nothing was run.
-func try(ctx context.Context, root, dir, path, source, suite string) (noticed string, err error) {
+// try runs the suites of a until one fails with source in the place of its file, and
+// returns what failed. It is an error if nothing did.
+func (s *suites) try(ctx context.Context, a attempt, source string) (noticed string, err error) {
+	dir, err := os.MkdirTemp("", "mutant-")
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
 	mutated := filepath.Join(dir, "mutated.go")
 	if err := os.WriteFile(mutated, []byte(source), 0o600); err != nil {
 		return "", err
 	}
-	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{filepath.Join(root, path): mutated}})
+	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{filepath.Join(s.root, a.path): mutated}})
 	if err != nil {
 		return "", err
 	}
@@ -143,29 +205,48 @@ func try(ctx context.Context, root, dir, path, source, suite string) (noticed st
 	if err := os.WriteFile(overlayFile, overlay, 0o600); err != nil {
 		return "", err
 	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	flags := []string{"-overlay=" + overlayFile, "-gcflags=all=-dwarf=false", "-ldflags=-w"}
-	if suite == attacks {
-		return attack(ctx, root, filepath.Join(dir, "conformance"), flags)
+	for _, suite := range strings.Fields(a.by) {
+		if noticed, err := s.run(ctx, suite, []string{"-overlay=" + overlayFile}); err != nil || noticed != "" {
+			return noticed, err
+		}
 	}
-	return test(ctx, root, strings.Fields(suite), flags)
+	return "", errors.New("all is well without it")
+}
+
+// run runs a suite and returns what failed, if anything did. It is an error if
+// nothing could be run.
+func (s *suites) run(ctx context.Context, suite string, flags []string) (noticed string, err error) {
+	flags = append(flags, "-gcflags=all=-dwarf=false", "-ldflags=-w")
+	if suite == attacks {
+		return s.attack(ctx, flags)
+	}
+	return s.test(ctx, suite, flags)
 }
 
 // attack builds command conformance and runs it.
-func attack(ctx context.Context, root, program string, flags []string) (noticed string, err error) {
-	build := command(ctx, filepath.Join(root, "lab"), "go", append([]string{"build", "-o", program}, append(flags, "./cmd/conformance")...)...)
+func (s *suites) attack(ctx context.Context, flags []string) (noticed string, err error) {
+	dir, err := os.MkdirTemp("", "mutant-")
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	program := filepath.Join(dir, "conformance")
+	build := command(ctx, filepath.Join(s.root, "lab"), "go", append([]string{"build", "-o", program}, append(flags, "./cmd/conformance")...)...)
 	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("it does not compile: %s", out)
 	}
-	out, err := command(ctx, root, program, "-first").CombinedOutput()
+	s.lab.Lock()
+	defer s.lab.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, s.limits[attacks])
+	defer cancel()
+	out, err := command(ctx, s.root, program, "-first").CombinedOutput()
 	if ctx.Err() != nil {
 		return "", ctx.Err()
 	}
 	var exit *exec.ExitError
 	switch {
 	case err == nil:
-		return "", errors.New("all attacks fail without it as well")
+		return "", nil
 	case !errors.As(err, &exit) || exit.ExitCode() != 1:
 		return "", fmt.Errorf("the attacks could not be made: %w: %s", err, lastLine(out))
 	}
@@ -177,21 +258,21 @@ func attack(ctx context.Context, root, program string, flags []string) (noticed 
 	return string(failures[len(failures)-1][1]), nil
 }
 
-// test runs the tests of packages. Those of the lab are a module of their own.
-func test(ctx context.Context, root string, packages, flags []string) (noticed string, err error) {
-	if strings.HasPrefix(packages[0], "./lab/") {
-		root = filepath.Join(root, "lab")
-		for i, p := range packages {
-			packages[i] = "./" + strings.TrimPrefix(p, "./lab/")
-		}
+// test runs the tests of a package. The lab is a module of its own.
+func (s *suites) test(ctx context.Context, pkg string, flags []string) (noticed string, err error) {
+	dir, limit := s.root, s.limits[pkg]
+	if inLab, ok := strings.CutPrefix(pkg, "./lab/"); ok {
+		s.lab.Lock()
+		defer s.lab.Unlock()
+		dir, pkg = filepath.Join(s.root, "lab"), "./"+inLab
 	}
-	args := append([]string{"test", "-count=1", "-failfast", "-vet=off", "-timeout=120s"}, flags...)
-	out, err := command(ctx, root, "go", append(args, packages...)...).CombinedOutput()
+	args := append([]string{"test", "-count=1", "-failfast", "-vet=off", "-timeout=" + limit.String()}, flags...)
+	out, err := command(ctx, dir, "go", append(args, pkg)...).CombinedOutput()
 	switch {
 	case ctx.Err() != nil:
 		return "", ctx.Err()
 	case err == nil:
-		return "", errors.New("all tests pass without it as well")
+		return "", nil
 	case strings.Contains(string(out), "[build failed]"), strings.Contains(string(out), "[setup failed]"):
 		return "", fmt.Errorf("it does not compile: %s", out)
 	}

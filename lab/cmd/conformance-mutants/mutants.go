@@ -113,6 +113,18 @@ var table = []file{
 		{name: "names are ASCII", old: "if b < ' ' || b > '~' {", new: "if b < ' ' || b == 127 {"},
 		{name: "names end without blanks", old: `if strings.Trim(name, " ") != name {`, new: "if false {"},
 	}},
+	{"impersonate/target.go", "./impersonate", []mutant{
+		{name: "the proxy's extra fields are the proxy's to write", old: "	if strings.HasPrefix(strings.ToLower(key), extraDomain) {", new: "	if false {"},
+		{name: "a header that the API server does not know is no wish", old: "	if !ok {\n\t\treturn fmt.Errorf(\"header %s is none", new: "	if !ok && false {\n\t\treturn fmt.Errorf(\"header %s is none"},
+		{name: "a user that is named twice is nobody", old: "		if len(values) > 1 {", new: "		if false {"},
+		{name: "an extra field that is given twice is none", old: "	if _, ok := t.Extra[key]; ok {", new: "	if false {"},
+		{name: "values of targets are looked at", old: `checkName("value of header "+name, value); err != nil {`, new: `checkName("value of header "+name, value); err != nil && false {`},
+		{name: "a target has a user", old: "	case t.User == \"\":", new: "	case false:"},
+		{name: "a target has so many values at most", old: "	case t.attributes() > maxAttributes:", new: "	case false:"},
+		{name: "who acts as somebody else is on record", old: "	out.Extra[ExtraOriginalUser] = []string{id.User}\n", new: ""},
+		{name: "the groups of who acts as somebody else are on record", old: "		out.Extra[ExtraOriginalGroups] = id.Groups\n", new: ""},
+		{name: "a target's extra fields replace none of the caller's", old: "	maps.Copy(out.Extra, target.Extra)\n\tmaps.Copy(out.Extra, id.Extra)\n", new: "	maps.Copy(out.Extra, id.Extra)\n\tmaps.Copy(out.Extra, target.Extra)\n"},
+	}},
 	{"guard/guard.go", "./guard", []mutant{
 		{name: "deny_shared", old: "if r.DenyShared && p.Shared {", new: "if false {"},
 		{name: "deny_tags", old: "if pattern.Any(r.DenyTags, tag) {", new: "if false {"},
@@ -242,13 +254,33 @@ var table = []file{
 		{name: "a path that ends early is ambiguous", old: "err != nil || isAmbiguous(r.URL)", new: "err != nil && false || isAmbiguous(r.URL)"},
 		{name: "an upgrade is interactive", old: "	return upgrade\n}", new: "	return false\n}"},
 	}},
-	{"recording/site.go", ". ./recording", []mutant{
+	{"recording/site.go", "./recording .", []mutant{
 		{name: "an ambiguous path is not recorded, but refused", old: "	case ambiguous:\n", new: "	case \"\":\n"},
 		{name: "what leads past the recording is refused", old: "		if who.Recording.Enforce {\n\t\t\treturn s.refuse(r, refusal.Forbidden(\"the sessions of", new: "		if false {\n\t\t\treturn s.refuse(r, refusal.Forbidden(\"the sessions of"},
 		{name: "a session that cannot be recorded does not begin", old: "\t\tif s.enforce {\n\t\t\treturn refusal.", new: "\t\tif false {\n\t\t\treturn refusal."},
 	}},
-	{"recording/decide.go", ". ./recording", []mutant{
+	{"recording/terminal.go", "./recording", []mutant{
+		{name: "data on a stream of unknown type ends the session", old: "	if !slices.Contains([]stream{stdin, stdout, stderr, errs, resize}, what) {", new: "	if !slices.Contains([]stream{stdin, stdout, stderr, errs, resize}, what) && false {"},
+	}},
+	{"recording/spdy.go", "./recording", []mutant{
+		{name: "data on an unknown stream ends the session", old: "	if !ok && !s.anyStream {", new: "	if !ok && false {"},
+	}},
+	{"recording/websocket.go", "./recording", []mutant{
+		{name: "an unknown opcode ends the session", old: "		return f, -1, fmt.Errorf(\"a WebSocket frame with the unknown opcode %d\", f.opcode)\n", new: ""},
+		{name: "data on an unknown channel ends the session", old: "; !known {", new: "; !known && false {"},
+		{name: "a message within another ends the session", old: "		if m.unfinished {\n\t\t\treturn f, -1, errors.New(\"a WebSocket message within", new: "		if false {\n\t\t\treturn f, -1, errors.New(\"a WebSocket message within"},
+	}},
+	{"recording/conn.go", "./recording", []mutant{
+		{name: "what cannot be understood ends the session", old: "	if refused != nil {\n\t\tc.end(refused)\n\t}\n", new: ""},
+	}},
+	{"recording/session.go", "./recording .", []mutant{
+		{name: "an enforced session ends with its recorder", old: "		s.end(errRecorderLost)\n", new: ""},
+		{name: "a session ends with its file", old: "	s.end(errFileLost)\n", new: ""},
+	}},
+	{"recording/decide.go", "./recording .", []mutant{
 		{name: "the session that is sent is the one that is recorded", old: "	if !ok || decide(r) == decided {", new: "	if _ = decided; true {"},
+		{name: "a protocol that cannot be recorded is refused", old: "		if !slices.Contains(known, version) {", new: "		if false {"},
+		{name: "an upgrade to anything else is refused", old: "	if upgrade != spdyUpgrade && upgrade != websocketUpgrade {", new: "	if false {"},
 	}},
 	{"review/review.go", "./review ./transport", []mutant{
 		{name: "a review that fails is no answer", old: "	case err != nil:\n\t\treturn \"\", err", new: "	case false:\n\t\treturn \"\", err"},
@@ -284,6 +316,13 @@ var table = []file{
 		{name: "credentials that cannot impersonate are a config error", old: "	if err := config.checkUser(); err != nil {\n", new: "	if err := config.checkUser(); false {\n"},
 		{name: "credentials is one of two", old: "	default:\n\t\treturn fmt.Errorf(\"credentials", new: "	case \"-\":\n\t\treturn fmt.Errorf(\"credentials"},
 		{name: "what has no credentials gets none", old: "config.anonymous().connect(t.logger)", new: "config.connect(t.logger)"},
+	}},
+	{"transport/actas.go", "./transport", []mutant{
+		{name: "an answer that is no review is no yes", old: "	if resp.StatusCode != http.StatusCreated {", new: "	if false {"},
+		{name: "the right to act as somebody else is rechecked", old: "	if wish.Granted != nil {", new: "	if false {"},
+		{name: "a recheck asks about who the caller is by now", old: "			again.Caller, again.Since = caller, since\n", new: "			again.Since = since\n"},
+		{name: "a recheck asks anew whether the caller still may", old: "			again.Caller, again.Since = caller, since\n", new: "			again.Caller = caller\n"},
+		{name: "who may no longer act as somebody else is told apart", old: "			if _, refused := t.reviewer.Authorize(ctx, ask, again); refused != nil {", new: "			if _, refused := t.reviewer.Authorize(ctx, ask, again); false {"},
 	}},
 	{"transport/cluster.go", "./transport", []mutant{
 		{name: "a service account has an authority", old: "	if config.CAFile == \"\" {", new: "	if false {"},
