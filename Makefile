@@ -51,7 +51,7 @@ help: ## list the targets
 
 # What the demo runs, and what only the tests run.
 DEMO_PARTS := $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale)
-TEST_PARTS := $(addprefix $(BIN)/,helm)
+TEST_PARTS := $(addprefix $(BIN)/,helm tailscaled)
 
 components: assets-note $(DEMO_PARTS) $(TEST_PARTS) browser asciicast ## build what the lab runs (once)
 
@@ -184,6 +184,9 @@ $(BIN)/headscale: $(TOOLS)/headscale/go.mod $(TOOLS)/headscale/go.sum
 
 $(BIN)/helm: $(TOOLS)/helm/go.mod $(TOOLS)/helm/go.sum
 	$(call build,helm,helm,helm.sh/helm/v4/cmd/helm,1 minute)
+
+$(BIN)/tailscaled: $(TOOLS)/tailscaled/go.mod $(TOOLS)/tailscaled/go.sum
+	$(call build,tailscaled,tailscaled,tailscale.com/cmd/tailscaled,3 minutes)
 
 $(BIN)/xcaddy: $(TOOLS)/xcaddy/go.mod $(TOOLS)/xcaddy/go.sum
 	$(call build,xcaddy,xcaddy,github.com/caddyserver/xcaddy/cmd/xcaddy,10 seconds)

@@ -87,7 +87,10 @@ func (c *Caller) serveProxy(logf func(string, ...any)) (err error) {
 		return err
 	}
 	password := rand.Text()
-	proxy := &socks5.Server{Logf: logf, Dialer: c.Dial, Username: c.Name, Password: password}
+	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+		return dialPatiently(ctx, c.Server, network, address, logf)
+	}
+	proxy := &socks5.Server{Logf: logf, Dialer: dial, Username: c.Name, Password: password}
 	go func() { _ = proxy.Serve(c.socks) }() // until the listener is closed
 	c.proxy = &url.URL{Scheme: "socks5", User: url.UserPassword(c.Name, password), Host: c.socks.Addr().String()}
 	return nil
@@ -126,6 +129,26 @@ func Dial(ctx context.Context, node *tsnet.Server, network, address string) (net
 		cancel()
 		if err == nil || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
 			return conn, err
+		}
+	}
+}
+
+// patience is how long kubectl waits for a connection that fails at once.
+const patience = 5 * time.Second
+
+// dialPatiently is [Dial] for kubectl, which does not try again: for a moment after
+// the tailnet has changed, a node may not know the names and addresses of others. What
+// failed is logged.
+func dialPatiently(ctx context.Context, node *tsnet.Server, network, address string, logf func(string, ...any)) (net.Conn, error) {
+	for began := time.Now(); ; {
+		conn, err := Dial(ctx, node, network, address)
+		if err == nil || ctx.Err() != nil || time.Since(began) > patience {
+			return conn, err
+		}
+		logf("%s: for kubectl: dialing %s: %v", time.Now().Format(time.RFC3339Nano), address, err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(100 * time.Millisecond):
 		}
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/netns"
 )
 
 // The proxies that are compared. "Direct" is none: the API server itself.
@@ -49,7 +50,7 @@ type bench struct {
 }
 
 func newBench(ctx context.Context, o options, root string) (_ *bench, err error) {
-	if err := setUpNetwork(); err != nil {
+	if err := netns.SetUp(); err != nil {
 		return nil, fmt.Errorf("setting up the network namespace: %w", err)
 	}
 	b := &bench{options: o, root: root}

@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/netns"
 )
 
 // stageLimit is how long one kind of measurement may take before it counts as hung.
@@ -57,8 +58,8 @@ func main() {
 		err = serveProxy()
 	case flag.Arg(0) == "answers":
 		err = serveAnswers()
-	case !inNamespace():
-		err = enterNamespace()
+	case !netns.Inside():
+		err = runInNamespace()
 	default:
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 		ctx, cancel := context.WithTimeout(ctx, time.Hour) // whatever happens
@@ -130,4 +131,11 @@ func run(ctx context.Context, o options) (err error) {
 		return nil
 	}
 	return r.write(o.docs)
+}
+
+// runInNamespace runs this command again in a network namespace of its own.
+func runInNamespace() error {
+	cmd := netns.Command(os.Args[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	return cmd.Run()
 }

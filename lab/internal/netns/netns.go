@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+// Package netns runs programs in a network namespace of their own: no traffic of
+// theirs leaves it, and none from outside disturbs them.
+package netns
 
 import (
 	"fmt"
@@ -12,39 +14,38 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// namespaced says, to the process that is started in it, that the namespace is
-// there.
-const namespaced = "BENCH_IN_NAMESPACE"
+// inside says, to the process that is started in it, that the namespace is there.
+const inside = "LAB_IN_NETWORK_NAMESPACE"
 
-func inNamespace() bool { return os.Getenv(namespaced) != "" }
+// Inside reports whether this process was started by a [Command].
+func Inside() bool { return os.Getenv(inside) != "" }
 
-// enterNamespace runs this command again in a network namespace of its own. No
-// traffic of the bench leaves it, and none from outside disturbs it.
-func enterNamespace() error {
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...) //nolint:gosec // this command again, as it was called
-	cmd.Env = append(os.Environ(), namespaced+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+// Command returns the running program again, with other arguments and in a namespace
+// that ends with it. Who is not root is root in there, of nothing else.
+func Command(args ...string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe", args...) //nolint:gosec // this program again
+	cmd.Env = append(os.Environ(), inside+"=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	if os.Geteuid() != 0 {
 		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
 		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
 		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
 	}
-	return cmd.Run()
+	return cmd
 }
 
-// setUpNetwork gives the namespace what tsnet needs: loopback, and one interface
-// more that is up and has a default route. It leads nowhere.
-func setUpNetwork() error {
+// SetUp gives the namespace what tailnet nodes need: loopback, and one interface more
+// that is up and has a default route. It leads nowhere.
+func SetUp() error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return err
 	}
-	veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "bench0"}, PeerName: "bench1"}
+	veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "lab0"}, PeerName: "lab1"}
 	if err := netlink.LinkAdd(veth); err != nil {
 		return fmt.Errorf("adding a pair of interfaces: %w", err)
 	}
-	peer, err := netlink.LinkByName("bench1")
+	peer, err := netlink.LinkByName("lab1")
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tailscaled
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/google/go-cmp/cmp"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"tailscale.com/client/local"
+	"tailscale.com/ipn"
+	"tailscale.com/tsnet"
+
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/headscale"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/netns"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/process"
+)
+
+const policy = `{
+	"tagOwners": {"tag:k8s": []},
+	"grants": [
+		{"src": ["*"], "dst": ["*"], "ip": ["*"]},
+		{"src": ["alice@example.com"], "dst": ["tag:k8s"], "app": {"tailscale.com/cap/kubernetes": [{"impersonate": {"groups": ["tailnet-readers"]}}]}},
+	],
+}`
+
+// port is where Caddy listens, in a namespace with nothing else in it.
+const port = "8080"
+
+func TestADaemonWithAnInterfaceIsAsked(t *testing.T) {
+	if netns.Inside() {
+		inNamespace(t)
+		return
+	}
+	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	if err != nil {
+		t.Skipf("tailscaled needs a network interface of its own: %v", err)
+	}
+	_ = tun.Close()
+	if err := netns.Command("-test.run=^$").Run(); err != nil {
+		t.Skipf("no network namespace is to be had: %v", err)
+	}
+	out, err := netns.Command("-test.run=^"+t.Name()+"$", "-test.v").CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
+		t.Errorf("in the namespace: %v\n%s", err, out)
+	}
+}
+
+func inNamespace(t *testing.T) {
+	if err := os.Setenv("TS_NO_LOGS_NO_SUPPORT", "true"); err != nil { // before the first node
+		t.Fatal(err)
+	}
+	if err := netns.SetUp(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	control, err := headscale.Start(ctx, headscale.Config{Dir: t.TempDir(), Policy: []byte(policy)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := control.Stop(); err != nil {
+			t.Error(err)
+		}
+	}()
+	socket := startDaemon(t)
+	address := join(ctx, t, socket, control)
+	for _, login := range []string{"alice@example.com", "bob@example.com"} {
+		if err := control.CreateUser(ctx, login); err != nil {
+			t.Fatal(err)
+		}
+	}
+	alice, bob := startNode(ctx, t, control, "alice@example.com"), startNode(ctx, t, control, "bob@example.com")
+	site := "http://" + net.JoinHostPort(address.String(), port)
+
+	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_ = json.NewEncoder(w).Encode(map[string][]string{
+			"user": r.Header.Values("Impersonate-User"), "groups": r.Header.Values("Impersonate-Group"), "from": r.Header.Values("X-Forwarded-For"),
+		})
+	}))
+	defer upstream.Close()
+	config, err := lab.Adapt(fmt.Sprintf(`{
+	admin off
+	persist_config off
+	log default {
+		level PANIC
+	}
+}
+%s {
+	bind %s
+	tailscale_impersonate {
+		tailscaled %s
+	}
+	reverse_proxy %s
+}
+`, site, address, socket, upstream.URL))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := caddy.Load(config, true); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := caddy.Stop(); err != nil {
+			t.Error(err)
+		}
+	}()
+
+	for _, tt := range []struct {
+		login string
+		node  *tsnet.Server
+		want  map[string][]string
+	}{
+		{"alice@example.com", alice, map[string][]string{"user": {"alice@example.com"}, "groups": {"tailnet-readers"}}},
+		{"bob@example.com", bob, map[string][]string{"user": {"bob@example.com"}, "groups": nil}},
+	} {
+		dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+			return lab.Dial(ctx, tt.node, network, address)
+		}
+		status, body := get(ctx, t, site, dial)
+		var got map[string][]string
+		if err := json.Unmarshal(body, &got); status != http.StatusOK || err != nil {
+			t.Errorf("%s is answered with status %d: %s", tt.login, status, body)
+			continue
+		}
+		own, _ := tt.node.TailscaleIPs()
+		tt.want["from"] = []string{own.String()}
+		if diff := cmp.Diff(tt.want, got); diff != "" {
+			t.Errorf("what the API server is told of %s (-want +got):\n%s", tt.login, diff)
+		}
+	}
+
+	// What runs on the host itself has the daemon's own address.
+	status, body := get(ctx, t, site, (&net.Dialer{}).DialContext)
+	var refused metav1.Status
+	if err := json.Unmarshal(body, &refused); err != nil || status != http.StatusForbidden || !strings.Contains(refused.Message, "itself") {
+		t.Errorf("the host itself is answered with status %d: %s", status, body)
+	}
+}
+
+// startDaemon starts a daemon and returns its socket.
+func startDaemon(t *testing.T) (socket string) {
+	t.Helper()
+	path, err := components.Path("tailscaled")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	log, err := os.Create(filepath.Join(dir, "tailscaled.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket = filepath.Join(dir, "socket")
+	cmd := exec.Command(path, "--statedir="+dir, "--socket="+socket, "--tun=tailscale0", "--port=0") //nolint:gosec // the lab's own
+	cmd.Stdout, cmd.Stderr = log, log
+	daemon, err := process.Start(cmd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := daemon.Stop(10 * time.Second); err != nil {
+			t.Error(err)
+		}
+		if err := log.Close(); err != nil {
+			t.Error(err)
+		}
+		if t.Failed() {
+			said, err := os.ReadFile(log.Name())
+			t.Logf("tailscaled (%v):\n%s", err, said)
+		}
+	})
+	return socket
+}
+
+// join connects the daemon to the tailnet as tag:k8s and returns its address.
+func join(ctx context.Context, t *testing.T, socket string, control *headscale.Server) netip.Addr {
+	t.Helper()
+	client := &local.Client{Socket: socket, UseSocketOnly: true}
+	for {
+		if _, err := client.StatusWithoutPeers(ctx); err == nil {
+			break
+		} else if ctx.Err() != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	key, err := control.TagKey(ctx, "tag:k8s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	prefs := ipn.NewPrefs()
+	prefs.ControlURL, prefs.Hostname, prefs.WantRunning = control.URL(), "server", true
+	prefs.CorpDNS = false // it would write to the host's files
+	if err := client.Start(ctx, ipn.Options{AuthKey: key, UpdatePrefs: prefs}); err != nil {
+		t.Fatal(err)
+	}
+	if err := client.StartLoginInteractive(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		status, err := client.StatusWithoutPeers(ctx)
+		if err == nil && status.BackendState == ipn.Running.String() && len(status.TailscaleIPs) > 0 {
+			return status.TailscaleIPs[0]
+		}
+		if ctx.Err() != nil {
+			t.Fatalf("tailscaled does not join the tailnet: %v, %+v", err, status)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// startNode connects a device of a user to the tailnet.
+func startNode(ctx context.Context, t *testing.T, control *headscale.Server, login string) *tsnet.Server {
+	t.Helper()
+	key, err := control.UserKey(ctx, login)
+	if err != nil {
+		t.Fatal(err)
+	}
+	name, _, _ := strings.Cut(login, "@")
+	quiet := func(string, ...any) {}
+	node := &tsnet.Server{Hostname: name, Dir: t.TempDir(), ControlURL: control.URL(), AuthKey: key, Ephemeral: true, Logf: quiet, UserLogf: quiet}
+	t.Cleanup(func() { _ = node.Close() })
+	if _, err := node.Up(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return node
+}
+
+// get sends a request that says it comes from somewhere else.
+func get(ctx context.Context, t *testing.T, site string, dial func(context.Context, string, string) (net.Conn, error)) (status int, body []byte) {
+	t.Helper()
+	client := &http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, site+"/api", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("X-Forwarded-For", "100.64.0.99")
+	resp, err := client.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if body, err = io.ReadAll(resp.Body); err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, body
+}
