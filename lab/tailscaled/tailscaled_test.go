@@ -3,6 +3,7 @@
 package tailscaled
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -19,13 +20,16 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/google/go-cmp/cmp"
+	"github.com/spf13/cobra"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"tailscale.com/client/local"
 	"tailscale.com/ipn"
 	"tailscale.com/tsnet"
 
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate"
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/cli"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/headscale"
@@ -98,7 +102,7 @@ func inNamespace(t *testing.T) {
 	}))
 	defer upstream.Close()
 	config, err := lab.Adapt(fmt.Sprintf(`{
-	admin off
+	admin 127.0.0.1:2019
 	persist_config off
 	log default {
 		level PANIC
@@ -148,12 +152,38 @@ func inNamespace(t *testing.T) {
 		}
 	}
 
+	// The command asks this Caddy, which asks the daemon.
+	said, err := explain("alice")
+	if err != nil {
+		t.Errorf("explain --peer alice: %v", err)
+	}
+	for _, want := range []string{"alice@example.com on alice", "tailnet-readers", "from grant 1", `tailscale.com/cap/kubernetes: {"impersonate":{"groups":["tailnet-readers"]}}`} {
+		if !strings.Contains(said, want) {
+			t.Errorf("explain --peer alice prints, without %q:\n%s", want, said)
+		}
+	}
+	if said, err := explain("nobody"); err == nil || !strings.Contains(err.Error(), "nobody") {
+		t.Errorf("explain --peer nobody: %v, and it printed %q; want an error that names it", err, said)
+	}
+
 	// What runs on the host itself has the daemon's own address.
 	status, body := get(ctx, t, site, (&net.Dialer{}).DialContext)
 	var refused metav1.Status
 	if err := json.Unmarshal(body, &refused); err != nil || status != http.StatusForbidden || !strings.Contains(refused.Message, "itself") {
 		t.Errorf("the host itself is answered with status %d: %s", status, body)
 	}
+}
+
+// explain runs `caddy tailscale-impersonate explain` and returns what it prints.
+func explain(peer string) (string, error) {
+	const name = "tailscale-impersonate"
+	cmd := &cobra.Command{Use: name, SilenceUsage: true, SilenceErrors: true}
+	caddycmd.Commands()[name].CobraFunc(cmd)
+	var out bytes.Buffer
+	cmd.SetOut(&out)
+	cmd.SetArgs([]string{"explain", "--peer", peer, "--address", "127.0.0.1:2019"})
+	err := cmd.Execute()
+	return out.String(), err
 }
 
 // startDaemon starts a daemon and returns its socket.
