@@ -133,24 +133,20 @@ func Dial(ctx context.Context, node *tsnet.Server, network, address string) (net
 	}
 }
 
-// patience is how long kubectl waits for a connection that fails at once.
-const patience = 5 * time.Second
+// patience is how long kubectl waits for a connection. The SOCKS proxy would give up
+// after 5 s, which is two attempts.
+const patience = 20 * time.Second
 
-// dialPatiently is [Dial] for kubectl, which does not try again: for a moment after
-// the tailnet has changed, a node may not know the names and addresses of others. What
-// failed is logged.
+// dialPatiently is [Dial] for kubectl, which does not try again. What fails is logged.
 func dialPatiently(ctx context.Context, node *tsnet.Server, network, address string, logf func(string, ...any)) (net.Conn, error) {
-	for began := time.Now(); ; {
-		conn, err := Dial(ctx, node, network, address)
-		if err == nil || ctx.Err() != nil || time.Since(began) > patience {
-			return conn, err
-		}
-		logf("%s: for kubectl: dialing %s: %v", time.Now().Format(time.RFC3339Nano), address, err)
-		select {
-		case <-ctx.Done():
-		case <-time.After(100 * time.Millisecond):
-		}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+	defer cancel()
+	began := time.Now()
+	conn, err := Dial(ctx, node, network, address)
+	if took := time.Since(began); err != nil || took > dialAttempt {
+		logf("%s: for kubectl: dialing %s took %v: %v", time.Now().Format(time.RFC3339Nano), address, took, err)
 	}
+	return conn, err
 }
 
 // REST returns a client configuration for the API server as this caller.

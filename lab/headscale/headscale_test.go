@@ -21,6 +21,8 @@ import (
 	"tailscale.com/tailcfg"
 	"tailscale.com/tsnet"
 	"tailscale.com/types/logger"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/tempdir"
 )
 
 func TestMain(m *testing.M) {
@@ -88,7 +90,7 @@ func start(ctx context.Context, t *testing.T, policy []byte) *Server {
 // join adds a node to the tailnet.
 func join(ctx context.Context, t *testing.T, s *Server, name, key string) (*tsnet.Server, netip.Addr, error) {
 	node := &tsnet.Server{
-		Dir:        t.TempDir(),
+		Dir:        tempdir.New(t),
 		Hostname:   name,
 		ControlURL: s.URL(),
 		AuthKey:    key,

@@ -24,6 +24,7 @@ import (
 	"tailscale.com/tsnet"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/headscale"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/tempdir"
 )
 
 // A real Caddy on a real tailnet: it answers on the node, over HTTP/1.1 and
@@ -33,7 +34,7 @@ func TestCaddyOnTailnet(t *testing.T) {
 	ended := goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.keepLockfileFresh")
 	current := goleak.IgnoreCurrent()
 	defer func() { goleak.VerifyNone(t, current, ended) }()
-	dir := t.TempDir()
+	dir := tempdir.New(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 

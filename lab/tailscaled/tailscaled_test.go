@@ -35,6 +35,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/headscale"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/netns"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/process"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/tempdir"
 )
 
 const policy = `{
@@ -200,7 +201,7 @@ func startDaemon(t *testing.T) (socket string) {
 	}
 	socket = filepath.Join(dir, "socket")
 	cmd := exec.Command(path, "--statedir="+dir, "--socket="+socket, "--tun=tailscale0", "--port=0") //nolint:gosec // the lab's own
-	cmd.Env = append(os.Environ(), "TS_LOGS_DIR="+dir) // or it keeps something in the host's folders
+	cmd.Env = append(os.Environ(), "TS_LOGS_DIR="+dir)                                               // or it keeps something in the host's folders
 	cmd.Stdout, cmd.Stderr = log, log
 	daemon, err := process.Start(cmd)
 	if err != nil {
@@ -267,7 +268,7 @@ func startNode(ctx context.Context, t *testing.T, control *headscale.Server, log
 	}
 	name, _, _ := strings.Cut(login, "@")
 	quiet := func(string, ...any) {}
-	node := &tsnet.Server{Hostname: name, Dir: t.TempDir(), ControlURL: control.URL(), AuthKey: key, Ephemeral: true, Logf: quiet, UserLogf: quiet}
+	node := &tsnet.Server{Hostname: name, Dir: tempdir.New(t), ControlURL: control.URL(), AuthKey: key, Ephemeral: true, Logf: quiet, UserLogf: quiet}
 	t.Cleanup(func() { _ = node.Close() })
 	if _, err := node.Up(ctx); err != nil {
 		t.Fatal(err)

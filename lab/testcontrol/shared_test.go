@@ -25,6 +25,7 @@ import (
 
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/tempdir"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
 )
 
@@ -161,7 +162,7 @@ http:// {
 	}
 	reverse_proxy %[4]s
 }
-`, filepath.Join(t.TempDir(), "caddy"), control, filepath.Join(t.TempDir(), "nodes"), upstream))
+`, filepath.Join(t.TempDir(), "caddy"), control, tempdir.New(t), upstream))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -187,7 +188,7 @@ http:// {
 func join(t *testing.T, control, name string) *tsnet.Server {
 	t.Helper()
 	node := &tsnet.Server{
-		Hostname: name, Dir: filepath.Join(t.TempDir(), name), ControlURL: control, AuthKey: "unused", Ephemeral: true,
+		Hostname: name, Dir: tempdir.New(t), ControlURL: control, AuthKey: "unused", Ephemeral: true,
 		Logf: logger.Discard, UserLogf: logger.Discard,
 	}
 	t.Cleanup(func() {
