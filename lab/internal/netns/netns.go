@@ -23,7 +23,7 @@ func Inside() bool { return os.Getenv(inside) != "" }
 // Command returns the running program again, with other arguments and in a namespace
 // that ends with it. Who is not root is root in there, of nothing else.
 func Command(args ...string) *exec.Cmd {
-	cmd := exec.Command("/proc/self/exe", args...) //nolint:gosec // this program again
+	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), inside+"=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	if os.Geteuid() != 0 {
