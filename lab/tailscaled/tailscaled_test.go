@@ -201,7 +201,7 @@ func startDaemon(t *testing.T) (socket string) {
 	}
 	socket = filepath.Join(dir, "socket")
 	cmd := exec.Command(path, "--statedir="+dir, "--socket="+socket, "--tun=tailscale0", "--port=0")
-	cmd.Env = append(os.Environ(), "TS_LOGS_DIR="+dir)                                               // or it keeps something in the host's folders
+	cmd.Env = append(os.Environ(), "TS_LOGS_DIR="+dir) // or it keeps something in the host's folders
 	cmd.Stdout, cmd.Stderr = log, log
 	daemon, err := process.Start(cmd)
 	if err != nil {
