@@ -115,7 +115,8 @@ func TestAsKeepsWhoItReallyIs(t *testing.T) {
 		Extra: map[string][]string{impersonate.ExtraAddress: {"100.64.0.2"}, impersonate.ExtraNode: {"laptop.example.ts.net"}},
 		Wish:  &impersonate.Wish{},
 	}
-	target := &impersonate.Target{User: "bob", UID: "7", Extra: map[string][]string{"scopes": {"x"}}}
+	// No request makes a target with the address in it, and if one did, it would not count.
+	target := &impersonate.Target{User: "bob", UID: "7", Extra: map[string][]string{"scopes": {"x"}, impersonate.ExtraAddress: {"100.64.0.9"}}}
 	want := &impersonate.Identity{
 		User: "bob", Groups: []string{"g"}, UID: "7", Node: "laptop.example.ts.net", Source: impersonate.SourceGrants, RequestID: "f00",
 		Extra: map[string][]string{
@@ -130,7 +131,7 @@ func TestAsKeepsWhoItReallyIs(t *testing.T) {
 	if diff := cmp.Diff(want, caller.As(target, []string{"g"})); diff != "" {
 		t.Errorf("identity (-want +got):\n%s", diff)
 	}
-	if len(target.Extra) != 1 || len(caller.Extra) != 2 {
+	if len(target.Extra) != 2 || len(caller.Extra) != 2 {
 		t.Errorf("the target or the caller was changed: %v, %v", target.Extra, caller.Extra)
 	}
 
