@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"k8s.io/client-go/rest"
@@ -112,7 +113,8 @@ func (c *Caller) Dial(ctx context.Context, network, address string) (net.Conn, e
 	return Dial(ctx, c.Server, network, address)
 }
 
-// dialAttempt is how long Dial waits for an answer before it tries another port.
+// dialAttempt is how long Dial waits for an answer before it tries another port, and
+// for a name that the node does not know.
 const dialAttempt = 3 * time.Second
 
 // Dial connects to an address of the tailnet as node.
@@ -122,15 +124,52 @@ const dialAttempt = 3 * time.Second
 // the same port of the client: it waits for leftovers, and a new connection would
 // need a listening socket in that stack, which tsnet's listeners are not. Clients
 // choose their ports at random, so among some thousand connections it happens.
+//
+// It has been seen that a node did not know the name of a peer for a tenth of a second,
+// and then did again. Such a name is looked up in the host's DNS, so the error is that
+// of a name that does not exist. It is tried again as well; an error that remains says
+// which peers the node sees.
 func Dial(ctx context.Context, node *tsnet.Server, network, address string) (net.Conn, error) {
+	began := time.Now()
 	for {
 		attempt, cancel := context.WithTimeout(ctx, dialAttempt)
 		conn, err := node.Dial(attempt, network, address)
 		cancel()
-		if err == nil || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
+		if err == nil || ctx.Err() != nil {
 			return conn, err
 		}
+		var name *net.DNSError
+		switch {
+		case errors.As(err, &name) && time.Since(began) < dialAttempt:
+			select {
+			case <-ctx.Done():
+				return nil, err
+			case <-time.After(50 * time.Millisecond):
+			}
+		case errors.As(err, &name):
+			return nil, fmt.Errorf("%w (the node sees %s)", err, peersOf(ctx, node))
+		case !errors.Is(err, context.DeadlineExceeded):
+			return nil, err
+		}
 	}
+}
+
+// peersOf returns the peers that a node sees, for messages.
+func peersOf(ctx context.Context, node *tsnet.Server) string {
+	client, err := node.LocalClient()
+	if err != nil {
+		return err.Error()
+	}
+	status, err := client.Status(ctx)
+	if err != nil {
+		return err.Error()
+	}
+	var names []string
+	for _, peer := range status.Peer {
+		names = append(names, peer.DNSName)
+	}
+	slices.Sort(names)
+	return fmt.Sprintf("%q", names)
 }
 
 // patience is how long kubectl waits for a connection. The SOCKS proxy would give up

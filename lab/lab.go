@@ -67,6 +67,8 @@ type Config struct {
 	// GroupPrefixes are the prefixes that sites of the Caddyfile put in front of
 	// groups.
 	GroupPrefixes []string
+	// Constrained has the proxy limited by constrained impersonation.
+	Constrained bool
 	// Callers are the devices that call.
 	Callers []CallerSpec
 	// Progress is where each step is reported.
@@ -117,7 +119,7 @@ func Start(ctx context.Context, cfg Config) (_ *Lab, err error) {
 	}
 	if err := together(
 		func() error { return l.startHeadscale(ctx) },
-		func() error { return l.startCluster(ctx, cfg.Examples) },
+		func() error { return l.startCluster(ctx, cfg.Examples, cfg.Constrained) },
 	); err != nil {
 		return nil, err
 	}
@@ -178,7 +180,7 @@ func (l *Lab) startHeadscale(ctx context.Context) error {
 	})
 }
 
-func (l *Lab) startCluster(ctx context.Context, examples string) error {
+func (l *Lab) startCluster(ctx context.Context, examples string, constrained bool) error {
 	return l.step("etcd, kube-apiserver and a node with a pod", func() (err error) {
 		if l.Cluster, err = cluster.Start(ctx, cluster.Config{Dir: filepath.Join(l.Dir, "cluster")}); err != nil {
 			return err
@@ -192,7 +194,7 @@ func (l *Lab) startCluster(ctx context.Context, examples string) error {
 				return fmt.Errorf("%s: %w", name, err)
 			}
 		}
-		if err := l.LimitProxy(ctx, l.Policy, false); err != nil {
+		if err := l.LimitProxy(ctx, l.Policy, constrained); err != nil {
 			return err
 		}
 		// What a kubelet mounts into a pod, and renews: the token of the
@@ -220,6 +222,7 @@ func (l *Lab) LimitProxy(ctx context.Context, policy []byte, constrained bool) e
 	for _, prefix := range append([]string{""}, l.prefixes...) {
 		options := rbac.Defaults()
 		options.Constrained = constrained
+		options.Audit = constrained // 11-audit.yaml has the older verb
 		options.GroupPrefix = prefix
 		if prefix != "" {
 			options.Name += "-" + strings.Trim(prefix, ":")

@@ -121,6 +121,7 @@ func erinDirectly(t *testing.T) *rest.Config {
 // giveErinRights gives erin her rights, and waits until they are in force.
 func giveErinRights(t *testing.T) {
 	t.Helper()
+	useOlderVerb(t)
 	if err := theLab.Cluster.Apply(t.Context(), []byte(erinsRights)); err != nil {
 		t.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 )
 
 func TestKubectlAsWorksForWhoMay(t *testing.T) {
+	useOlderVerb(t)
 	kubeconfig := kubeconfigFor(t, "alice", portAuthorize)
 	got := whoAmIAt(t, kubeconfig, "--as", "bob@example.com", "--as-group", "tailnet-readers")
 	want := userInfo{
@@ -25,7 +26,7 @@ func TestKubectlAsWorksForWhoMay(t *testing.T) {
 		Groups:   []string{"tailnet-readers", "system:authenticated"},
 		Extra: map[string][]string{
 			impersonate.ExtraOriginalUser:   {"alice@example.com"},
-			impersonate.ExtraOriginalGroups: {"system:masters"},
+			impersonate.ExtraOriginalGroups: {masters()},
 			impersonate.ExtraNode:           {"alice." + lab.Domain},
 		},
 	}
@@ -187,6 +188,7 @@ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: e2e-act-
 subjects:
 - {apiGroup: rbac.authorization.k8s.io, kind: User, name: %[1]s@example.com}
 `
+	useOlderVerb(t)
 	const object = "watched-by-proxy"
 	kubectl(t, "alice", "create", "configmap", object)
 	t.Cleanup(func() { kubectl(t, "alice", "delete", "configmap", object, "--ignore-not-found") })
@@ -224,6 +226,7 @@ subjects:
 // Without the right to ask, nothing is let through, and the answer says what is
 // missing.
 func TestAProxyThatMayNotAskRefuses(t *testing.T) {
+	useOlderVerb(t)
 	admin := theLab.AdminKubeconfig()
 	stdout, stderr, err := runKubectl(t, admin, nil, "get", "clusterrolebinding", "tailscale-impersonate-act-as", "-o", "json")
 	if err != nil {

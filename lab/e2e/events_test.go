@@ -24,7 +24,7 @@ const mustBeRecorded = "the request has to be recorded, and no recorder takes th
 func grantEvents(t *testing.T, recorder string, enforce, refused bool) {
 	t.Helper()
 	grantRuleTo(t, "dave@example.com", map[string]any{
-		"impersonate":   map[string]any{"groups": []string{"system:masters"}},
+		"impersonate":   map[string]any{"groups": []string{masters()}},
 		"recorderAddrs": []string{recorder}, "enforceRecorder": enforce, "enableEvents": true,
 	})
 	eventually(t, "the grant is in force", func() error {

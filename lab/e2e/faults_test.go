@@ -27,7 +27,7 @@ func TestWithoutTheControlServerRequestsGoOn(t *testing.T) {
 		}
 		l.wantProgress(t, "bob", "carol")
 		// The proxy's node has found its way back if it learns of a grant.
-		withdraw := grantTo(t, "dave@example.com", "system:masters")
+		withdraw := grantTo(t, "dave@example.com", masters())
 		within(t, time.Minute, "dave may list secrets", func() error {
 			_, stderr, err := tryKubectl(t, "dave", "get", "secrets")
 			if err != nil {

@@ -17,7 +17,7 @@ func TestLimitsHoldWhateverThePolicyFileGrants(t *testing.T) {
 		refused           string // what kubectl prints otherwise
 	}{
 		{"groups that are not allowed are cut, and names get prefixes", "erin", portGroupRails, `tailnet:erin@example.com ["tailnet:a","system:authenticated"]`, ""},
-		{"system:masters is denied", "alice", portGroupRails, `tailnet:alice@example.com ["system:authenticated"]`, ""},
+		{"who may do anything is denied that", "alice", portGroupRails, `tailnet:alice@example.com ["system:authenticated"]`, ""},
 		{"tags that are not allowed as groups are cut", "ci", portGroupRails, `tailnet:ci.` + lab.Domain + ` ["system:authenticated"]`, ""},
 		{"a group that is there, as required", "bob", portDeviceRails, `bob@example.com ["tailnet-readers","system:authenticated"]`, ""},
 		{"a group that is not", "carol", portDeviceRails, "", "carol@example.com on carol.tailnet.example may not use this server: require_groups is on, and no group is granted"},

@@ -49,7 +49,7 @@ func TestWhoTheAPIServerTakesEachCallerFor(t *testing.T) {
 	}{
 		{"a user without a grant is the login name", "carol", "carol@example.com", nil},
 		{"a user with a grant has its groups", "bob", "bob@example.com", []string{"tailnet-readers"}},
-		{"a user with system:masters has that", "alice", "alice@example.com", []string{"system:masters"}},
+		{"a user with system:masters has that", "alice", "alice@example.com", []string{masters()}},
 		{"a tagged device without a grant has its tags", "ci", "ci." + lab.Domain, []string{"tag:k8s-readers"}},
 		{"a tagged device with a grant has its groups only", "ops", "ops." + lab.Domain, []string{"ops"}},
 		{"several grants add up in order", "erin", "erin@example.com", []string{"b", "a", "c"}},
@@ -111,7 +111,7 @@ func grantRuleTo(t *testing.T, login string, rule map[string]any) (withdraw func
 	}
 	// As an operator would do it: first the cluster lets the proxy, then callers are
 	// granted it.
-	if err := theLab.LimitProxy(t.Context(), changed, false); err != nil {
+	if err := theLab.LimitProxy(t.Context(), changed, *constrained); err != nil {
 		t.Fatal(err)
 	}
 	withdraw = sync.OnceFunc(func() { set(theLab.Policy) })

@@ -23,7 +23,7 @@ import (
 )
 
 func TestKubectlReadsAndWritesAsItsUser(t *testing.T) {
-	if got := kubectl(t, "alice", "auth", "whoami"); !strings.Contains(got, "alice@example.com") || !strings.Contains(got, "system:masters") {
+	if got := kubectl(t, "alice", "auth", "whoami"); !strings.Contains(got, "alice@example.com") || !strings.Contains(got, masters()) {
 		t.Errorf("kubectl auth whoami says %s", got)
 	}
 	if got := kubectl(t, "bob", "get", "pods"); !strings.Contains(got, lab.Pod) {

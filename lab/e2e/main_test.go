@@ -29,6 +29,28 @@ var (
 
 var keep = flag.Bool("keep", false, "keep the folder of logs, also when all tests pass")
 
+// constrained has the whole suite run under what "caddy tailscale-impersonate rbac
+// --constrained" writes.
+var constrained = flag.Bool("constrained", false, "limit the proxy by constrained impersonation, where a test does not need the older verb")
+
+// masters is the group of those who may do anything. Constrained impersonation never
+// allows system:masters; what is advised then is a group that is bound to cluster-admin.
+func masters() string {
+	if *constrained {
+		return "tailnet-admins"
+	}
+	return "system:masters"
+}
+
+const mastersBinding = `
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: e2e-masters}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cluster-admin}
+subjects:
+- {apiGroup: rbac.authorization.k8s.io, kind: Group, name: tailnet-admins}
+`
+
 // callers are the devices of the lab, one per row of the mapping table and one
 // whose grants change.
 var callers = []lab.CallerSpec{
@@ -103,11 +125,17 @@ func start(dir string) (err error) {
 		Caddyfile: sites,
 		// Of the site on portGroupRails.
 		GroupPrefixes: []string{"tailnet:"},
+		Constrained:   *constrained,
 		Callers:       callers,
 		Progress:      os.Stderr,
 	})
 	if err != nil {
 		return err
+	}
+	if *constrained {
+		if err := theLab.Cluster.Apply(ctx, []byte(mastersBinding)); err != nil {
+			return err
+		}
 	}
 	return startSessionRecorder(ctx)
 }

@@ -49,7 +49,7 @@ func startSessionRecorder(ctx context.Context) error {
 		{"hal@example.com", absentRecorder, true},
 		{"ida@example.com", absentRecorder, false},
 	} {
-		if theLab.Policy, err = sessionrecorder.Grant(theLab.Policy, grant.login, grant.recorder, grant.enforce); err != nil {
+		if theLab.Policy, err = sessionrecorder.Grant(theLab.Policy, grant.login, masters(), grant.recorder, grant.enforce); err != nil {
 			return err
 		}
 	}

@@ -16,7 +16,7 @@ const revokedWithin = 5*time.Second + 2*time.Second
 // one no longer. Of the two protocols, one has a config reload in between.
 func TestAGrantThatIsWithdrawnEndsOpenStreams(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
-		withdraw := grantTo(t, "dave@example.com", "system:masters")
+		withdraw := grantTo(t, "dave@example.com", masters())
 		eventually(t, "dave may list secrets", func() error {
 			_, stderr, err := tryKubectl(t, "dave", "get", "secrets")
 			if err != nil {

@@ -3,12 +3,14 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -126,7 +128,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portUnprotected, k8s, toRecorder("")) +
 		site("http://:"+portMeddling, k8s, impersonate+toRecorder("header_up -Impersonate-*\n\t\theader_up Impersonate-User system:admin\n\t\theader_up Authorization \"Bearer other\"")) +
 		site("http://:"+portStrip, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation strip\n\t}\n"+toCluster) +
-		site("http://:"+portGroupRails, k8s, "\ttailscale_impersonate {\n\t\tallow_groups a b system:*\n\t\tdeny_groups system:masters b\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
+		site("http://:"+portGroupRails, k8s, "\ttailscale_impersonate {\n\t\tallow_groups a b tailnet-admins system:*\n\t\tdeny_groups "+masters()+" b\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
 		site("http://:"+portDeviceRails, k8s, "\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tallow_tags tag:k8s-*\n\t\tdeny_tags tag:k8s-ops\n\t\tdeny_shared\n\t}\n"+toCluster) +
 		site("http://:"+portReadOnly, k8s, exampleRules("read-only")+toCluster) +
 		site("http://:"+portNoShells, k8s, exampleRules("no-shells-for-devices")+toCluster) +
@@ -221,7 +223,10 @@ func testPolicy(example []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return sessionrecorder.Admit(changed)
+	if changed, err = sessionrecorder.Admit(changed); err != nil {
+		return nil, err
+	}
+	return bytes.ReplaceAll(changed, []byte(`"system:masters"`), []byte(strconv.Quote(masters()))), nil
 }
 
 func freePort() string {

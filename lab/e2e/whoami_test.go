@@ -175,7 +175,7 @@ func TestABrowserShowsWhoItsUserIs(t *testing.T) {
 func TestABrowserShowsWhyItsUserIsRefused(t *testing.T) {
 	b := onDevice(t, "alice", portNarrow)
 	page := b.open(t, whoamiNarrowURL, "--dump-dom")
-	for _, want := range []string{"You are refused", "alice@example.com on alice.tailnet.example may not use this server", "system:masters", "deny_groups"} {
+	for _, want := range []string{"You are refused", "alice@example.com on alice.tailnet.example may not use this server", masters(), "deny_groups"} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page does not say %q", want)
 		}

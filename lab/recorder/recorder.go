@@ -97,14 +97,14 @@ func Admit(policy []byte) ([]byte, error) {
 	})
 }
 
-// Grant returns a policy file with a grant more: the sessions of login, who is an
-// administrator, are recorded at an address, and have to be if enforce is set.
-func Grant(policy []byte, login, address string, enforce bool) ([]byte, error) {
+// Grant returns a policy file with a grant more: login is in group, and its sessions
+// are recorded at an address, and have to be if enforce is set.
+func Grant(policy []byte, login, group, address string, enforce bool) ([]byte, error) {
 	return change(policy, func(p map[string]any) {
 		p["grants"] = append(p["grants"].([]any), map[string]any{
 			"src": []string{login}, "dst": []string{lab.ProxyTag},
 			"app": map[string]any{"tailscale.com/cap/kubernetes": []any{map[string]any{
-				"impersonate":     map[string]any{"groups": []string{"system:masters"}},
+				"impersonate":     map[string]any{"groups": []string{group}},
 				"recorderAddrs":   []string{address}, // Headscale does not fill it in
 				"enforceRecorder": enforce,
 			}}},

@@ -350,28 +350,34 @@ func cp(ctx context.Context, kubeconfig, payload string) error {
 }
 
 // peers measures a small answer on tailnets of more and more peers, each with a
-// grant of its own: first the plugin on all of them in turn, then on each in turn
-// with Tailscale's proxy, of which a machine has room for one (it listens on port
-// 80 of localhost).
+// grant of its own: first the plugin and the bare proxy on all of them in turn, then
+// the plugin on each in turn with Tailscale's proxy, of which a machine has room for
+// one (it listens on port 80 of localhost).
 func (b *bench) peers(ctx context.Context, r *report) error {
 	measure := func(t target, _ bool) (sample, error) { return t.load(ctx, small, 16, b.slice) }
 	var tailnets []*tailnet
-	var plugins []target
+	var plugins, all []target
 	for _, n := range peerCounts {
 		tn, err := b.tailnetOf(ctx, n)
 		if err != nil {
 			return fmt.Errorf("%d peers: %w", n, err)
 		}
 		defer tn.stop()
-		t, err := tn.start(ctx, plugin)
-		if err != nil {
-			return fmt.Errorf("%d peers: %w", n, err)
+		tailnets = append(tailnets, tn)
+		for _, kind := range []string{plugin, bare} {
+			t, err := tn.start(ctx, kind)
+			if err != nil {
+				return fmt.Errorf("%d peers: %w", n, err)
+			}
+			if kind == plugin {
+				plugins = append(plugins, t)
+			}
+			t.kind = on(kind, n)
+			all = append(all, t)
 		}
-		t.kind = fmt.Sprint(n)
-		tailnets, plugins = append(tailnets, tn), append(plugins, t)
 	}
 	var err error
-	if r.growth, err = b.inRounds(plugins, measure); err != nil {
+	if r.growth, err = b.inRounds(all, measure); err != nil {
 		return err
 	}
 	for i, n := range peerCounts {
@@ -379,9 +385,7 @@ func (b *bench) peers(ctx context.Context, r *report) error {
 		if err != nil {
 			return fmt.Errorf("%d peers: %w", n, err)
 		}
-		mine := plugins[i]
-		mine.kind = plugin
-		if r.peers[n], err = b.inRounds([]target{mine, other}, measure); err != nil {
+		if r.peers[n], err = b.inRounds([]target{plugins[i], other}, measure); err != nil {
 			return err
 		}
 		if err := other.proxy.stop(); err != nil {
@@ -390,6 +394,9 @@ func (b *bench) peers(ctx context.Context, r *report) error {
 	}
 	return nil
 }
+
+// on names a proxy on a tailnet of n peers.
+func on(kind string, n int) string { return fmt.Sprintf("%s, %d peers", kind, n) }
 
 // tailnet is one that Tailscale's control server for tests has made up.
 type tailnet struct {
