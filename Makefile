@@ -51,7 +51,7 @@ help: ## list the targets
 
 # What the demo runs, and what only the tests run.
 DEMO_PARTS := $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale)
-TEST_PARTS := $(addprefix $(BIN)/,helm tailscaled)
+TEST_PARTS := $(addprefix $(BIN)/,helm tailscaled promql)
 
 components: assets-note $(DEMO_PARTS) $(TEST_PARTS) browser asciicast ## build what the lab runs (once)
 
@@ -188,6 +188,9 @@ $(BIN)/helm: $(TOOLS)/helm/go.mod $(TOOLS)/helm/go.sum
 
 $(BIN)/tailscaled: $(TOOLS)/tailscaled/go.mod $(TOOLS)/tailscaled/go.sum
 	$(call build,tailscaled,tailscaled,tailscale.com/cmd/tailscaled,3 minutes)
+
+$(BIN)/promql: $(TOOLS)/prometheus/go.mod $(TOOLS)/prometheus/go.sum $(wildcard $(TOOLS)/prometheus/promql/*.go)
+	$(call build,promql,prometheus,./promql,40 seconds)
 
 $(BIN)/xcaddy: $(TOOLS)/xcaddy/go.mod $(TOOLS)/xcaddy/go.sum
 	$(call build,xcaddy,xcaddy,github.com/caddyserver/xcaddy/cmd/xcaddy,10 seconds)

@@ -12,8 +12,6 @@ import (
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
-
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
 )
 
 // queries returns the values of all keys of that name in a JSON document.
@@ -27,14 +25,14 @@ func queries(v any, key string) (found []string) {
 }
 
 // The example dashboard asks for metrics that a running Caddy has, and for labels
-// that they have, and leaves none of the metrics out.
+// that they have, and leaves none of the metrics out. That its queries have answers
+// is tested in the lab, with Prometheus's own engine.
 func TestTheDashboardShowsWhatThereIs(t *testing.T) {
 	up := newUpstream(t)
 	s := startSite(t, up, false, "", "tailscale_impersonate\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}", aliceNode())
 	s.http1(t, aliceAddr, "GET /api HTTP/1.1\r\nHost: k8s\r\nConnection: close\r\n\r\n")
 	s.http1(t, aliceAddr, "GET /api HTTP/1.1\r\nHost: evil\r\nConnection: close\r\n\r\n")
 	up.checkSeen(t, aliceAsProxy)
-	metrics.Revocations.WithLabelValues("lost_group") // of which there has been none
 	config := caddy.ActiveContext()
 	families, err := config.GetMetricsRegistry().Gather()
 	if err != nil {
@@ -101,9 +99,6 @@ func TestTheDashboardShowsWhatThereIs(t *testing.T) {
 					t.Errorf("%s: %s has no label %s, only %v", expr, name, label, labels)
 				}
 			}
-		}
-		if strings.Count(expr, "(") != strings.Count(expr, ")") || strings.Count(expr, "{") != strings.Count(expr, "}") {
-			t.Errorf("%s: brackets do not match", expr)
 		}
 	}
 	for name := range unused {

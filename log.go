@@ -13,8 +13,11 @@ import (
 	"go.uber.org/zap/zapcore"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apievents"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 )
@@ -29,6 +32,23 @@ var (
 	}
 	refused = metrics.Decisions.WithLabelValues(metrics.Refused, "")
 )
+
+// What has not been counted yet is zero, rather than missing: Prometheus would not
+// see the first of what is missing.
+func init() {
+	for _, reason := range recheck.Reasons {
+		metrics.Revocations.WithLabelValues(string(reason))
+	}
+	for _, reason := range refusal.Reasons {
+		metrics.Refusals.WithLabelValues(string(reason))
+	}
+	for _, outcome := range recording.Outcomes {
+		metrics.Recordings.WithLabelValues(string(outcome))
+	}
+	for _, outcome := range apievents.Outcomes {
+		metrics.Events.WithLabelValues(string(outcome))
+	}
+}
 
 // refuse answers r with err. decided is what is known about its caller, nil if
 // that is nothing.

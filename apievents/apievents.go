@@ -45,6 +45,9 @@ const (
 	Refused Outcome = "refused" // no recorder has it, and the request was refused
 )
 
+// Outcomes are all of them.
+var Outcomes = []Outcome{Sent, Unsent, Refused}
+
 // Site records the requests of one handler.
 type Site struct {
 	// Log is where all requests are logged, nil if they are not.

@@ -11,9 +11,6 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 )
 
-// Dropped is the reason of requests that operators have ended.
-const Dropped Reason = "dropped"
-
 // Caller is somebody with open requests.
 type Caller struct {
 	// Remote is the address of the caller, Local the one that it dialled.

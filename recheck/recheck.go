@@ -48,7 +48,11 @@ const (
 	OtherUser   Reason = "other_user"  // the caller is another user by now
 	Refused     Reason = "refused"     // the caller would be refused by now
 	Unconfirmed Reason = "unconfirmed" // for too long, nobody could tell
+	Dropped     Reason = "dropped"     // operators have ended them
 )
+
+// Reasons are all of them.
+var Reasons = []Reason{LostGroup, LostTag, OtherUser, Refused, Unconfirmed, Dropped}
 
 // Ended says that requests of a caller were ended. It is the cause that their
 // contexts have.

@@ -32,6 +32,9 @@ const (
 	Lost       Outcome = "lost"       // the session went on without, or its end is missing
 )
 
+// Outcomes are all of them.
+var Outcomes = []Outcome{Recorded, Refused, Ended, Unrecorded, Lost}
+
 // Site records the sessions of one handler.
 type Site struct {
 	// Dir is the directory for recordings, empty if none are kept locally.

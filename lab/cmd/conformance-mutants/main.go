@@ -20,6 +20,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -258,6 +259,12 @@ func (s *suites) attack(ctx context.Context, flags []string) (noticed string, er
 	return string(failures[len(failures)-1][1]), nil
 }
 
+// slow are the tests of a package that wait for what takes seconds. They come last,
+// as most mutants are caught before.
+var slow = map[string]string{
+	".": "^(TestRecordersThatFail|TestRecorderIsLostInTheMidst|TestManySessionsLeaveNothingBehind)$",
+}
+
 // test runs the tests of a package. The lab is a module of its own.
 func (s *suites) test(ctx context.Context, pkg string, flags []string) (noticed string, err error) {
 	dir, limit := s.root, s.limits[pkg]
@@ -266,17 +273,26 @@ func (s *suites) test(ctx context.Context, pkg string, flags []string) (noticed 
 		defer s.lab.Unlock()
 		dir, pkg = filepath.Join(s.root, "lab"), "./"+inLab
 	}
-	args := append([]string{"test", "-count=1", "-failfast", "-vet=off", "-timeout=" + limit.String()}, flags...)
-	out, err := command(ctx, dir, "go", append(args, pkg)...).CombinedOutput()
-	switch {
-	case ctx.Err() != nil:
-		return "", ctx.Err()
-	case err == nil:
-		return "", nil
-	case strings.Contains(string(out), "[build failed]"), strings.Contains(string(out), "[setup failed]"):
-		return "", fmt.Errorf("it does not compile: %s", out)
+	flags = append([]string{"test", "-count=1", "-failfast", "-vet=off", "-timeout=" + limit.String()}, flags...)
+	passes := [][]string{nil}
+	if tests := slow[pkg]; tests != "" {
+		passes = [][]string{{"-skip=" + tests}, {"-run=" + tests}}
 	}
-	return found(out, `--- FAIL: (\S+)`, `panic: .*running tests:\n\s+(\S+)`, `(panic: .*)`), nil
+	for _, pass := range passes {
+		out, err := command(ctx, dir, "go", slices.Concat(flags, pass, []string{pkg})...).CombinedOutput()
+		switch {
+		case ctx.Err() != nil:
+			return "", ctx.Err()
+		case strings.Contains(string(out), "[no tests to run]"):
+			return "", fmt.Errorf("%s has no such tests: %s", pkg, pass)
+		case err == nil:
+			continue
+		case strings.Contains(string(out), "[build failed]"), strings.Contains(string(out), "[setup failed]"):
+			return "", fmt.Errorf("it does not compile: %s", out)
+		}
+		return found(out, `--- FAIL: (\S+)`, `panic: .*running tests:\n\s+(\S+)`, `(panic: .*)`), nil
+	}
+	return "", nil
 }
 
 // command returns a command that is told to end, rather than killed, when ctx is
