@@ -140,7 +140,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portAuthorizeRails, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t\taudit\n\t\tallow_groups acted-* tailnet-* system:*\n\t\tdeny_groups system:masters system:serviceaccounts system:nodes\n\t}\n"+toCluster) +
 		"&(plain) {\n" + toPlain + "}\n" +
 		site("http://:"+portAuthorizeHTTP, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t}\n\tinvoke plain\n") +
-		site("https://"+name+":"+portNarrow, k8s, "\ttls internal\n\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tdeny_groups system:*\n\t}\n"+toCluster) +
+		site("https://"+name+":"+portNarrow, k8s, "\ttls internal\n\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tdeny_groups system:* tailnet-admins\n\t}\n"+toCluster) +
 		site("http://:"+portProxyProtocol, k8s, impersonate+toPlain) +
 		site("http://:"+portTwoNodes, k8s+" tailscale/"+secondNode, impersonate+toPlain) +
 		site("http://:"+portSameAddress, k8s+" tailscale/"+secondNode+" tailscale/"+foreignNode, impersonate+toPlain) +
