@@ -158,13 +158,14 @@ func (r *report) targets() (goals []goal) {
 			add(e.low <= 1.02, "", fmt.Sprintf("at %d callers, CPU per request within 2 %% of the bare proxy (the interval's low end at most 1.02)", callers), "%s times the bare proxy's", e.show(3))
 		}
 		for _, t := range []struct {
-			callers int
+			n       int
+			callers string
 			least   float64
-		}{{16, 4}, {1, 1.5}} {
-			e := ratio(cpus(r.gets[t.callers][official]), cpus(r.gets[t.callers][plugin]))
-			most := ratio(cpus(r.gets[t.callers][official]), cpus(r.gets[t.callers][bare]))
+		}{{16, "at 16 callers", 4}, {1, "with one caller", 1.5}} {
+			e := ratio(cpus(r.gets[t.n][official]), cpus(r.gets[t.n][plugin]))
+			most := ratio(cpus(r.gets[t.n][official]), cpus(r.gets[t.n][bare]))
 			left := fmt.Sprintf("the bare proxy itself, with nothing of the plugin in it, gets to %s times; WireGuard and the network stack take the same time in all three.", most.show(2))
-			add(e.median >= t.least, left, fmt.Sprintf("at %d callers, at least %g times the requests per CPU-second of Tailscale's proxy", t.callers, t.least), "%s times", e.show(2))
+			add(e.median >= t.least, left, fmt.Sprintf("%s, at least %g times the requests per CPU-second of Tailscale's proxy", t.callers, t.least), "%s times", e.show(2))
 		}
 	}
 	if len(r.watches) > 0 {
