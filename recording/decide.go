@@ -134,6 +134,11 @@ func upgradeOf(r *http.Request, k kind) (upgrade string, refused *apierrors.Stat
 	if !httpguts.HeaderValuesContainsToken(field(r.Header, "Connection"), "upgrade") || len(asked) != 1 {
 		return "", refusal.BadRequest("%s needs an upgrade of the connection, to SPDY/3.1 or websocket", k)
 	}
+	// The answer to a request with a body comes when all of the body has been sent,
+	// and the command runs before that: for as long as the client likes, unrecorded.
+	if r.ContentLength != 0 {
+		return "", refusal.BadRequest("%s with a body in the request cannot be recorded", k)
+	}
 	upgrade = strings.ToLower(asked[0])
 	if upgrade != spdyUpgrade && upgrade != websocketUpgrade {
 		return "", refusal.BadRequest("%s over %q cannot be recorded, only over SPDY/3.1 or websocket", k, asked[0])

@@ -42,6 +42,7 @@ type Session struct {
 	mu       sync.Mutex
 	conn     *conn // nil until the connection is switched
 	reason   error // why the session has to end, if it has to
+	answered bool  // with anything but the switch
 	lost     bool  // the recorder has been lost
 	closing  bool
 	ports    []string // that are forwarded to
@@ -62,6 +63,16 @@ type responseWriter struct {
 	http.ResponseWriter
 	session    *Session
 	controller *http.ResponseController
+}
+
+// WriteHeader writes the header of the answer.
+func (w *responseWriter) WriteHeader(code int) {
+	if code >= http.StatusOK {
+		w.session.mu.Lock()
+		w.session.answered = true
+		w.session.mu.Unlock()
+	}
+	w.ResponseWriter.WriteHeader(code)
 }
 
 // FlushError sends what has been written.
@@ -191,6 +202,10 @@ func (s *Session) watch() {
 	}
 }
 
+// errUnanswered is why a session ended that had been sent to the API server when its
+// client went away.
+var errUnanswered = errors.New("the client did not wait for the answer; whether the command ran is not known")
+
 // Why a session ends, to its user.
 var (
 	errRecorderLost = errors.New("this session has to be recorded, and its recorder was lost")
@@ -225,10 +240,10 @@ func (s *Session) fileFailed(err error) {
 // request.
 func (s *Session) Close() {
 	s.mu.Lock()
-	c, reason, lost := s.conn, s.reason, s.lost
+	c, reason, answered, lost := s.conn, s.reason, s.answered, s.lost
 	ports, sent, received := s.ports, s.sent, s.received
 	s.mu.Unlock()
-	if c == nil {
+	if c == nil && (answered || s.kind == forward) {
 		s.abandon()
 		if reason != nil {
 			s.log.Warn("the session was ended before it began", zap.NamedError("reason", reason))
@@ -237,7 +252,14 @@ func (s *Session) Close() {
 		return
 	}
 	s.stopWatching()
-	if reason == nil {
+	switch {
+	case c == nil:
+		// The command may have run: who asked for it must not be lost.
+		s.cast = newCast(s.header, s.sinks...)
+		if reason == nil {
+			reason = errUnanswered
+		}
+	case reason == nil:
 		reason = c.failed()
 	}
 	if s.kind == forward {

@@ -10,6 +10,8 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -63,10 +65,16 @@ func TestAFileThatFailsEndsTheSession(t *testing.T) {
 	}()
 	c := newConn(server, nil, p)
 	s.begin(c)
-	for err = nil; err == nil; {
-		_, err = c.Write([]byte(wsServer("\x01x")))
+	if _, err := c.Write([]byte(wsServer("\x01x"))); err != nil {
+		t.Fatal(err)
 	}
-	if !errors.Is(err, errFileLost) {
+	// It ends without anything more being written to it.
+	for deadline := time.Now().Add(10 * time.Second); c.failed() == nil; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the session goes on")
+		}
+	}
+	if _, err = c.Write([]byte(wsServer("\x01x"))); !errors.Is(err, errFileLost) {
 		t.Errorf("got error %v; want %v", err, errFileLost)
 	}
 	_ = c.Close()
@@ -80,6 +88,57 @@ func TestAFileThatFailsEndsTheSession(t *testing.T) {
 	entries, err := os.ReadDir(site.Dir)
 	if err != nil || len(entries) != 1 || !strings.HasSuffix(entries[0].Name(), partial) {
 		t.Errorf("the directory holds %v, %v; want the partial file", entries, err)
+	}
+}
+
+// The command may have run although its client has not waited for the answer, so the
+// recording says at least what it was.
+func TestASessionThatIsNotAnsweredIsNotForgotten(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		answer   func(http.ResponseWriter)
+		outcomes []Outcome
+	}{
+		{"no answer", func(http.ResponseWriter) {}, []Outcome{Ended}},
+		{"switching", func(w http.ResponseWriter) { w.WriteHeader(http.StatusSwitchingProtocols) }, []Outcome{Ended}},
+		{"forbidden", func(w http.ResponseWriter) { w.WriteHeader(http.StatusForbidden) }, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var outcomes []Outcome
+			site := &Site{Dir: t.TempDir(), Logger: zap.NewNop(), Count: func(o Outcome) { outcomes = append(outcomes, o) }}
+			_, s, refused := site.Begin(execRequest(t), caller(impersonate.Recording{}, nobody))
+			if refused != nil {
+				t.Fatal(refused)
+			}
+			tt.answer(s.Wrap(httptest.NewRecorder()))
+			s.Close()
+			if !slices.Equal(outcomes, tt.outcomes) {
+				t.Errorf("got outcomes %q; want %q", outcomes, tt.outcomes)
+			}
+			files, err := filepath.Glob(filepath.Join(site.Dir, "*"))
+			if err != nil || len(files) != len(tt.outcomes) {
+				t.Fatalf("the directory holds %q, %v; want %d", files, err, len(tt.outcomes))
+			}
+			for _, path := range files {
+				text, err := os.ReadFile(path)
+				if err != nil || !strings.HasSuffix(path, ".cast") || !strings.Contains(string(text), `"command":"sh"`) {
+					t.Errorf("%s holds %q, %v; want a complete recording of the command", path, text, err)
+				}
+			}
+		})
+	}
+}
+
+// What has a body is answered when that has been sent, and runs before.
+func TestASessionWithABodyIsRefused(t *testing.T) {
+	for _, length := range []int64{1, -1} {
+		r := execRequest(t)
+		r.ContentLength = length
+		site := &Site{Dir: t.TempDir(), Logger: zap.NewNop(), Count: func(Outcome) {}}
+		if _, s, refused := site.Begin(r, caller(impersonate.Recording{}, nobody)); refused == nil {
+			s.Close()
+			t.Errorf("with a body of length %d the session begins", length)
+		}
 	}
 }
 

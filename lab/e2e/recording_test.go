@@ -325,6 +325,23 @@ func TestNothingRunsWithoutTheRecorderThatHasToBe(t *testing.T) {
 	}
 }
 
+// A command runs before the body of its request has arrived, and is answered after:
+// whoever never sends the body would never be recorded.
+func TestNothingRunsForWhoeverKeepsTheBodyBack(t *testing.T) {
+	useRecorder(t, recordertest.V2)
+	file := filepath.Join(t.TempDir(), "ran")
+	resp, err := trySend(t, theLab.Callers["gus"].Server, lab.ProxyName+":80",
+		get("/api/v1/namespaces/default/pods/"+lab.Pod+"/exec?stdout=true&command=touch&command="+file,
+			"Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Protocol: v4.channel.k8s.io",
+			"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", "Content-Length: 1"))
+	if err != nil || resp.StatusCode != http.StatusBadRequest || !strings.Contains(resp.body, "with a body in the request cannot be recorded") {
+		t.Errorf("got %v, %v; want 400 and the reason", resp, err)
+	}
+	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the command ran: %v", err)
+	}
+}
+
 func TestASessionThatNeedNotBeRecordedGoesOnWithout(t *testing.T) {
 	for _, p := range protocols {
 		t.Run(p.name, func(t *testing.T) {
