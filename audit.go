@@ -6,6 +6,7 @@ import (
 	"net/http"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 )
 
 // identityFor returns the identity that r is sent on with: that of the decision,
@@ -17,7 +18,7 @@ func (h *Handler) identityFor(r *http.Request, decided *decision, target *impers
 	}
 	own := decided.identity
 	if h.Audit {
-		own.RequestID = requestID(r)
+		own.RequestID = refusal.RequestID(r)
 	}
 	if target != nil {
 		own.Wish = &impersonate.Wish{Target: target, MaxAge: h.TTL()}

@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -60,23 +59,11 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, decided *decisi
 
 // logRefusal says in the log what the caller reads, and who that is.
 func (h *Handler) logRefusal(r *http.Request, decided *decision, err *apierrors.StatusError) {
-	node, user := refusal.Of(err)
-	fields := []zap.Field{
-		zap.String("reason", err.ErrStatus.Message),
-		zap.String("code", string(refusal.ReasonOf(err))),
-		zap.Int32("status", err.ErrStatus.Code),
-		zap.String("remote_addr", r.RemoteAddr),
-		zap.String("method", r.Method),
-		zap.String("host", r.Host),
-		zap.String("uri", r.RequestURI),
-		zap.String("request_id", requestID(r)),
+	if decided == nil {
+		refusal.Log(h.logger, r, err)
+		return
 	}
-	if decided != nil {
-		fields = append(fields, decided.fields()...)
-	} else if node != "" || user != "" {
-		fields = append(fields, zap.String("node", node), zap.String("user", user))
-	}
-	h.logger.Warn("request refused", fields...)
+	refusal.Log(h.logger, r, err, decided.fields()...)
 }
 
 // logAllowed logs that r is sent on, where anybody wants to read that.
@@ -89,7 +76,7 @@ func (h *Handler) logAllowed(r *http.Request, d *decision) {
 		zap.String("remote_addr", r.RemoteAddr),
 		zap.String("method", r.Method),
 		zap.String("uri", r.RequestURI),
-		zap.String("request_id", requestID(r)))...)
+		zap.String("request_id", refusal.RequestID(r)))...)
 }
 
 // fields are who the caller is, for a line of the log.
@@ -100,17 +87,6 @@ func (d *decision) fields() []zap.Field {
 		zap.Strings("groups", d.identity.Groups),
 		zap.String("source", string(d.identity.Source)),
 	}
-}
-
-// requestID returns what Caddy calls r in {http.request.uuid}. It is made when
-// first asked for, and is in the access log then, where the field is called uuid.
-func requestID(r *http.Request) string {
-	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
-	if !ok {
-		return ""
-	}
-	id, _ := repl.GetString("http.request.uuid")
-	return id
 }
 
 // about returns err with a reason and with the peer that it is about.

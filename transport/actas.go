@@ -12,7 +12,6 @@ import (
 	"net/url"
 	"time"
 
-	"go.uber.org/zap"
 	authorizationv1 "k8s.io/api/authorization/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -42,12 +41,6 @@ func (t *Transport) actAs(r *http.Request, caller *impersonate.Identity) (*imper
 	}
 	id, refused := t.reviewer.Authorize(r.Context(), ask, question)
 	if refused != nil {
-		t.logger.Warn("request to act as somebody else refused",
-			zap.String("reason", refused.ErrStatus.Message),
-			zap.String("user", caller.User),
-			zap.String("as", wish.Target.User),
-			zap.String("method", r.Method),
-			zap.String("path", r.URL.Path))
 		return nil, refusal.Because(refusal.Impersonation, refused)
 	}
 	if wish.Granted != nil {

@@ -148,22 +148,27 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	switch {
 	case check:
 	case t.Credentials == Client && identified:
-		return refusal.Response(r, refusal.Because(refusal.NoHandler, refusal.Forbidden("credentials client takes the caller's own credentials, which tailscale_impersonate in front of it has removed")))
+		return t.refuse(r, refusal.Because(refusal.NoHandler, refusal.Forbidden("credentials client takes the caller's own credentials, which tailscale_impersonate in front of it has removed")))
 	case t.Credentials != Client && !identified:
-		return refusal.Response(r, refusal.Because(refusal.NoHandler, refusal.Forbidden("the request has no identity: it reached transport kubernetes without passing tailscale_impersonate")))
+		return t.refuse(r, refusal.Because(refusal.NoHandler, refusal.Forbidden("the request has no identity: it reached transport kubernetes without passing tailscale_impersonate")))
 	}
 	// What a matcher was asked about has to be what is sent.
 	if refused := decided.Check(r); refused != nil {
-		return refusal.Response(r, refused)
+		return t.refuse(r, refused)
 	}
 	if t.unusable != nil {
-		return refusal.Response(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("no cluster: %v", t.unusable)))
+		return t.refuse(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("no cluster: %v", t.unusable)))
 	}
 	if err := recording.Confirm(r); err != nil {
-		return refusal.Response(r, err)
+		return t.refuse(r, err)
 	}
-	if protocols, ok := upgradeAllowed(r.Header); !ok {
-		return refusal.Response(r, refusal.Because(refusal.Protocol, refusal.BadRequest("cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", protocols)))
+	protocols, ok := upgradeAllowed(r.Header)
+	if !ok {
+		return t.refuse(r, refusal.Because(refusal.Protocol, refusal.BadRequest("cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", protocols)))
+	}
+	// The API server answers when it has all of the body, and acts before that.
+	if len(protocols) > 0 && r.ContentLength != 0 {
+		return t.refuse(r, refusal.Because(refusal.Protocol, refusal.BadRequest("a request to upgrade the connection has no body")))
 	}
 
 	switch {
@@ -185,12 +190,12 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*http.Response, error) {
 	authorization, stale, err := t.cluster.authorization()
 	if err != nil {
-		return refusal.Response(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("no credentials for the cluster: %v", err)))
+		return t.refuse(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("no credentials for the cluster: %v", err)))
 	}
 	if id.Wish != nil {
 		var refused *apierrors.StatusError
 		if id, refused = t.actAs(r, id); refused != nil {
-			return refusal.Response(r, refused)
+			return t.refuse(r, refused)
 		}
 	}
 	out := t.cluster.request(r)
@@ -213,9 +218,22 @@ func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*htt
 		// Passed on, a 401 would tell the caller to log in, who is not the one
 		// that has to.
 		_ = resp.Body.Close()
-		return refusal.Response(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("the API server no longer accepts the proxy's credentials, and they cannot be renewed: %v", stale)))
+		return t.refuse(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("the API server no longer accepts the proxy's credentials, and they cannot be renewed: %v", stale)))
 	}
 	return resp, nil
+}
+
+// refuse answers r with err, and says so in the log.
+func (t *Transport) refuse(r *http.Request, err *apierrors.StatusError) (*http.Response, error) {
+	var who []zap.Field
+	if id, ok := impersonate.FromContext(r.Context()); ok {
+		who = []zap.Field{zap.String("node", id.Node), zap.String("user", id.User), zap.Strings("groups", id.Groups), zap.String("source", string(id.Source))}
+		if id.Wish != nil {
+			who = append(who, zap.String("as", id.Wish.Target.User))
+		}
+	}
+	refusal.Log(t.logger, r, err, who...)
+	return refusal.Response(r, err)
 }
 
 // isHealthCheck reports whether r is one of reverse_proxy's own active health

@@ -22,6 +22,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -32,6 +33,9 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/decided"
@@ -347,17 +351,12 @@ func TestRoundTripDoesNotModifyItsRequest(t *testing.T) {
 func TestTrailersAreNotSent(t *testing.T) {
 	s := newAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
-	for _, upgrade := range []bool{false, true} {
-		r := newRequest(s, "/api")
-		r.Method, r.ContentLength, r.Body = "POST", -1, io.NopCloser(strings.NewReader("body"))
-		r.Trailer = http.Header{"Impersonate-User": {"root"}}
-		if upgrade {
-			r.Header["Connection"], r.Header["Upgrade"] = []string{"Upgrade"}, []string{"websocket"}
-		}
-		roundTrip(t, tr, r)
-		if got := s.one(t).Trailer; len(got) > 0 {
-			t.Errorf("upgrade %v: the API server got the trailers %v", upgrade, got)
-		}
+	r := newRequest(s, "/api")
+	r.Method, r.ContentLength, r.Body = "POST", -1, io.NopCloser(strings.NewReader("body"))
+	r.Trailer = http.Header{"Impersonate-User": {"root"}}
+	roundTrip(t, tr, r)
+	if got := s.one(t).Trailer; len(got) > 0 {
+		t.Errorf("the API server got the trailers %v", got)
 	}
 }
 
@@ -636,6 +635,36 @@ func TestUnknownUpgradesAreRefused(t *testing.T) {
 			checkRefused(t, roundTrip(t, tr, r), http.StatusBadRequest, "upgrade")
 			s.none(t)
 		}
+	}
+}
+
+// The API server would run a command before it has all of the body, and answer after.
+func TestUpgradesWithABodyAreRefused(t *testing.T) {
+	s := newAPIServer(t)
+	tr := newTransport(t, trusting(s, token))
+	for _, length := range []int64{1, -1} {
+		r := newRequest(s, "/api", "Connection", "Upgrade", "Upgrade", "websocket")
+		r.Body, r.ContentLength = io.NopCloser(strings.NewReader("x")), length
+		checkRefused(t, roundTrip(t, tr, r), http.StatusBadRequest, "body")
+		s.none(t)
+	}
+}
+
+// What the transport refuses is in the log as what the handler refuses is.
+func TestRefusalsAreLogged(t *testing.T) {
+	s := newAPIServer(t)
+	tr := newTransport(t, trusting(s, token))
+	core, logs := observer.New(zapcore.WarnLevel)
+	tr.logger = zap.New(core)
+	roundTrip(t, tr, newRequest(s, "/api/v1/pods?watch=1", "Connection", "Upgrade", "Upgrade", "h2c"))
+	roundTrip(t, tr, newRequest(s, "/api").WithContext(t.Context()))
+	var got []string
+	for _, entry := range logs.FilterMessage("request refused").All() {
+		fields := entry.ContextMap()
+		got = append(got, fmt.Sprint(fields["code"], " ", fields["uri"], " ", fields["user"]))
+	}
+	if want := []string{"protocol /api/v1/pods?watch=1 alice@example.com", "no_handler /api <nil>"}; !slices.Equal(got, want) {
+		t.Errorf("logged is %q; want %q", got, want)
 	}
 }
 
