@@ -85,16 +85,21 @@ func (p *peer) is(name string) bool {
 
 // peers returns everybody who is remembered or has something open.
 func peers() []*peer {
-	type key struct{ remote, local netip.Addr }
+	// Two tailnets may have given the same addresses to different devices.
+	type key struct {
+		remote, local netip.Addr
+		device        string
+	}
 	index := make(map[key]*peer)
 	var all []*peer
 	for _, h := range running.all() {
 		h.decisions.All(func(k cache.Key, d *decision) {
-			p := index[key{k.Remote, k.Local}]
+			at := key{k.Remote, k.Local, d.identity.Node}
+			p := index[at]
 			switch {
 			case p == nil:
 				p = &peer{Address: k.Remote, local: k.Local, Open: make(map[string]int)}
-				index[key{k.Remote, k.Local}] = p
+				index[at] = p
 				all = append(all, p)
 			case p.Asked.After(d.asked):
 				return
@@ -106,7 +111,7 @@ func peers() []*peer {
 		})
 	}
 	for _, c := range recheck.Callers() {
-		p := index[key{c.Remote, c.Local}]
+		p := index[key{c.Remote, c.Local, c.Identity.Node}]
 		if p == nil { // its config is gone, or it has been silent for long
 			p = &peer{Address: c.Remote, local: c.Local, Node: c.Identity.Node, Open: make(map[string]int)}
 			p.User, p.Groups, p.Source = c.Identity.User, c.Identity.Groups, string(c.Identity.Source)
@@ -224,7 +229,7 @@ func dropPeer(w http.ResponseWriter, name string) error {
 			h.forget(p.Address, p.local)
 		}
 		p.Open = make(map[string]int)
-		for kind, n := range recheck.Drop(p.Address, p.local, "an operator has dropped "+p.User) {
+		for kind, n := range recheck.Drop(p.Address, p.local, p.Node, "an operator has dropped "+p.User) {
 			p.Open[kind.String()] = n
 		}
 		dropped = append(dropped, p)

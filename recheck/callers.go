@@ -25,11 +25,16 @@ type Caller struct {
 // began under an earlier config is among it.
 func Callers() []Caller {
 	var callers []Caller
-	index := make(map[caller]int)
+	// Two tailnets may have given the same addresses to different devices.
+	type device struct {
+		caller
+		name string
+	}
+	index := make(map[device]int)
 	mu.Lock()
 	for _, s := range current {
 		for r := s.open; r != nil; r = r.next {
-			key := caller{r.conn.Remote.Addr(), r.conn.Local}
+			key := device{caller{r.conn.Remote.Addr(), r.conn.Local}, r.ID.Node}
 			i, ok := index[key]
 			if !ok { // and the list begins with the latest
 				i, index[key] = len(callers), len(callers)
@@ -45,9 +50,9 @@ func Callers() []Caller {
 	return callers
 }
 
-// Drop ends all requests of the caller at remote that dialled local, for the
-// reason that detail gives in full. It returns how many, by kind.
-func Drop(remote, local netip.Addr, detail string) map[Kind]int {
+// Drop ends all requests of the device of that name at remote that dialled local, for
+// the reason that detail gives in full. It returns how many, by kind.
+func Drop(remote, local netip.Addr, device, detail string) map[Kind]int {
 	dropped := make(map[Kind]int)
 	ended := &Ended{Reason: Dropped, Detail: detail, Remote: remote}
 	conns := make(map[*tailnet.Conn]bool)
@@ -55,7 +60,7 @@ func Drop(remote, local netip.Addr, detail string) map[Kind]int {
 	mu.Lock()
 	for _, s := range current {
 		for r := s.open; r != nil; r = r.next {
-			if r.ended || r.conn.Remote.Addr() != remote || r.conn.Local != local {
+			if r.ended || r.conn.Remote.Addr() != remote || r.conn.Local != local || r.ID.Node != device {
 				continue
 			}
 			r.ended = true

@@ -113,17 +113,26 @@ func TestDropEndsOneCallersRequests(t *testing.T) {
 		}
 		defer site.Open(t.Context(), b.conn, bob, time.Now(), Watch).Close()
 
-		if got := Drop(aliceAddr, netip.MustParseAddr("100.64.9.9"), "other node"); len(got) > 0 {
+		if got := Drop(aliceAddr, netip.MustParseAddr("100.64.9.9"), alice.Node, "other node"); len(got) > 0 {
 			t.Errorf("dropped %v, who dialled another address", got)
 		}
-		if diff := cmp.Diff(map[Kind]int{Exec: 2}, Drop(aliceAddr, nodeAddr, "an operator said so")); diff != "" {
+		// Another tailnet's device, which has the same address there.
+		far := connect(t, aliceAddr)
+		other := *alice
+		other.Node = "other.example.com"
+		defer site.Open(t.Context(), far.conn, &other, time.Now(), Exec).Close()
+		if callers := Callers(); len(callers) != 3 {
+			t.Errorf("got callers %+v; want three", callers)
+		}
+		if diff := cmp.Diff(map[Kind]int{Exec: 2}, Drop(aliceAddr, nodeAddr, alice.Node, "an operator said so")); diff != "" {
 			t.Errorf("dropped (-want +got):\n%s", diff)
 		}
 		synctest.Wait()
 		a.wantEnded(t, Dropped, "an operator said so")
 		a2.wantEnded(t, Dropped)
 		b.wantOpen(t)
-		if got := Drop(aliceAddr, nodeAddr, "again"); len(got) > 0 {
+		far.wantOpen(t)
+		if got := Drop(aliceAddr, nodeAddr, alice.Node, "again"); len(got) > 0 {
 			t.Errorf("dropped %v twice", got)
 		}
 		_, ended := n.seen()

@@ -593,6 +593,27 @@ func TestTheConfigAfterNextJudgesARequestThatCameLate(t *testing.T) {
 	})
 }
 
+// The same, when the site had a request a moment before its config went.
+func TestTheConfigAfterNextJudgesARequestThatCameLateAfterAnother(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		var first, none, second Config
+		site := first.NewSite([]string{":443"}, "a", newNetwork().rules())
+		second.NewSite([]string{":443"}, "b", without(aliceAddr).rules())
+		first.Run()
+		site.Open(t.Context(), connect(t, bobAddr).conn, bob, time.Now(), Short).Close()
+		none.Run()
+		c := connect(t, aliceAddr)
+		defer site.Open(t.Context(), c.conn, alice, time.Now(), Exec).Close()
+		if callers := Callers(); len(callers) != 1 {
+			t.Errorf("got callers %v; want alice", callers)
+		}
+		second.Run()
+		time.Sleep(interval)
+		synctest.Wait()
+		c.wantEnded(t, Refused)
+	})
+}
+
 func TestWhatIsReported(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()

@@ -89,7 +89,7 @@ func (c *Config) Run() {
 				old.rules = append(old.rules, s.rules...)
 			}
 		}
-		if old.open != nil {
+		if old.open != nil || old.armed { // or its next request would not be known
 			current = append(current, old)
 		}
 	}
