@@ -3,6 +3,7 @@
 package tailnet
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"net"
@@ -113,6 +114,19 @@ func TestADaemonSaysWhoItsPeersAre(t *testing.T) {
 	}
 	if owns, err := node.Owns(t.Context(), "server.example.ts.net:443"); !owns || err != nil {
 		t.Errorf("its own name: got %v, %v", owns, err)
+	}
+}
+
+// A daemon that does not say what its addresses are may still say who has one.
+func TestTheHostIsNoCallerWhileItsDaemonStalls(t *testing.T) {
+	node := &Node{
+		Addrs: func() (ip4, ip6 netip.Addr) { return },
+		Ask: func(context.Context, netip.Addr, netip.Addr) (*apitype.WhoIsResponse, error) {
+			return &apitype.WhoIsResponse{}, nil
+		},
+	}
+	if _, err := node.WhoIs(t.Context(), hostAddr, hostAddr); !errors.Is(err, ErrSelf) {
+		t.Errorf("got error %v; want %v", err, ErrSelf)
 	}
 }
 

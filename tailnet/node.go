@@ -142,7 +142,8 @@ func (n *Node) Dial(ctx context.Context, network, address string) (net.Conn, err
 // [ErrPeerNotFound], [ErrSelf], or a failure of the node to answer within
 // [WhoIsTimeout].
 func (n *Node) WhoIs(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
-	if n.Is(remote) {
+	// The first comparison holds also while a daemon does not say what its addresses are.
+	if remote == local || n.Is(remote) {
 		return nil, ErrSelf
 	}
 	ctx, cancel := context.WithTimeout(ctx, WhoIsTimeout)
