@@ -7,8 +7,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"text/tabwriter"
+	"unicode"
 )
 
 // oneLine returns JSON without line breaks.
@@ -20,6 +22,17 @@ func oneLine(value json.RawMessage) string {
 	return out.String()
 }
 
+// printable returns text without what a terminal would take for a command: names and
+// grants are whatever the control server says they are.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if !strconv.IsPrint(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, text)
+}
+
 // WriteText writes f to w for a terminal.
 func (f *Facts) WriteText(w io.Writer) error {
 	var out bytes.Buffer
@@ -29,7 +42,7 @@ func (f *Facts) WriteText(w io.Writer) error {
 	} else if f.Device != "" {
 		who += " on " + f.Device
 	}
-	fmt.Fprintf(&out, "%s (%s), says tailnet node %q", who, f.Address, f.Proxy)
+	fmt.Fprintf(&out, "%s (%s), says tailnet node %q", printable(who), f.Address, f.Proxy)
 	if len(f.Listen) > 0 {
 		fmt.Fprintf(&out, " of the server on %s", strings.Join(f.Listen, ", "))
 	}
@@ -37,6 +50,9 @@ func (f *Facts) WriteText(w io.Writer) error {
 
 	table := tabwriter.NewWriter(&out, 0, 0, 3, ' ', 0)
 	row := func(label string, values ...string) {
+		for i, value := range values {
+			values[i] = printable(value)
+		}
 		fmt.Fprintf(table, "  %s\t%s\n", label, strings.Join(values, "\t"))
 	}
 	if f.Refused != "" {

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -162,6 +163,24 @@ func TestNamesAreNotMarkup(t *testing.T) {
 	_, body := get(t, f, "GET", "/whoami", browser)
 	if strings.Contains(body, "<img") || strings.Contains(body, "<script") || strings.Count(body, "</style>") != 1 {
 		t.Errorf("a name became markup:\n%s", body)
+	}
+}
+
+// Names and grants are whatever the control server says they are.
+func TestNamesAreNoCommandsToATerminal(t *testing.T) {
+	const evil = "\x1b]0;owned\x07\u009b2J\x7f"
+	f := whoami.Facts{Login: evil, Device: evil, Refused: evil, Tags: []string{evil}, Grants: []whoami.Grant{{Value: json.RawMessage(`"` + "\u009b2J\x7f" + `"`)}}}
+	var out strings.Builder
+	if err := f.WriteText(&out); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range out.String() {
+		if r != '\n' && !strconv.IsPrint(r) {
+			t.Fatalf("%q has the character %q", out.String(), r)
+		}
+	}
+	if !strings.Contains(out.String(), "owned") {
+		t.Errorf("%q does not have what can be printed", out.String())
 	}
 }
 
