@@ -21,6 +21,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/rbac"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/transport"
 )
@@ -119,6 +120,13 @@ func checkManifest(t *testing.T, root, manifest string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	impersonator, err := rbac.FromPolicy(theLab.Policy, rbac.Defaults())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "impersonator.yaml"), impersonator, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	local := strings.Replace(manifest, "github.com/tailscale-impersonate/caddy-tailscale-impersonate/examples/kubernetes", base, 1)
 	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(local), 0o600); err != nil {
 		t.Fatal(err)
@@ -127,7 +135,7 @@ func checkManifest(t *testing.T, root, manifest string) {
 	if err != nil {
 		t.Errorf("the kustomization: %v: %s", err, stderr)
 	}
-	for _, want := range []string{"name: your-tailnet.ts.net", "image: registry.your-company.example/caddy-tailscale-impersonate:latest"} {
+	for _, want := range []string{"name: your-tailnet.ts.net", "image: registry.your-company.example/caddy-tailscale-impersonate:latest", "- second-readers"} {
 		if !strings.Contains(stdout, want) {
 			t.Errorf("the kustomization has no effect: there is no %q", want)
 		}
@@ -164,6 +172,7 @@ func checkCommands(t *testing.T, root, script string) {
 	kubeconfig := filepath.Join(t.TempDir(), "config")
 	for line := range strings.SplitSeq(strings.ReplaceAll(script, "\\\n", ""), "\n") {
 		line, _, _ = strings.Cut(line, "#")
+		line, _, _ = strings.Cut(line, " | ") // what is done with its output
 		words := strings.Fields(line)
 		if len(words) == 0 {
 			continue
@@ -184,13 +193,19 @@ func checkCommands(t *testing.T, root, script string) {
 		case "kubectl":
 			switch {
 			case words[1] == "config":
-				if _, stderr, err := runKubectl(t, kubeconfig, nil, words[1:]...); err != nil {
+				command := strings.ReplaceAll(strings.Join(words[1:], " "), "=root.crt", "="+rootCertificate(t))
+				if _, stderr, err := runKubectl(t, kubeconfig, nil, strings.Fields(command)...); err != nil {
 					t.Errorf("%s: %v: %s", line, err, stderr)
 				}
 			case slices.Contains(words, "create"):
-				if _, stderr, err := runKubectl(t, theLab.AdminKubeconfig(), nil, append(words[1:], "--dry-run=server")...); err != nil {
+				args := words[1:]
+				if !slices.Contains(words, "token") { // which is made and not kept
+					args = append(args, "--dry-run=server")
+				}
+				if _, stderr, err := runKubectl(t, theLab.AdminKubeconfig(), nil, args...); err != nil && !strings.Contains(stderr, "already exists") {
 					t.Errorf("%s: %v: %s", line, err, stderr)
 				}
+			case slices.Contains(words, "your-overlay"): // see checkManifest
 			case slices.Contains(words, "-k"):
 				read(filepath.Join(words[slices.Index(words, "-k")+1], "kustomization.yaml"))
 			}
@@ -198,6 +213,20 @@ func checkCommands(t *testing.T, root, script string) {
 			t.Errorf("command %q is not tested", line)
 		}
 	}
+}
+
+// rootCertificate returns the path of the lab's Caddy's root certificate.
+func rootCertificate(t *testing.T) string {
+	t.Helper()
+	ca, err := theLab.Caddy.CA()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "root.crt")
+	if err := os.WriteFile(path, ca, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 // checkCaddy runs a command of Caddy's that is ours, but for one that asks a running

@@ -333,7 +333,7 @@ func TestNothingRunsForWhoeverKeepsTheBodyBack(t *testing.T) {
 	resp, err := trySend(t, theLab.Callers["gus"].Server, lab.ProxyName+":80",
 		get("/api/v1/namespaces/default/pods/"+lab.Pod+"/exec?stdout=true&command=touch&command="+file,
 			"Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Protocol: v4.channel.k8s.io",
-			"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", "Content-Length: 1"))
+			"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", "Content-Length: 1000000"))
 	if err != nil || resp.StatusCode != http.StatusBadRequest || !strings.Contains(resp.body, "with a body in the request cannot be recorded") {
 		t.Errorf("got %v, %v; want 400 and the reason", resp, err)
 	}

@@ -171,10 +171,6 @@ func TestSettings(t *testing.T) {
 			AuthKey: "node", ControlURL: "https://node", Hostname: "prod", Dir: "/node",
 			WebUI: true, Port: 41641, Tags: []string{"tag:node"},
 		}},
-		{"an empty variable counts as nothing", App{AuthKey: "{env.STANDIN_TEST_UNSET}"}, settings{
-			AuthKey: "from-environment", Hostname: "k8s",
-			Dir: filepath.Join("/home/me/.config", "caddy-tailscale-standin", "k8s"),
-		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s, err := tt.app.server("k8s")
@@ -190,9 +186,15 @@ func TestSettings(t *testing.T) {
 		})
 	}
 
-	s, err := (&App{ControlURL: "{no.such.placeholder}"}).server("k8s")
-	if err == nil || !strings.Contains(err.Error(), `control_url`) || !strings.Contains(err.Error(), "no.such.placeholder") {
-		t.Errorf("unknown placeholder: got %v, error %v; want an error that names the option and the placeholder", s, err)
+	// As with caddy-tailscale, what is asked for has to be there.
+	for placeholder, app := range map[string]App{
+		"no.such.placeholder":    {ControlURL: "{no.such.placeholder}"},
+		"env.STANDIN_TEST_UNSET": {ControlURL: "{env.STANDIN_TEST_UNSET}"},
+	} {
+		s, err := app.server("k8s")
+		if err == nil || !strings.Contains(err.Error(), `control_url`) || !strings.Contains(err.Error(), placeholder) {
+			t.Errorf("%s: got %v, error %v; want an error that names the option and the placeholder", placeholder, s, err)
+		}
 	}
 }
 

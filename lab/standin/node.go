@@ -3,6 +3,7 @@
 package standin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -162,7 +163,7 @@ func (a *App) server(name string) (*tsnet.Server, error) {
 	var errs []error
 	repl := caddy.NewReplacer()
 	expand := func(option, text string) string {
-		expanded, err := repl.ReplaceOrErr(text, false, true)
+		expanded, err := repl.ReplaceOrErr(text, true, true)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", option, err))
 		}
@@ -176,7 +177,7 @@ func (a *App) server(name string) (*tsnet.Server, error) {
 		}
 		return ""
 	}
-	s.AuthKey = first("auth_key", settings.AuthKey, a.AuthKey, "{env.TS_AUTHKEY}")
+	s.AuthKey = cmp.Or(first("auth_key", settings.AuthKey, a.AuthKey), os.Getenv("TS_AUTHKEY"))
 	s.ControlURL = first("control_url", settings.ControlURL, a.ControlURL)
 	s.Hostname = first("hostname", settings.Hostname, name)
 	s.Dir = first("state_dir", settings.StateDir)
