@@ -217,7 +217,7 @@ func protected(h http.Header) http.Header {
 	for name, values := range h {
 		folded := strings.NewReplacer("_", "-", ".", "-").Replace(strings.ToLower(name))
 		switch {
-		case strings.HasPrefix(folded, "impersonate"), strings.HasPrefix(folded, "x-remote"),
+		case strings.HasPrefix(folded, "impersonate-"), strings.HasPrefix(folded, "x-remote-"),
 			folded == "authorization", folded == "x-real-ip":
 			out[name] = values
 		case folded == "sec-websocket-protocol" && strings.Contains(strings.Join(values, ","), "bearer"):
