@@ -63,7 +63,7 @@ func (h *Handler) logRefusal(r *http.Request, decided *decision, err *apierrors.
 		refusal.Log(h.logger, r, err)
 		return
 	}
-	refusal.Log(h.logger, r, err, decided.fields()...)
+	refusal.Log(h.logger, r, err, decided.identity.Fields()...)
 }
 
 // logAllowed logs that r is sent on, where anybody wants to read that.
@@ -72,21 +72,11 @@ func (h *Handler) logAllowed(r *http.Request, d *decision) {
 	if entry == nil {
 		return
 	}
-	entry.Write(append(d.fields(),
+	entry.Write(append(d.identity.Fields(),
 		zap.String("remote_addr", r.RemoteAddr),
 		zap.String("method", r.Method),
 		zap.String("uri", r.RequestURI),
 		zap.String("request_id", refusal.RequestID(r)))...)
-}
-
-// fields are who the caller is, for a line of the log.
-func (d *decision) fields() []zap.Field {
-	return []zap.Field{
-		zap.String("node", d.identity.Node),
-		zap.String("user", d.identity.User),
-		zap.Strings("groups", d.identity.Groups),
-		zap.String("source", string(d.identity.Source)),
-	}
 }
 
 // about returns err with a reason and with the peer that it is about.

@@ -227,7 +227,7 @@ func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*htt
 func (t *Transport) refuse(r *http.Request, err *apierrors.StatusError) (*http.Response, error) {
 	var who []zap.Field
 	if id, ok := impersonate.FromContext(r.Context()); ok {
-		who = []zap.Field{zap.String("node", id.Node), zap.String("user", id.User), zap.Strings("groups", id.Groups), zap.String("source", string(id.Source))}
+		who = id.Fields()
 		if id.Wish != nil {
 			who = append(who, zap.String("as", id.Wish.Target.User))
 		}
