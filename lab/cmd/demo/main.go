@@ -88,9 +88,6 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := printPages(ctx, l); err != nil {
-		return err
-	}
 	if wrong > 0 && once {
 		return fmt.Errorf("%d cells are not what the policy file and the bindings say", wrong)
 	}
@@ -98,6 +95,9 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 		return err
 	}
 	if err := showActingAs(ctx, l); err != nil {
+		return err
+	}
+	if err := printPages(ctx, l); err != nil {
 		return err
 	}
 	if once {
