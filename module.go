@@ -254,8 +254,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	id := h.identityFor(r, decided, target)
 
 	// Is it a session that has to be recorded?
+	answer := w
+	var session *recording.Session
 	if h.recorder.Concerns(&id.Recording) {
-		var session *recording.Session
 		if r, session, err = h.recorder.Begin(r, decided.caller(conn)); err != nil {
 			return h.refuse(w, r, decided, err)
 		}
@@ -288,14 +289,19 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	// The identity travels in the context as well: transport kubernetes takes
 	// it from there and writes the headers anew, so that no handler and no
 	// header_up between here and there has a say in it.
-	r = r.WithContext(request)
+	ctx := context.Context(request)
+	if session != nil {
+		ctx = session.Watch(ctx)
+	}
+	r = r.WithContext(ctx)
 	id.SetHeaders(r.Header)
 	// It must not remain on the request that handle_errors starts over with.
 	defer id.RemoveHeaders(r.Header)
 	// Trailers arrive behind the body, when headers have long been looked at.
 	// The API server has no use for any.
 	r.Trailer = nil
-	return h.explain(w, r, next.ServeHTTP(w, r))
+	// What is explained is no answer of the API server.
+	return h.explain(answer, r, next.ServeHTTP(w, r))
 }
 
 // explain answers a request that a matcher could not decide about, or that

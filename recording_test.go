@@ -29,6 +29,7 @@ import (
 	"tailscale.com/tailcfg"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording/recordertest"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
@@ -990,6 +991,89 @@ func TestARefusedSessionLeavesNothing(t *testing.T) {
 	}
 	if b := taken(t, recorder).Bytes(); len(b) > 0 {
 		t.Errorf("the recorder holds %q", b)
+	}
+	wantCounted(t, since, map[recording.Outcome]int{})
+}
+
+// A session that the API server has been asked for, and has not answered, may have
+// run, whoever is the cause: what it was is kept.
+func TestASessionThatIsNotAnsweredIsKept(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		// cause is what happens once the API server has the request.
+		cause func(client, upstream net.Conn)
+	}{
+		{"the client goes away", func(client, _ net.Conn) { _ = client.Close() }},
+		{"the API server goes away", func(_, upstream net.Conn) { _ = upstream.Close() }},
+		{"the API server goes away in the midst of its answer", func(_, upstream net.Conn) {
+			_, _ = io.WriteString(upstream, "HTTP/1.1 101 Switching")
+			_ = upstream.Close()
+		}},
+		{"the access is withdrawn", func(net.Conn, net.Conn) {
+			for _, c := range recheck.Callers() {
+				recheck.Drop(c.Remote, c.Local, c.Identity.Node, "operator")
+			}
+		}},
+	} {
+		for transport, config := range map[string]string{"kubernetes": "$KUBERNETES", "http": "$HTTP"} {
+			t.Run(tt.name+", transport "+transport, func(t *testing.T) {
+				running := make(chan net.Conn, 1)
+				up := newUpstream(t)
+				up.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+					conn, _, err := http.NewResponseController(w).Hijack()
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					running <- conn
+				})
+				recorder, node := startRecorder(t, enforced)
+				dir := t.TempDir()
+				s := startSite(t, up, false, "", "tailscale_impersonate {\nrecord "+dir+"\n}\nreverse_proxy $UPSTREAM {\n"+config+"\n}", node)
+				since := counted()
+				client := s.dial(t, aliceAddr)
+				if _, err := io.WriteString(client, upgradeRequest("GET", execTarget, "websocket", wsV5)); err != nil {
+					t.Fatal(err)
+				}
+				var upstream net.Conn
+				select {
+				case upstream = <-running:
+				case <-time.After(10 * time.Second):
+					t.Fatal("the API server is not asked")
+				}
+				defer upstream.Close()
+				tt.cause(client, upstream)
+				wantCounted(t, since, map[recording.Outcome]int{recording.Ended: 1})
+				files, err := filepath.Glob(filepath.Join(dir, "*.cast"))
+				if err != nil || len(files) != 1 {
+					t.Fatalf("the directory holds %q, %v; want a recording", files, err)
+				}
+				kept, err := os.ReadFile(files[0])
+				if err != nil {
+					t.Fatal(err)
+				}
+				for who, b := range map[string][]byte{"the file": kept, "the recorder": taken(t, recorder).Bytes()} {
+					if header, _, _ := events(t, b); header.Command != "sh -c ls" {
+						t.Errorf("%s holds %q; want what was asked for", who, b)
+					}
+				}
+			})
+		}
+	}
+}
+
+// Where no API server could be reached, nothing has run.
+func TestASessionThatCannotBeSentLeavesNothing(t *testing.T) {
+	up := newUpstream(t)
+	dir := t.TempDir()
+	s := startSite(t, up, false, "", "tailscale_impersonate {\nrecord "+dir+"\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}", aliceNode())
+	up.Close()
+	since := counted()
+	if resp := s.http1(t, aliceAddr, upgradeRequest("GET", execTarget, "websocket", wsV5)); resp.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("got status %d", resp.StatusCode)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+		t.Errorf("the directory holds %v, %v", entries, err)
 	}
 	wantCounted(t, since, map[recording.Outcome]int{})
 }

@@ -4,11 +4,13 @@ package recording
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"slices"
 	"strings"
 	"sync"
@@ -42,12 +44,28 @@ type Session struct {
 	mu       sync.Mutex
 	conn     *conn // nil until the connection is switched
 	reason   error // why the session has to end, if it has to
-	answered bool  // with anything but the switch
+	out, in  int   // requests sent on, and answers that have come or begun to come
+	answered bool  // the client was told of an answer other than the switch
 	lost     bool  // the recorder has been lost
 	closing  bool
 	ports    []string // that are forwarded to
 	sent     int64    // to the pod
 	received int64    // from the pod
+}
+
+// Watch returns ctx for the request as it is sent on: s notes whether it is sent to
+// the API server, and answered. Whatever is said to the client by others than the API
+// server, once it has been sent, does not say that nothing has run.
+func (s *Session) Watch(ctx context.Context) context.Context {
+	count := func(n *int) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		*n++
+	}
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn:              func(httptrace.GotConnInfo) { count(&s.out) },
+		GotFirstResponseByte: func() { count(&s.in) },
+	})
 }
 
 // Wrap returns w for the handlers that follow. When one of them takes over the
@@ -65,9 +83,13 @@ type responseWriter struct {
 	controller *http.ResponseController
 }
 
+// clientGone is what reverse_proxy says in the access log of a request whose client
+// has gone before the answer.
+const clientGone = 499
+
 // WriteHeader writes the header of the answer.
 func (w *responseWriter) WriteHeader(code int) {
-	if code >= http.StatusOK {
+	if code >= http.StatusOK && code != clientGone {
 		w.session.mu.Lock()
 		w.session.answered = true
 		w.session.mu.Unlock()
@@ -202,9 +224,9 @@ func (s *Session) watch() {
 	}
 }
 
-// errUnanswered is why a session ended that had been sent to the API server when its
-// client went away.
-var errUnanswered = errors.New("the client did not wait for the answer; whether the command ran is not known")
+// errUnanswered is why a session ended that had been sent to the API server, and to
+// which its answer has not come: its client has gone away, or the API server has.
+var errUnanswered = errors.New("no answer of the API server has come; whether the command ran is not known")
 
 // Why a session ends, to its user.
 var (
@@ -240,10 +262,11 @@ func (s *Session) fileFailed(err error) {
 // request.
 func (s *Session) Close() {
 	s.mu.Lock()
-	c, reason, answered, lost := s.conn, s.reason, s.answered, s.lost
+	c, reason, lost := s.conn, s.reason, s.lost
 	ports, sent, received := s.ports, s.sent, s.received
+	nothingRan := s.out == 0 || s.answered && s.in == s.out
 	s.mu.Unlock()
-	if c == nil && (answered || s.kind == forward) {
+	if c == nil && (nothingRan || s.kind == forward) {
 		s.abandon()
 		if reason != nil {
 			s.log.Warn("the session was ended before it began", zap.NamedError("reason", reason))

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httptrace"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -96,12 +97,19 @@ func TestAFileThatFailsEndsTheSession(t *testing.T) {
 func TestASessionThatIsNotAnsweredIsNotForgotten(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
-		answer   func(http.ResponseWriter)
+		out, in  int // requests sent on, and answers that have begun to come
+		code     int // what the client is told, if it is
 		outcomes []Outcome
 	}{
-		{"no answer", func(http.ResponseWriter) {}, []Outcome{Ended}},
-		{"switching", func(w http.ResponseWriter) { w.WriteHeader(http.StatusSwitchingProtocols) }, []Outcome{Ended}},
-		{"forbidden", func(w http.ResponseWriter) { w.WriteHeader(http.StatusForbidden) }, nil},
+		{"not sent", 0, 0, 0, nil},
+		{"not sent, and refused", 0, 0, http.StatusServiceUnavailable, nil},
+		{"forbidden", 1, 1, http.StatusForbidden, nil},
+		{"no answer", 1, 0, 0, []Outcome{Ended}},
+		{"an error before the answer", 1, 0, http.StatusBadGateway, []Outcome{Ended}},
+		{"half an answer", 1, 1, 0, []Outcome{Ended}},
+		{"the client goes as the answer comes", 1, 1, clientGone, []Outcome{Ended}},
+		{"switching", 1, 1, http.StatusSwitchingProtocols, []Outcome{Ended}},
+		{"no answer, and forbidden when it is sent again", 2, 1, http.StatusForbidden, []Outcome{Ended}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var outcomes []Outcome
@@ -110,7 +118,16 @@ func TestASessionThatIsNotAnsweredIsNotForgotten(t *testing.T) {
 			if refused != nil {
 				t.Fatal(refused)
 			}
-			tt.answer(s.Wrap(httptest.NewRecorder()))
+			trace := httptrace.ContextClientTrace(s.Watch(t.Context()))
+			for range tt.out {
+				trace.GotConn(httptrace.GotConnInfo{})
+			}
+			for range tt.in {
+				trace.GotFirstResponseByte()
+			}
+			if tt.code != 0 {
+				s.Wrap(httptest.NewRecorder()).WriteHeader(tt.code)
+			}
 			s.Close()
 			if !slices.Equal(outcomes, tt.outcomes) {
 				t.Errorf("got outcomes %q; want %q", outcomes, tt.outcomes)
