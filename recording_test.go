@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/google/go-cmp/cmp"
 	"github.com/moby/spdystream"
 	"github.com/prometheus/client_golang/prometheus"
@@ -840,6 +841,71 @@ func TestRecorderIsLostInTheMidst(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// A pod that neither reads nor prints does not keep a session that has to end.
+func TestRecorderIsLostWhileThePodIsBusy(t *testing.T) {
+	up := newUpstream(t)
+	up.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close()
+		_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n\r\n"+string(wsMessage(false, "\x01hello ")))
+		<-t.Context().Done()
+	})
+	recorder, node := startRecorder(t, enforced)
+	s := startSite(t, up, false, "", toKubernetes, node)
+	since := counted()
+	sh := mustOpen(t, openWebSocket, s).(*webSocketShell)
+	sh.hear(t, "hello ")
+	// What is typed is taken until there is no room for it on the way.
+	block := wsMessage(true, "\x00"+strings.Repeat("x", 1<<20))
+	for err := error(nil); err == nil; {
+		_ = sh.conn.SetWriteDeadline(time.Now().Add(time.Second))
+		_, err = sh.conn.Write(block)
+	}
+	recorder.Cut()
+	wantCounted(t, since, map[recording.Outcome]int{recording.Ended: 1})
+}
+
+// Caddy says over a WebSocket that it closes it, and waits until that is written,
+// also when a config is reloaded. A client that does not read does not stop it.
+func TestAClientThatDoesNotReadDoesNotHoldUpCaddy(t *testing.T) {
+	up := newUpstream(t)
+	full := make(chan struct{})
+	up.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close()
+		_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n\r\n")
+		block := wsMessage(false, "\x01"+strings.Repeat("x", 1<<20))
+		for err == nil {
+			_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
+			_, err = conn.Write(block)
+		}
+		close(full)
+		<-t.Context().Done()
+	})
+	_, node := startRecorder(t, enforced)
+	s := startSite(t, up, false, "", toKubernetes, node)
+	mustOpen(t, openWebSocket, s)
+	<-full
+	stopped := make(chan error, 1)
+	go func() { stopped <- caddy.Stop() }()
+	select {
+	case err := <-stopped:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(15 * time.Second):
+		t.Fatal("Caddy does not stop")
 	}
 }
 

@@ -3,6 +3,8 @@
 package recording
 
 import (
+	"cmp"
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -23,6 +25,8 @@ type conn struct {
 	net.Conn
 	in, out  filter
 	farewell func(reason string) []byte
+	// cancel ends what reverse_proxy does for the session.
+	cancel context.CancelFunc
 
 	// early is what was read before the connection was taken over. It and what
 	// follows belong to Read.
@@ -38,9 +42,9 @@ type conn struct {
 	reason error // why the session was ended, if it was
 }
 
-func newConn(nc net.Conn, early []byte, p protocol) *conn {
+func newConn(nc net.Conn, early []byte, p protocol, cancel context.CancelFunc) *conn {
 	return &conn{
-		Conn: nc, early: early, buffer: make([]byte, readBuffer),
+		Conn: nc, early: early, buffer: make([]byte, readBuffer), cancel: cancel,
 		in: filter{next: p.fromClient}, out: filter{next: p.fromServer}, farewell: p.farewell,
 	}
 }
@@ -80,8 +84,16 @@ func (c *conn) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// errWriting is returned to whoever would write while another does.
+var errWriting = errors.New("something else is being written")
+
 func (c *conn) writeFrames(p []byte) error {
-	c.write.Lock()
+	// What comes from the API server is written by one goroutine. Another is Caddy's
+	// for the last frame of a WebSocket that it is about to close: waiting for a
+	// client that does not read, it would hold up the reload of a config.
+	if !c.write.TryLock() {
+		return cmp.Or(c.failed(), errWriting)
+	}
 	if err := c.failed(); err != nil {
 		c.write.Unlock()
 		return err
@@ -119,6 +131,8 @@ func (c *conn) end(reason error) {
 	}
 	c.write.Unlock()
 	_ = c.SetReadDeadline(time.Now()) // wakes up Read
+	// Whoever waits for a pod that neither reads nor prints is not in Read.
+	c.cancel()
 }
 
 // failed returns why the session was ended, nil if it was not.

@@ -39,7 +39,8 @@ type Session struct {
 	toFile *sink   // that of file
 	cast   *cast   // nil until the connection is switched
 	sizes  sizes
-	over   chan struct{} // closed by Close
+	over   chan struct{}      // closed by Close
+	cancel context.CancelFunc // of the request that is sent on
 
 	mu       sync.Mutex
 	conn     *conn // nil until the connection is switched
@@ -54,9 +55,11 @@ type Session struct {
 }
 
 // Watch returns ctx for the request as it is sent on: s notes whether it is sent to
-// the API server, and answered. Whatever is said to the client by others than the API
-// server, once it has been sent, does not say that nothing has run.
+// the API server, and answered, and cancels it when the session has to end. Whatever
+// is said to the client by others than the API server, once it has been sent, does not
+// say that nothing has run.
 func (s *Session) Watch(ctx context.Context) context.Context {
+	ctx, s.cancel = context.WithCancel(ctx)
 	count := func(n *int) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -127,7 +130,7 @@ func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if _, err := io.ReadFull(buffered, early); err != nil {
 		return nil, nil, errors.Join(err, nc.Close())
 	}
-	c := newConn(nc, early, protocol)
+	c := newConn(nc, early, protocol, w.session.cancel)
 	w.session.begin(c)
 	return c, bufio.NewReadWriter(bufio.NewReader(c), bufio.NewWriter(c)), nil
 }
@@ -261,6 +264,7 @@ func (s *Session) fileFailed(err error) {
 // Close ends what Begin began, when the session is over or none has come of the
 // request.
 func (s *Session) Close() {
+	s.cancel()
 	s.mu.Lock()
 	c, reason, lost := s.conn, s.reason, s.lost
 	ports, sent, received := s.ports, s.sent, s.received

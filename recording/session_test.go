@@ -64,7 +64,7 @@ func TestAFileThatFailsEndsTheSession(t *testing.T) {
 		b, _ := io.ReadAll(client) // until it is closed
 		read <- string(b)
 	}()
-	c := newConn(server, nil, p)
+	c := newConn(server, nil, p, func() {})
 	s.begin(c)
 	if _, err := c.Write([]byte(wsServer("\x01x"))); err != nil {
 		t.Fatal(err)

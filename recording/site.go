@@ -124,6 +124,7 @@ func newSession(s *Site, r *http.Request, who Caller, d decision, upgrade string
 		enforce: who.Recording.Enforce,
 		started: now,
 		over:    make(chan struct{}),
+		cancel:  func() {},
 		sizes:   sizes{known: make(chan struct{})},
 		header: sessionrecording.CastHeader{
 			Command:       strings.Join(query["command"], " "),
