@@ -54,12 +54,12 @@ func (h *Handler) mayBe(target *impersonate.Target) error {
 // checkAsked refuses r, of the caller user, if it may not hold the impersonation
 // header asked. Empty, it holds none.
 func (h *Handler) checkAsked(r *http.Request, asked, user string) *apierrors.StatusError {
-	before, passed := impersonate.FromContext(r.Context())
+	_, passed := impersonate.FromContext(r.Context())
 	switch {
-	case passed && before.Wish != nil:
-		// To send it on as the caller would be to ignore what was asked for.
-		return refusal.Forbidden("%s cannot act as somebody else here: the request passes tailscale_impersonate twice", user)
-	case passed, asked == "": // the headers are the other handler's own, or none
+	case passed:
+		// This handler would undo what that one denies, prefixes or was asked for.
+		return refusal.Forbidden("the request of %s passes tailscale_impersonate twice, and the second would undo what the first limits; the proxy's config has to leave one of them out", user)
+	case asked == "":
 		return nil
 	case h.ClientImpersonation == caddyfile.Strip, h.ClientImpersonation == caddyfile.Authorize:
 		return nil

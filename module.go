@@ -45,6 +45,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apievents"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apirequest"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/cache"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/guard"
@@ -527,6 +528,9 @@ func checkProtocol(r *http.Request) *apierrors.StatusError {
 	// for CONNECT in any form.
 	if r.Method == http.MethodConnect {
 		return refusal.Because(refusal.Protocol, refusal.MethodNotAllowed("method CONNECT is not supported"))
+	}
+	if !apirequest.IsPath(r.URL) {
+		return refusal.Because(refusal.Protocol, refusal.BadRequest("the request is not for a path, but for %q", r.RequestURI))
 	}
 	return nil
 }

@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -313,8 +314,14 @@ func TestProtocolsThatHideRequestsAreRefused(t *testing.T) {
 	extended := newRequest("CONNECT", "https://k8s/api", ":protocol", "websocket")
 	extended.Proto, extended.ProtoMajor, extended.ProtoMinor = "HTTP/2.0", 2, 0
 
+	// Neither is looked at by what looks at paths, and Go sends both on as they are.
+	opaque := newRequest("GET", "a:https://k8s/api/v1/secrets")
+	star := newRequest("GET", "/")
+	star.URL = &url.URL{Path: "*"}
+
 	misdirected := refusedWith{http.StatusMisdirectedRequest, "MisdirectedRequest", ""}
 	notAllowed := refusedWith{http.StatusMethodNotAllowed, metav1.StatusReasonMethodNotAllowed, ""}
+	noPath := refusedWith{http.StatusBadRequest, metav1.StatusReasonBadRequest, ""}
 	for _, tt := range []struct {
 		name string
 		r    *http.Request
@@ -324,6 +331,8 @@ func TestProtocolsThatHideRequestsAreRefused(t *testing.T) {
 		{"HTTP/3 extended CONNECT", http3Connect, misdirected},
 		{"HTTP/2 extended CONNECT", extended, notAllowed},
 		{"HTTP/1.1 CONNECT", newRequest("CONNECT", "https://k8s/"), notAllowed},
+		{"something else than a path", opaque, noPath},
+		{"the server as a whole", star, noPath},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			resp, got := serve(t, newHandler(t, caddyfile.Config{}, silentNode(t)), tt.r)

@@ -193,6 +193,7 @@ func TestBodies(t *testing.T) {
 		configure      func(*apievents.Site)
 		want           string
 		untouched      bool
+		upgrade        bool
 	}{
 		{name: "none", method: "POST", target: pods},
 		{name: "short", method: "POST", target: pods, body: "{}", want: "{}"},
@@ -201,6 +202,8 @@ func TestBodies(t *testing.T) {
 		{name: "much longer", method: "DELETE", target: pod, body: strings.Repeat("0123456789", 1e5), want: "0123456789\n[the body is cut off after 10 bytes]"},
 		{name: "of a debug container", method: "PATCH", target: pod + "/ephemeralcontainers", body: "{}", want: "{}"},
 		{name: "of something that is no resource", method: "POST", target: "/other", body: "{}", want: "{}"},
+
+		{name: "with an upgrade that the API server may not care for", method: "POST", target: pods, body: "x", upgrade: true, want: "x"},
 
 		{name: "of a GET", method: "GET", target: pods, body: "x", untouched: true, want: "[the body is left out: the API server does not read it]"},
 		{name: "of a watch", method: "GET", target: pods + "?watch=1", body: "x", untouched: true, want: "[the body is left out: the API server does not read it]"},
@@ -219,6 +222,9 @@ func TestBodies(t *testing.T) {
 				tt.configure(s.Site)
 			}
 			r := newRequest(tt.method, tt.target, tt.body)
+			if tt.upgrade {
+				r.Header = http.Header{"Connection": {"Upgrade"}, "Upgrade": {"websocket"}}
+			}
 			switch {
 			case tt.untouched:
 				r.Body = unread{t}

@@ -145,9 +145,29 @@ func isInteractive(i Info, upgrade bool) bool {
 }
 
 // AsksForUpgrade reports whether the headers h of a request ask for an upgrade of
-// the connection, in the way in which a proxy passes that on.
+// the connection, in the way in which reverse_proxy passes that on: it goes by the
+// first value of Upgrade, and passes on none if that is empty.
 func AsksForUpgrade(h http.Header) bool {
-	return len(h["Upgrade"]) > 0 && httpguts.HeaderValuesContainsToken(h["Connection"], "Upgrade")
+	protocols := h["Upgrade"]
+	return len(protocols) > 0 && protocols[0] != "" && httpguts.HeaderValuesContainsToken(h["Connection"], "Upgrade")
+}
+
+// IsPath reports whether u asks for a path, as every request to an API server does.
+// A request line can hold other things, which are sent on as they are: past all that
+// looks at paths, and without the prefix that a cluster has.
+func IsPath(u *url.URL) bool {
+	return u.Opaque == "" && (u.Path == "" || u.Path[0] == '/')
+}
+
+// HasDotSegments reports whether u's path has segments that lead elsewhere where
+// paths are cleaned, however they are written.
+func HasDotSegments(u *url.URL) bool {
+	for segment := range strings.SplitSeq(u.Path, "/") {
+		if segment == "." || segment == ".." {
+			return true
+		}
+	}
+	return false
 }
 
 // isAmbiguous reports whether u is a way of writing a path that is not understood

@@ -113,9 +113,15 @@ func TestClass(t *testing.T) {
 		{"GET " + pod, upgrade, interactive},
 		{"GET " + pod, []string{"Connection: upgrade"}, ordinary},
 		{"GET " + pod, []string{"Upgrade: websocket"}, ordinary},
+		// reverse_proxy goes by the first, and does not pass on one that is empty.
+		{"POST " + pod, []string{"Connection: upgrade", "Upgrade:"}, ordinary},
+		{"POST " + pod, []string{"Connection: upgrade", "Upgrade:", "Upgrade: websocket"}, ordinary},
 		// What browsers stream.
 		{"GET /api/v1/pods?watch=true", upgrade, ordinary},
 		{"GET " + pod + "/log?follow=true", upgrade, ordinary},
+		// What is called as those are, and may be anything.
+		{"GET /api/v1/watch/namespaces/a/pods/p/console", upgrade, interactive},
+		{"GET /apis/subresources.kubevirt.io/v1/namespaces/a/virtualmachineinstances/m/log", upgrade, interactive},
 
 		// What is no pod's exec.
 		{"GET /api/v1/namespaces/a/pods/exec", nil, ordinary},
@@ -170,6 +176,15 @@ func TestClass(t *testing.T) {
 	}
 }
 
+// A path beside it is what everybody else looks at.
+func TestAnOpaqueURLIsAmbiguous(t *testing.T) {
+	r := read(t, "GET /api/v1/pods")
+	r.URL.Opaque = "/api/v1/secrets"
+	if got := apirequest.Parse(r).Class(); got != apirequest.Ambiguous {
+		t.Errorf("got %s; want %s", got, apirequest.Ambiguous)
+	}
+}
+
 func BenchmarkParse(b *testing.B) {
 	for _, path := range []string{
 		"/api/v1/namespaces/default/pods/web-0",
@@ -187,5 +202,40 @@ func BenchmarkParse(b *testing.B) {
 				apirequest.Parse(r)
 			}
 		})
+	}
+}
+
+func TestIsPath(t *testing.T) {
+	for target, want := range map[string]bool{
+		"/":                                 true,
+		"//other.example/api":               true,
+		"http://k8s/api":                    true,
+		"http://k8s":                        true,
+		"*":                                 false,
+		"a:https://k8s/api/v1/secrets":      false,
+		"https:k8s/api/v1/secrets?watch=1":  false,
+		"mailto:/../api/v1/namespaces/x%2F": true, // a path after all
+	} {
+		if got := apirequest.IsPath(read(t, "GET "+target).URL); got != want {
+			t.Errorf("%s: got %t; want %t", target, got, want)
+		}
+	}
+}
+
+func TestHasDotSegments(t *testing.T) {
+	for target, want := range map[string]bool{
+		"/":               false,
+		"/a/..b/.c/d.":    false,
+		"/a?x=/../":       false,
+		"/..":             true,
+		"/a/../b":         true,
+		"/a/./b":          true,
+		"/a/%2e%2E/b":     true,
+		"/a%2F..%2Fb":     true,
+		"/a/proxy/..%2fb": true,
+	} {
+		if got := apirequest.HasDotSegments(read(t, "GET "+target).URL); got != want {
+			t.Errorf("%s: got %t; want %t", target, got, want)
+		}
 	}
 }

@@ -85,6 +85,11 @@ func TestEveryDecisionCounts(t *testing.T) {
 	if decided.Check(r) == nil {
 		t.Error("the request would be sent, and is not the one that the first decision was about")
 	}
+	// Not even after the first path was put back.
+	r.URL.Path = "/cluster/api/v1/pods"
+	if decided.Check(r) == nil {
+		t.Error("the request would be sent, and is not the one that the second decision was about")
+	}
 }
 
 func TestARefusalIsKeptThatNobodyGave(t *testing.T) {

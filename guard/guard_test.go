@@ -104,7 +104,9 @@ func TestCheck(t *testing.T) {
 		{"no tag is allowed", Rails{AllowTags: groups("tag:other")}, tagged, "tag:ci, tag:k8s"},
 		{"a user's device has no tags", Rails{AllowTags: groups("tag:other"), DenyTags: groups("*")}, users, ""},
 		{"a tag is denied", Rails{DenyTags: groups("tag:ci")}, tagged, "tag:ci"},
+		{"another tag is denied", Rails{DenyTags: groups("tag:k8s")}, tagged, "tag:k8s"},
 		{"deny goes before allow", Rails{AllowTags: groups("tag:k8s"), DenyTags: groups("tag:ci")}, tagged, "deny_tags"},
+		{"deny of another tag goes before allow", Rails{AllowTags: groups("tag:ci"), DenyTags: groups("tag:k8s")}, tagged, "deny_tags"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			err := tt.rails.Check(tt.peer)

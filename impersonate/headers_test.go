@@ -200,8 +200,14 @@ func TestStripRemovesBearerTokenOfWebSocket(t *testing.T) {
 	}
 }
 
+// reductions are what leaves of Connection only what asks for an upgrade.
+var reductions = map[string]func(http.Header){
+	"StripClient":      func(h http.Header) { impersonate.StripClient(h) },
+	"ReduceConnection": impersonate.ReduceConnection,
+}
+
 // reverse_proxy deletes every header that Connection names, ours included.
-func TestStripClientReducesConnectionToUpgrade(t *testing.T) {
+func TestConnectionIsReducedToUpgrade(t *testing.T) {
 	upgrade := []string{"Upgrade"}
 	for _, tt := range []struct {
 		name        string
@@ -221,29 +227,33 @@ func TestStripClientReducesConnectionToUpgrade(t *testing.T) {
 		{"odd spacing", []string{"\t impersonate-user\t,, ,Upgrade,"}, upgrade},
 		{"Upgrade itself is not a token of another name", []string{"Upgrade-Insecure-Requests", "Upgrades"}, nil},
 	} {
-		for _, name := range []string{"Connection", "connection", "CONNECTION"} {
-			t.Run(tt.name+"/"+name, func(t *testing.T) {
-				h := http.Header{name: tt.lines, "Upgrade": {"websocket"}}
-				want := http.Header{"Upgrade": {"websocket"}}
-				if tt.want != nil {
-					want["Connection"] = tt.want
-				}
-				impersonate.StripClient(h)
-				if diff := cmp.Diff(want, h); diff != "" {
-					t.Errorf("headers (-want +got):\n%s", diff)
-				}
-			})
+		for function, reduce := range reductions {
+			for _, name := range []string{"Connection", "connection", "CONNECTION"} {
+				t.Run(tt.name+"/"+function+"/"+name, func(t *testing.T) {
+					h := http.Header{name: tt.lines, "Upgrade": {"websocket"}}
+					want := http.Header{"Upgrade": {"websocket"}}
+					if tt.want != nil {
+						want["Connection"] = tt.want
+					}
+					reduce(h)
+					if diff := cmp.Diff(want, h); diff != "" {
+						t.Errorf("headers (-want +got):\n%s", diff)
+					}
+				})
+			}
 		}
 	}
 }
 
-func TestStripClientReducesConnectionInSeveralSpellings(t *testing.T) {
-	// Several times, as the order of a map's keys is another each time.
-	for range 20 {
-		h := http.Header{"Connection": {"Impersonate-User"}, "connection": {"upgrade"}, "CONNECTION": {"Impersonate-Group"}}
-		impersonate.StripClient(h)
-		if diff := cmp.Diff(http.Header{"Connection": {"Upgrade"}}, h); diff != "" {
-			t.Fatalf("headers (-want +got):\n%s", diff)
+func TestConnectionIsReducedInSeveralSpellings(t *testing.T) {
+	for function, reduce := range reductions {
+		// Several times, as the order of a map's keys is another each time.
+		for range 20 {
+			h := http.Header{"Connection": {"Impersonate-User"}, "connection": {"upgrade"}, "CONNECTION": {"Impersonate-Group"}}
+			reduce(h)
+			if diff := cmp.Diff(http.Header{"Connection": {"Upgrade"}}, h); diff != "" {
+				t.Fatalf("%s: headers (-want +got):\n%s", function, diff)
+			}
 		}
 	}
 }
@@ -304,12 +314,15 @@ func TestSetHeadersReplacesAndDoesNotAdd(t *testing.T) {
 // Header operations of a config edit values in place; what they edit must not be
 // the identity that transport kubernetes writes last.
 func TestHeadersDoNotShareMemoryWithTheIdentity(t *testing.T) {
-	id := impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers"}}
+	made := func() impersonate.Identity {
+		return impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers"}, Extra: map[string][]string{"tags": {"tag:a"}}}
+	}
+	id, want := made(), made()
 	h := make(http.Header)
 	id.SetHeaders(h)
 	h["Impersonate-Group"][0] = "system:masters"
 	h["Impersonate-User"][0] = "system:admin"
-	want := impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers"}}
+	h["Impersonate-Extra-Tags"][0] = "tag:admin"
 	if diff := cmp.Diff(want, id, equateAddrs); diff != "" {
 		t.Errorf("identity after the headers were edited (-want +got):\n%s", diff)
 	}

@@ -57,9 +57,12 @@ func TestParseTarget(t *testing.T) {
 }
 
 func TestTargetsInDoubtAreErrors(t *testing.T) {
-	many := headers("Impersonate-User", "bob")
-	for i := range 64 {
-		many.Add("Impersonate-Group", fmt.Sprint(i))
+	many := func(name string, n int, pairs ...string) http.Header {
+		h := headers(append(pairs, "Impersonate-User", "bob")...)
+		for i := range n {
+			h.Add(name, fmt.Sprint(i))
+		}
+		return h
 	}
 	user := func(pairs ...string) http.Header { return headers(append(pairs, "Impersonate-User", "bob")...) }
 	for _, tt := range []struct {
@@ -90,7 +93,9 @@ func TestTargetsInDoubtAreErrors(t *testing.T) {
 		{"a key of ours", user("Impersonate-Extra-Tailscale-Impersonate.github.io%2foriginal-User", "a"), []string{"the proxy's to write"}},
 		{"a key of ours that is not in use", user("Impersonate-Extra-Tailscale-Impersonate%2egithub.io%2fnew", "a"), []string{"the proxy's to write"}},
 		{"a key of ours in upper case", user("Impersonate-Extra-%54ailscale-impersonate.github.io%2fnode", "a"), []string{"the proxy's to write"}},
-		{"more than the API server is to be asked about", many, []string{"65 values", "64"}},
+		{"more than the API server is to be asked about", many("Impersonate-Group", 64), []string{"65 values", "64"}},
+		{"as many, with a UID", many("Impersonate-Group", 63, "Impersonate-Uid", "1"), []string{"65 values", "64"}},
+		{"as many, of an extra field", many("Impersonate-Extra-A", 64), []string{"65 values", "64"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := impersonate.ParseTarget(tt.h)
@@ -159,6 +164,25 @@ func TestImpliedGroups(t *testing.T) {
 	} {
 		if diff := cmp.Diff(tt.want, tt.target.ImpliedGroups()); diff != "" {
 			t.Errorf("%+v (-want +got):\n%s", tt.target, diff)
+		}
+	}
+}
+
+// A service account or a node that is anything beside has to be had by the older
+// form of the right.
+func TestOnlyUser(t *testing.T) {
+	for _, tt := range []struct {
+		target impersonate.Target
+		want   bool
+	}{
+		{impersonate.Target{User: "bob"}, true},
+		{impersonate.Target{User: "bob", Groups: []string{}, Extra: map[string][]string{}}, true},
+		{impersonate.Target{User: "bob", UID: "1"}, false},
+		{impersonate.Target{User: "bob", Groups: []string{"a"}}, false},
+		{impersonate.Target{User: "bob", Extra: map[string][]string{"scopes": {"x"}}}, false},
+	} {
+		if got := tt.target.OnlyUser(); got != tt.want {
+			t.Errorf("%+v: got %v; want %v", tt.target, got, tt.want)
 		}
 	}
 }

@@ -114,7 +114,12 @@ type client struct {
 
 func connect(t *testing.T, from netip.Addr) client {
 	t.Helper()
-	ctx := tailnet.WithConn(t.Context(), netip.AddrPortFrom(from, 1), nodeAddr)
+	return connectTo(t, from, nodeAddr)
+}
+
+func connectTo(t *testing.T, from, to netip.Addr) client {
+	t.Helper()
+	ctx := tailnet.WithConn(t.Context(), netip.AddrPortFrom(from, 1), to)
 	conn, err := tailnet.ConnFrom(ctx)
 	if err != nil {
 		t.Fatal(err)
@@ -333,6 +338,55 @@ func TestACheckThatSucceedsStartsTheGraceAnew(t *testing.T) {
 	})
 }
 
+// A decision of a while ago may have let the request in.
+func TestTheGraceCountsFromTheAnswer(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		n := newNetwork()
+		n.fails(refusal.TryAgain("no answer"))
+		site := new(Config).NewSite(nil, nil, n.rules())
+		c := connect(t, aliceAddr)
+		defer site.Open(t.Context(), c.conn, alice, time.Now().Add(-2*interval), Watch).Close()
+		time.Sleep(grace - 2*interval)
+		synctest.Wait()
+		c.wantOpen(t)
+		time.Sleep(interval)
+		synctest.Wait()
+		c.wantEnded(t, Unconfirmed, alice.User)
+	})
+}
+
+// Grants differ by the address that was dialled.
+func TestCallersThatDialledDifferentAddressesAreAskedAboutApart(t *testing.T) {
+	otherAddr := netip.MustParseAddr("100.64.0.9") // about which nobody gets in
+	for _, last := range []netip.Addr{nodeAddr, otherAddr} {
+		t.Run("last to "+last.String(), func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				n := newNetwork()
+				site := new(Config).NewSite(nil, nil, n.rules())
+				c, other := connectTo(t, aliceAddr, nodeAddr), connectTo(t, aliceAddr, otherAddr)
+				clients := []client{c, other}
+				if last == nodeAddr {
+					slices.Reverse(clients)
+				}
+				for _, c := range clients {
+					defer site.Open(t.Context(), c.conn, alice, time.Now(), Watch).Close()
+				}
+				want := []Caller{
+					{Remote: aliceAddr, Local: nodeAddr, Identity: alice, Open: map[Kind]int{Watch: 1}},
+					{Remote: aliceAddr, Local: otherAddr, Identity: alice, Open: map[Kind]int{Watch: 1}},
+				}
+				if diff := cmp.Diff(want, Callers(), cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+					t.Errorf("callers (-want +got):\n%s", diff)
+				}
+				time.Sleep(interval)
+				synctest.Wait()
+				c.wantOpen(t)
+				other.wantEnded(t, Refused, "100.64.0.9")
+			})
+		})
+	}
+}
+
 // act opens a request in which alice acts as bob, for as long as mayAct allows.
 func act(t *testing.T, site *Site, mayAct impersonate.StillMay) client {
 	t.Helper()
@@ -383,6 +437,25 @@ func TestWhoLosesAccessLosesItAsSomebodyElseToo(t *testing.T) {
 		time.Sleep(interval)
 		synctest.Wait()
 		c.wantEnded(t, LostGroup, "group a")
+	})
+}
+
+// That the rules let somebody be bob, and the API server alice act as bob, does not
+// make up for who may not even be alice.
+func TestWhoIsRefusedIsRefusedAsSomebodyElseToo(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		n := newNetwork()
+		rules := n.rules()
+		rules.MayBe = func(*impersonate.Target) error { return nil }
+		site := new(Config).NewSite(nil, nil, rules)
+		c := act(t, site, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		time.Sleep(interval)
+		synctest.Wait()
+		c.wantOpen(t)
+		n.knows(aliceAddr, nil)
+		time.Sleep(interval)
+		synctest.Wait()
+		c.wantEnded(t, Refused, "no peer with the address 100.64.0.2")
 	})
 }
 
@@ -451,6 +524,33 @@ func TestCallersAreAskedAboutAtOnce(t *testing.T) {
 	})
 }
 
+// A few callers for whom no answer comes do not keep the others waiting, and no
+// number of callers asks a node more at a time than that.
+func TestSoManyCallersAreAskedAboutAtATime(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		n := newNetwork()
+		rules := n.rules()
+		silence := make(chan struct{})
+		defer close(silence)
+		var asking atomic.Int32
+		rules.Identify = func(context.Context, netip.Addr, netip.Addr, time.Time) (*impersonate.Identity, error) {
+			asking.Add(1)
+			<-silence
+			return nil, errors.New("no answer")
+		}
+		site := new(Config).NewSite(nil, nil, rules)
+		for addr := range lookups + 1 {
+			from := netip.AddrFrom4([4]byte{100, 64, 1, byte(addr)})
+			defer site.Open(t.Context(), connect(t, from).conn, alice, time.Now(), Watch).Close()
+		}
+		time.Sleep(interval)
+		synctest.Wait()
+		if got := asking.Load(); got != lookups {
+			t.Errorf("%d callers are asked about at a time; want %d", got, lookups)
+		}
+	})
+}
+
 // A config that is gone leaves its requests behind, and they are still judged.
 func TestWithoutASuccessorASiteGoesOnByItsOwnRules(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
@@ -496,6 +596,10 @@ func TestAfterAReloadTheNewRulesJudge(t *testing.T) {
 		{
 			"two, one of them changed: hers", []site{{on(":443"), "a", false}, {on(":443"), "b", false}},
 			[]site{{on(":443"), "b", false}, {on(":443"), "c", true}}, true,
+		},
+		{
+			"two, one of them changed, in her favour: the one that stays has no say", []site{{on(":443"), "a", true}, {on(":443"), "b", true}},
+			[]site{{on(":443"), "b", true}, {on(":443"), "c", false}}, false,
 		},
 		{
 			"two, one of them changed: the other", []site{{on(":443"), "a", false}, {on(":443"), "b", false}},

@@ -84,6 +84,35 @@ func TestTheAPIServerIsAskedAboutTheWholeCaller(t *testing.T) {
 	}
 }
 
+// A service account that is anything beside is none, to the newer form of the right.
+func TestOnlyAServiceAccountAloneIsOne(t *testing.T) {
+	const account = "system:serviceaccount:default:ci"
+	for _, tt := range []struct {
+		name   string
+		target impersonate.Target
+		alone  bool
+	}{
+		{"alone", impersonate.Target{User: account}, true},
+		{"with a UID", impersonate.Target{User: account, UID: "1"}, false},
+		{"with a group", impersonate.Target{User: account, Groups: []string{"a"}}, false},
+		{"with an extra field", impersonate.Target{User: account, Extra: map[string][]string{"example.com/scopes": {"x"}}}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ask, asked := answering(allowed, nil)
+			q := asBob("/api/v1/pods")
+			q.Target = &tt.target
+			if _, refused := newReviewer(t).Authorize(t.Context(), ask, q); refused != nil {
+				t.Fatal(refused)
+			}
+			for _, spec := range *asked {
+				if verb := spec.ResourceAttributes.Verb; (verb != "impersonate") != tt.alone {
+					t.Errorf("the API server was asked about verb %s", verb)
+				}
+			}
+		})
+	}
+}
+
 // Anything but a plain yes is a no.
 func TestNoPlainYesIsARefusal(t *testing.T) {
 	for _, tt := range []struct {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -37,6 +38,7 @@ type daemon struct {
 	// silent has it answer nothing but errors.
 	silent atomic.Bool
 	asked  atomic.Pointer[string] // the last question of whois
+	dialed atomic.Pointer[string] // whom it was to dial last
 }
 
 func newDaemon(t *testing.T) *daemon {
@@ -76,6 +78,19 @@ func newDaemon(t *testing.T) *daemon {
 			Node:        &tailcfg.Node{Name: "laptop.example.ts.net."},
 			UserProfile: &tailcfg.UserProfile{LoginName: "alice@example.com"},
 		})
+	})
+	mux.HandleFunc("/localapi/v0/dial", func(w http.ResponseWriter, r *http.Request) {
+		peer := r.Header.Get("Dial-Network") + " " + net.JoinHostPort(r.Header.Get("Dial-Host"), r.Header.Get("Dial-Port"))
+		d.dialed.Store(&peer)
+		c, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer c.Close()
+		if _, err := io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: ts-dial\r\n\r\nthe peer"); err != nil {
+			t.Error(err)
+		}
 	})
 	ln, err := net.Listen("unix", d.socket)
 	if err != nil {
@@ -157,6 +172,74 @@ func TestADaemonThatIsAwayOwnsNothing(t *testing.T) {
 		d.silent.Store(true)
 		if _, err := (Nodes{node}).Accepting(hostAddr); !errors.Is(err, ErrNotConnected) {
 			t.Errorf("%s: got error %v; want %v", name, err, ErrNotConnected)
+		}
+	}
+}
+
+// It may be in another tailnet by now, where another host has its addresses.
+func TestADaemonThatGoesAwayOwnsNothingAnyMore(t *testing.T) {
+	d := newDaemon(t)
+	nodes := Nodes{FromDaemon(d.socket)}
+	if _, err := nodes.Accepting(hostAddr); err != nil {
+		t.Fatal(err)
+	}
+	d.silent.Store(true)
+	for gone := time.Now(); ; time.Sleep(addrsPeriod / 20) {
+		_, err := nodes.Accepting(hostAddr)
+		if errors.Is(err, ErrNotConnected) {
+			return
+		}
+		if time.Since(gone) > 10*addrsPeriod {
+			t.Fatalf("got error %v; want %v after %v", err, ErrNotConnected, addrsPeriod)
+		}
+	}
+}
+
+// Every request of a server asks whose the address is that it came to.
+func TestADaemonThatHangsDoesNotHoldRequestsUp(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "tailscaled.sock")
+	ln, err := net.Listen("unix", socket) // which accepts nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	node := FromDaemon(socket)
+	answer := make(chan error, 1)
+	go func() {
+		_, err := Nodes{node}.Accepting(hostAddr)
+		answer <- err
+	}()
+	select {
+	case err := <-answer:
+		if !errors.Is(err, ErrNotConnected) {
+			t.Errorf("got error %v; want %v", err, ErrNotConnected)
+		}
+	case <-time.After(20 * WhoIsTimeout):
+		t.Errorf("no answer after %v; want one after about %v", 20*WhoIsTimeout, WhoIsTimeout)
+	}
+}
+
+// The network of the host leads elsewhere, unencrypted, while the daemon is down.
+func TestPeersAreDialledByTheDaemon(t *testing.T) {
+	d := newDaemon(t)
+	c, err := FromDaemon(d.socket).DialPeer(t.Context(), "tcp", netip.AddrPortFrom(guestAddr, 80).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if got, err := io.ReadAll(c); err != nil || string(got) != "the peer" {
+		t.Errorf("got %q, %v from the other end; want what the daemon connected to", got, err)
+	}
+	if got, want := *d.dialed.Load(), "tcp 127.0.0.3:80"; got != want {
+		t.Errorf("the daemon was to dial %q; want %q", got, want)
+	}
+	for name, node := range map[string]*Node{"no address and port": FromDaemon(d.socket), "gone": FromDaemon(d.socket + ".gone")} {
+		address := netip.AddrPortFrom(guestAddr, 80).String()
+		if name != "gone" {
+			address = "laptop:80"
+		}
+		if c, err := node.DialPeer(t.Context(), "tcp", address); err == nil {
+			t.Errorf("%s: got a connection to %v; want an error", name, c.RemoteAddr())
 		}
 	}
 }

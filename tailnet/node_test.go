@@ -351,7 +351,7 @@ func TestDialIsForPeersOnly(t *testing.T) {
 	}
 	for _, address := range []string{
 		"192.0.2.1:80", "127.0.0.1:80", "[2001:db8::1]:80", "[::ffff:192.0.2.1]:80", "recorder:80", "100.64.0.9", "", ":80",
-		netip.AddrPortFrom(node4, 80).String(), netip.AddrPortFrom(node6, 80).String(),
+		netip.AddrPortFrom(node4, 80).String(), netip.AddrPortFrom(node6, 80).String(), "[::ffff:100.64.0.1]:80",
 	} {
 		if _, err := n.Dial(t.Context(), "tcp", address); err == nil {
 			t.Errorf("%q: got no error; want one", address)

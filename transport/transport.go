@@ -24,6 +24,7 @@ import (
 	"golang.org/x/net/http/httpguts"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apirequest"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/decided"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
@@ -158,6 +159,10 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	if t.unusable != nil {
 		return t.refuse(r, refusal.Because(refusal.NoCredentials, refusal.Unavailable("no cluster: %v", t.unusable)))
+	}
+	// It is sent on as it is, below the cluster's own path.
+	if !apirequest.IsPath(r.URL) || t.anonymous.base.Path != "" && apirequest.HasDotSegments(r.URL) {
+		return t.refuse(r, refusal.Because(refusal.AmbiguousPath, refusal.BadRequest("%q is no path below that of the cluster", r.URL)))
 	}
 	if err := recording.Confirm(r); err != nil {
 		return t.refuse(r, err)

@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -373,7 +374,6 @@ func TestWhereRequestsGo(t *testing.T) {
 		{"/k8s/clusters/c-1/", "/api", "/k8s/clusters/c-1/api"},
 		{"/k8s/clusters/c-1", "/api/v1/secrets%2Fname", "/k8s/clusters/c-1/api/v1/secrets%2Fname"},
 		{"/k8s clusters", "/a%2Fb", "/k8s%20clusters/a%2Fb"},
-		{"/k8s", "/../../escape", "/k8s/../../escape"},
 	} {
 		t.Run(tt.base+" "+tt.target, func(t *testing.T) {
 			s := newAPIServer(t)
@@ -383,6 +383,30 @@ func TestWhereRequestsGo(t *testing.T) {
 			if got := s.one(t).RequestURI; got != tt.want {
 				t.Errorf("got %q; want %q", got, tt.want)
 			}
+		})
+	}
+}
+
+// Of a cluster that is a part of a server, such as Rancher's, no request reaches the
+// rest of it with the proxy's credentials.
+func TestNoRequestLeavesTheClustersPath(t *testing.T) {
+	for _, target := range []string{
+		"/../../escape", "/%2e%2e/escape", "/a%2F..%2F..%2Fescape", "/api/v1/namespaces/a/services/s/proxy/../../../../../../../../escape",
+		"a:https://$HOST/v3/clusters/other", "*",
+	} {
+		t.Run(target, func(t *testing.T) {
+			s := newAPIServer(t)
+			k := trusting(s, token)
+			k.server += "/k8s"
+			r := newRequest(s, "/")
+			u, err := url.ParseRequestURI(strings.ReplaceAll(target, "$HOST", r.Host))
+			if err != nil {
+				t.Fatal(err)
+			}
+			u.Scheme, u.Host = r.URL.Scheme, r.URL.Host // as reverse_proxy directs it
+			r.URL = u
+			checkRefused(t, roundTrip(t, newTransport(t, k), r), http.StatusBadRequest, "no path below that of the cluster")
+			s.none(t)
 		})
 	}
 }
