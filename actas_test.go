@@ -14,6 +14,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"go.uber.org/zap"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -21,6 +22,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/guard"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 )
 
 var badRequest = refusedWith{http.StatusBadRequest, metav1.StatusReasonBadRequest, ""}
@@ -245,6 +248,51 @@ func TestAGrantedWishIsJudgedByTheNewConfig(t *testing.T) {
 	}
 	if ended == nil || !strings.Contains(ended.Error(), "callers may no longer act as somebody else") {
 		t.Errorf("the request ended with %v; want the reason", ended)
+	}
+}
+
+// A server may have several handlers, and what one of them allows is not up to
+// another.
+func TestAGrantedWishIsJudgedByTheHandlerWithItsSettings(t *testing.T) {
+	interval := caddy.Duration(100 * time.Millisecond)
+	// load returns the second of two handlers of a config that runs.
+	load := func() (h *Handler) {
+		sites := new(recheck.Config)
+		for _, impersonation := range []string{caddyfile.Strip, caddyfile.Authorize} {
+			h = &Handler{Config: caddyfile.Config{ClientImpersonation: impersonation, RecheckInterval: &interval}, logger: zap.NewNop()}
+			if err := h.setUp(sites, []string{t.Name()}); err != nil {
+				t.Fatal(err)
+			}
+			h.setReady(tailnet.Nodes{aliceNode()})
+		}
+		sites.Run()
+		return h
+	}
+	err := load().ServeHTTP(noAnswer{}, newRequest("GET", "http://k8s/api", "Impersonate-User", "bob"), nextFunc(func(_ http.ResponseWriter, r *http.Request) error {
+		rechecked := make(chan struct{})
+		id, _ := impersonate.FromContext(r.Context())
+		id.Wish.Granted(func(ctx context.Context, _ *impersonate.Identity, _ time.Time) error {
+			select {
+			case rechecked <- struct{}{}:
+			case <-ctx.Done():
+			}
+			return nil
+		})
+		load()
+		for range 2 { // the first may have begun before
+			select {
+			case <-r.Context().Done():
+				t.Errorf("the request ended with %v; want it to go on", context.Cause(r.Context()))
+				return nil
+			case <-rechecked:
+			case <-time.After(30 * time.Second):
+				t.Error("the request is not rechecked")
+			}
+		}
+		return nil
+	}))
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 

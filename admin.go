@@ -242,11 +242,9 @@ func dropPeer(w http.ResponseWriter, name string) error {
 
 // forget has the caller at remote asked about again before its next request.
 func (h *Handler) forget(remote, local netip.Addr) {
-	h.decisions.All(func(key cache.Key, _ *decision) {
-		if key.Remote == remote && key.Local == local {
-			h.decisions.Forget(key)
-		}
-	})
+	for _, node := range h.nodes {
+		h.decisions.Forget(cache.Key{Node: node, Remote: remote, Local: local})
+	}
 	h.drops.Add(1)
 }
 

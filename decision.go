@@ -39,12 +39,12 @@ type decision struct {
 	get    caddy.ReplacerFunc
 	// allowed counts the requests that are sent on because of it.
 	allowed prometheus.Counter
-	// drops is how often callers had been dropped by then.
+	// drops is how often callers had been dropped when the node was asked.
 	drops uint64
 }
 
-func newDecision(by *Handler, node *tailnet.Node, peer impersonate.Peer, id impersonate.Identity, asked time.Time) *decision {
-	d := &decision{identity: id, peer: peer, node: node, asked: asked, by: by, allowed: allowed[id.Source], drops: by.drops.Load(), values: map[string]any{
+func newDecision(by *Handler, node *tailnet.Node, peer impersonate.Peer, id impersonate.Identity, asked time.Time, drops uint64) *decision {
+	d := &decision{identity: id, peer: peer, node: node, asked: asked, by: by, allowed: allowed[id.Source], drops: drops, values: map[string]any{
 		userID:                  id.User,
 		placeholders + "user":   id.User,
 		placeholders + "groups": strings.Join(id.Groups, ","),
@@ -64,9 +64,9 @@ func (d *decision) caller(conn *tailnet.Conn) recording.Caller {
 	return recording.Caller{Peer: &d.peer, Recording: &d.identity.Recording, Remote: conn.Remote, Dial: d.node.Dial}
 }
 
-// source returns who an event is about.
-func (d *decision) source(conn *tailnet.Conn) apievents.Caller {
-	return apievents.Caller{Peer: &d.peer, Identity: &d.identity, Remote: conn.Remote, Node: d.node}
+// source returns who an event is about, in a request that is sent on as id.
+func (d *decision) source(conn *tailnet.Conn, id *impersonate.Identity) apievents.Caller {
+	return apievents.Caller{Peer: &d.peer, Identity: id, Remote: conn.Remote, Node: d.node}
 }
 
 // setPlaceholders tells the config and the access log who the caller is. The

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -17,6 +18,7 @@ import (
 	"tailscale.com/client/tailscale/apitype"
 	"tailscale.com/tailcfg"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/cache"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
 )
@@ -112,6 +114,26 @@ func TestRequestsOnAConnectionShareAnAnswerForTheTTL(t *testing.T) {
 	})
 }
 
+// What has changed while a node was answering may not be in its answer.
+func TestADecisionIsAsOldAsItsQuestion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		node := aliceNode()
+		answer := node.Ask
+		node.Ask = func(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
+			time.Sleep(time.Second) // of the bubble's clock
+			return answer(ctx, remote, local)
+		}
+		began := time.Now()
+		d, err := newHandler(t, caddyfile.Config{}, node).decide(t.Context(), cache.Key{Node: node, Remote: netip.MustParseAddr(aliceAddr), Local: netip.MustParseAddr(nodeAddr)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !d.asked.Equal(began) {
+			t.Errorf("it is said to be from %v after the question; want it to be as old", d.asked.Sub(began))
+		}
+	})
+}
+
 func TestWithoutACacheEveryRequestAsks(t *testing.T) {
 	var none caddy.Duration
 	node := newChanging()
@@ -166,6 +188,50 @@ func TestAnOpenRequestEndsWithTheRightToIt(t *testing.T) {
 		}
 		if err == nil || err.Error() != "access was withdrawn: alice@example.com is no longer in group tailnet-readers" {
 			t.Errorf("the cause is %v", err)
+		}
+	})
+}
+
+// A connection that may be a session goes on only as long as sessions need not be
+// recorded. What is none goes on.
+func TestAnOpenSessionEndsWhenSessionsHaveToBeRecorded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		node := newChanging()
+		h := newHandler(t, caddyfile.Config{}, node.Node)
+		session, watch := over()(), over()()
+		session.Header.Set("Connection", "Upgrade")
+		session.Header.Set("Upgrade", "websocket")
+		ended, leave := make(chan error, 1), make(chan struct{})
+		go func() {
+			_ = h.ServeHTTP(noAnswer{}, session, caddyNext(func(r *http.Request) {
+				select {
+				case <-r.Context().Done():
+					ended <- context.Cause(r.Context())
+				case <-leave:
+					ended <- nil
+				}
+			}))
+		}()
+		watching := make(chan error, 1)
+		go func() {
+			_ = h.ServeHTTP(noAnswer{}, watch, caddyNext(func(r *http.Request) {
+				select {
+				case <-r.Context().Done():
+					watching <- context.Cause(r.Context())
+				case <-leave:
+					watching <- nil
+				}
+			}))
+		}()
+		time.Sleep(time.Minute)
+		node.says(whoIs(readers, enforced), nil)
+		time.Sleep(time.Minute)
+		close(leave)
+		if err := <-ended; err == nil || !strings.Contains(err.Error(), "have to be recorded") {
+			t.Errorf("the cause is %v", err)
+		}
+		if err := <-watching; err != nil {
+			t.Errorf("the watch has ended as well: %v", err)
 		}
 	})
 }

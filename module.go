@@ -270,6 +270,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	// From here on the caller can lose what it had, and the request ends.
 	request := h.site.Open(r.Context(), conn, id, decided.asked, recheck.KindOf(r))
 	defer request.Close()
+	if r.Header["Connection"] != nil && !id.Recording.Enforce {
+		request.Unrecorded()
+	}
 	if id.Wish != nil {
 		id.Wish.Granted = request.Require
 	}
@@ -277,7 +280,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	// Is it an event that has to be recorded? That waits for the body, and for
 	// recorders, while the caller can lose what it had.
 	if h.events.Concerns(&id.Recording) {
-		if err := h.events.Record(r, decided.source(conn)); err != nil {
+		if err := h.events.Record(r, decided.source(conn, id)); err != nil {
 			return h.refuse(w, r, decided, err)
 		}
 	}
@@ -448,7 +451,8 @@ func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) 
 // judge is decide, and writes what it finds on the way into found, if that is not
 // nil.
 func (h *Handler) judge(ctx context.Context, key cache.Key, found *findings) (*decision, error) {
-	asked := time.Now()
+	// Both before the question: the answer may be about what has changed since.
+	asked, drops := time.Now(), h.drops.Load()
 	who, err := key.Node.WhoIs(ctx, key.Remote, key.Local)
 	countQuestion(asked, err)
 	switch {
@@ -488,7 +492,7 @@ func (h *Handler) judge(ctx context.Context, key cache.Key, found *findings) (*d
 			return nil, about(peer, refusal.NoIdentity, refusal.Forbidden("no identity for %s: %v", peer.Describe(), err))
 		}
 	}
-	return newDecision(h, key.Node, peer, id, asked), nil
+	return newDecision(h, key.Node, peer, id, asked, drops), nil
 }
 
 // recheck returns who the peer at remote is that dialled local, as found out at

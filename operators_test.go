@@ -316,6 +316,8 @@ func TestWhoamiOfARefusedCaller(t *testing.T) {
 // The page is for callers, like everything else: whoever is none is refused, and
 // without the option there is no such page.
 func TestWhoamiIsForCallersOnly(t *testing.T) {
+	http3 := newRequest("GET", "https://k8s/whoami")
+	http3.Proto, http3.ProtoMajor, http3.ProtoMinor = "HTTP/3.0", 3, 0
 	for _, tt := range []struct {
 		name  string
 		nodes []*tailnet.Node
@@ -330,6 +332,7 @@ func TestWhoamiIsForCallersOnly(t *testing.T) {
 		{"a script of another site", []*tailnet.Node{silentNode(t)}, newRequest("GET", "https://k8s/whoami", "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "cors", "Sec-Fetch-Dest", "empty"), forbidden},
 		{"a frame of another site", []*tailnet.Node{silentNode(t)}, newRequest("GET", "https://k8s/whoami", "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "iframe"), forbidden},
 		{"with another origin", []*tailnet.Node{silentNode(t)}, newRequest("GET", "https://k8s/whoami", "Origin", "https://evil", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "document"), forbidden},
+		{"over HTTP/3", []*tailnet.Node{silentNode(t)}, http3, refusedWith{http.StatusMisdirectedRequest, "MisdirectedRequest", ""}},
 		{"POST", []*tailnet.Node{silentNode(t)}, newRequest("POST", "https://k8s/whoami"), refusedWith{http.StatusMethodNotAllowed, "MethodNotAllowed", ""}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

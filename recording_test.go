@@ -25,10 +25,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/moby/spdystream"
 	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"tailscale.com/sessionrecording"
 	"tailscale.com/tailcfg"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
@@ -1027,6 +1029,14 @@ func onlyFile(t *testing.T, dir, suffix string) string {
 		t.Fatalf("the directory holds %v; want one file ending with %s", entries, suffix)
 	}
 	return filepath.Join(dir, entries[0].Name())
+}
+
+// A directory that is given by what is not set would be none, and nothing recorded.
+func TestADirectoryThatIsNotSetIsAConfigError(t *testing.T) {
+	h := &Handler{Config: caddyfile.Config{Record: "{env.NO_SUCH_VARIABLE}"}, logger: zap.NewNop()}
+	if err := h.setUp(new(recheck.Config), nil); err == nil || !strings.Contains(err.Error(), "NO_SUCH_VARIABLE") {
+		t.Errorf("got error %v; want one that names the variable", err)
+	}
 }
 
 // A session whose file cannot be written does not begin.

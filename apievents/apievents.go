@@ -275,9 +275,15 @@ func (s *Site) log(r *http.Request, i apirequest.Info, b body, who Caller) {
 	if !utf8.Valid(b.data) { // kubectl speaks protobuf
 		text, binary = "", base64.StdEncoding.EncodeToString(b.data)
 	}
+	as, asGroups := "", []string(nil)
+	if wish := who.Identity.Wish; wish != nil {
+		as, asGroups = wish.Target.User, wish.Target.Groups
+	}
 	s.Log.Info("API request",
 		zap.String("user", who.Identity.User),
 		zap.Strings("groups", who.Identity.Groups),
+		zap.String("as", as),
+		zap.Strings("as_groups", asGroups),
 		zap.String("node", who.Identity.Node),
 		zap.Stringer("remote_addr", who.Remote),
 		zap.String("verb", i.Verb),

@@ -346,6 +346,36 @@ func TestWithoutARecorderThatTakesEvents(t *testing.T) {
 	}
 }
 
+// What a grant names as a recorder may be anything that the proxy can reach.
+func TestOnlyTheTailnetIsDialled(t *testing.T) {
+	nw, addrs := newNetwork(t, 1)
+	outside := netip.MustParseAddrPort("192.0.2.1:80")
+	nw.local[outside] = nw.local[addrs[0]]
+	s := newSite(t)
+	err := s.Record(newRequest("GET", "/api/v1/pods", ""), callerOf(nw.node(), alice, impersonate.Recording{Recorders: []netip.AddrPort{outside}, Events: true, Enforce: true}))
+	if err == nil || nw.dials.Load() > 0 {
+		t.Errorf("got %v after %d dials; want a refusal and none", err, nw.dials.Load())
+	}
+}
+
+// What a recorder says when it fails has no end that we know of.
+func TestOfWhatARecorderSaysTheBeginningIsLogged(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusInternalServerError)
+		_, _ = io.WriteString(w, "it is broken"+strings.Repeat(".", 1<<16))
+	}))
+	t.Cleanup(server.Close)
+	addr := netip.MustParseAddrPort("100.64.1.0:80")
+	nw := &network{local: map[netip.AddrPort]string{addr: server.Listener.Addr().String()}}
+	s := newSite(t)
+	if err := s.Record(newRequest("GET", "/api/v1/pods", ""), callerOf(nw.node(), alice, impersonate.Recording{Recorders: []netip.AddrPort{addr}, Events: true})); err != nil {
+		t.Fatal(err)
+	}
+	if logged := fmt.Sprint(s.logged.All()); !strings.Contains(logged, "it is broken") || len(logged) > 1<<12 {
+		t.Errorf("%d bytes are logged: %.100s", len(logged), logged)
+	}
+}
+
 // A recorder that does not answer costs the first request its head start, and no
 // event is lost.
 func TestTheNextRecorderIsAskedInTime(t *testing.T) {
@@ -519,13 +549,21 @@ func TestTheLogHasEveryRequest(t *testing.T) {
 		t.Fatalf("got %d lines; want 4", len(logged))
 	}
 	want := map[string]any{
-		"user": "alice@example.com", "groups": []any{"a", "b"}, "node": "laptop.example.ts.net", "remote_addr": "100.64.0.2:40000",
+		"user": "alice@example.com", "groups": []any{"a", "b"}, "as": "", "as_groups": []any{}, "node": "laptop.example.ts.net", "remote_addr": "100.64.0.2:40000",
 		"verb": "create", "group": "", "version": "v1", "resource": "pods", "subresource": "eviction", "namespace": "a", "name": "p", "class": "ordinary",
 		"method": "POST", "uri": "/api/v1/namespaces/a/pods/p/eviction", "user_agent": "kubectl",
 		"body": "0123456789", "body_base64": "", "body_cut": true, "body_left_out": "",
 	}
 	if diff := cmp.Diff(want, logged[0].ContextMap()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+	who.Identity.Wish = &impersonate.Wish{Target: &impersonate.Target{User: "bob", Groups: []string{"c"}}}
+	if err := s.Record(newRequest("GET", "/api", ""), who); err != nil {
+		t.Fatal(err)
+	}
+	line := s.logged.All()[4].ContextMap()
+	if diff := cmp.Diff([]any{"alice@example.com", "bob", []any{"c"}}, []any{line["user"], line["as"], line["as_groups"]}); diff != "" {
+		t.Errorf("acting as somebody else (-want +got):\n%s", diff)
 	}
 	if line := logged[1].ContextMap(); line["body"] != "" || line["body_left_out"] != "it may hold secrets" {
 		t.Errorf("got %v of a Secret; want no body", line)

@@ -16,6 +16,7 @@ package cache
 import (
 	"context"
 	"net/netip"
+	"sync"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
@@ -43,6 +44,10 @@ type Cache[V any] struct {
 	find    func(context.Context, Key) (V, error)
 	entries *lru.Cache[Key, answer[V]]
 	finding singleflight.Group[Key, answer[V]]
+
+	// mu is held while an answer is added, or something forgotten.
+	mu        sync.Mutex
+	forgotten int // how often something was
 }
 
 // answer is what was found out, and when it was asked.
@@ -87,8 +92,32 @@ func (c *Cache[V]) All(f func(Key, V)) {
 	}
 }
 
-// Forget removes what is known about key.
-func (c *Cache[V]) Forget(key Key) { c.entries.Remove(key) }
+// Forget removes what is known about key. The answer to a question that is under way
+// is for those who wait for it already, and nobody else.
+func (c *Cache[V]) Forget(key Key) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.forgotten++
+	c.entries.Remove(key)
+	c.finding.Forget(key)
+}
+
+// add remembers a, about key, unless something has been forgotten since it was asked
+// for.
+func (c *Cache[V]) add(key Key, a answer[V], forgotten int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if forgotten == c.forgotten {
+		c.entries.Add(key, a)
+	}
+}
+
+// timesForgotten returns how often something has been forgotten.
+func (c *Cache[V]) timesForgotten() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.forgotten
+}
 
 // ask is Get for an answer that is not there.
 func (c *Cache[V]) ask(ctx context.Context, key Key, since time.Time) (V, error) {
@@ -98,7 +127,7 @@ func (c *Cache[V]) ask(ctx context.Context, key Key, since time.Time) (V, error)
 		// All that want to know wait for the same answer. It does not end with
 		// the request of the one that happened to be first.
 		asking := c.finding.DoChan(key, func() (answer[V], error) {
-			a := answer[V]{asked: time.Now()}
+			a, forgotten := answer[V]{asked: time.Now()}, c.timesForgotten()
 			ctx, cancel := context.WithTimeout(context.Background(), tailnet.WhoIsTimeout)
 			defer cancel()
 			var err error
@@ -106,7 +135,7 @@ func (c *Cache[V]) ask(ctx context.Context, key Key, since time.Time) (V, error)
 				c.entries.Remove(key)
 				return a, err
 			}
-			c.entries.Add(key, a)
+			c.add(key, a, forgotten)
 			return a, nil
 		})
 		select {

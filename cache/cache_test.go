@@ -276,6 +276,48 @@ func TestForgottenAnswersAreAskedForAnew(t *testing.T) {
 	}
 }
 
+// What was asked before a caller was forgotten is not known about it afterwards.
+func TestWhatIsForgottenMeanwhileIsNotRemembered(t *testing.T) {
+	asked, answers := make(chan bool), make(chan int)
+	c, err := New(time.Hour, func(context.Context, Key) (int, error) {
+		asked <- true
+		return <-answers, nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan int)
+	get := func() {
+		value, err := c.Get(t.Context(), Key{}, time.Time{})
+		if err != nil {
+			t.Error(err)
+		}
+		got <- value
+	}
+	go get()
+	<-asked
+	c.Forget(Key{})
+	go get()
+	select {
+	case <-asked: // anew
+	case <-time.After(10 * time.Second):
+		t.Fatal("who comes later waits for the answer that is under way")
+	}
+	answers <- 1
+	answers <- 1
+	<-got
+	<-got
+	c.Forget(Key{})
+	go get()
+	<-asked
+	c.Forget(Key{})
+	answers <- 2
+	if value := <-got; value != 2 {
+		t.Errorf("who waits got %d; want 2", value)
+	}
+	c.All(func(_ Key, value int) { t.Errorf("%d is remembered", value) })
+}
+
 func TestHitsAndMissesAreCounted(t *testing.T) {
 	c, err := New(time.Hour, func(context.Context, Key) (int, error) { return 1, nil })
 	if err != nil {

@@ -97,6 +97,13 @@ func (r *Rails) Validate() error {
 			}
 		}
 	}
+	for option, patterns := range map[string][]string{"allow_groups": r.AllowGroups, "deny_groups": r.DenyGroups} {
+		for _, pattern := range patterns {
+			if bare, ok := strings.CutPrefix(pattern, r.GroupPrefix); ok && r.GroupPrefix != "" {
+				return fmt.Errorf("%s %q: patterns see groups without group_prefix, so write %q", option, pattern, bare)
+			}
+		}
+	}
 	for option, prefix := range map[string]string{"user_prefix": r.UserPrefix, "group_prefix": r.GroupPrefix} {
 		if err := checkPrefix(prefix); err != nil {
 			return fmt.Errorf("%s %q: %w", option, prefix, err)
@@ -223,10 +230,14 @@ func checkPrefix(prefix string) error {
 	return checkCharacters(prefix)
 }
 
-// checkCharacters returns an error unless s is printable ASCII, as all names are.
+// checkCharacters returns an error unless s is printable ASCII, as all names are, and
+// what it says.
 func checkCharacters(s string) error {
 	if strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' }) {
 		return errors.New("names hold printable ASCII characters only")
+	}
+	if _, behind, ok := strings.Cut(s, "{"); ok && strings.Contains(behind, "}") {
+		return errors.New("placeholders are not replaced here, only {$NAME}, when a Caddyfile is read")
 	}
 	return nil
 }

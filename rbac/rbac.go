@@ -210,8 +210,14 @@ func groupsOf(policy []byte, o Options) ([]string, error) {
 	for tag := range parsed.TagOwners {
 		groups = append(groups, tag)
 	}
-	if slices.Contains(groups, "") {
-		return nil, errors.New("a grant names a group without a name")
+	for _, group := range groups {
+		switch {
+		case group == "":
+			return nil, errors.New("a grant names a group without a name")
+		case strings.ContainsFunc(group, func(c rune) bool { return c < ' ' || c > '~' }):
+			// The proxy takes none, and in a comment it would be read as YAML.
+			return nil, fmt.Errorf("group %q holds a character that is not printable ASCII, and is nobody's", group)
+		}
 	}
 	slices.Sort(groups)
 	groups = slices.Compact(groups)

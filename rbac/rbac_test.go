@@ -183,6 +183,8 @@ func TestWhatIsNoPolicyFileIsAnError(t *testing.T) {
 		"", "{", "[]", `{"grants": {}}`,
 		`{"grants": [{"app": {"tailscale.com/cap/kubernetes": [{"impersonate": {"groups": "ops"}}]}}]}`,
 		`{"grants": [{"app": {"tailscale.com/cap/kubernetes": [{"impersonate": {"groups": [""]}}]}}]}`,
+		// In a comment of what is written, that would end the comment.
+		`{"grants": [{"app": {"tailscale.com/cap/kubernetes": [{"impersonate": {"groups": ["system:x\u000daggregationRule: {}"]}}]}}]}`,
 	} {
 		if got, err := rbac.FromPolicy([]byte(text), serviceAccount); err == nil || got != nil {
 			t.Errorf("%s: got %s, %v; want an error", text, got, err)

@@ -48,11 +48,12 @@ const (
 	OtherUser   Reason = "other_user"  // the caller is another user by now
 	Refused     Reason = "refused"     // the caller would be refused by now
 	Unconfirmed Reason = "unconfirmed" // for too long, nobody could tell
+	Enforced    Reason = "enforced"    // sessions have to be recorded by now, and it is not
 	Dropped     Reason = "dropped"     // operators have ended them
 )
 
 // Reasons are all of them.
-var Reasons = []Reason{LostGroup, LostTag, OtherUser, Refused, Unconfirmed, Dropped}
+var Reasons = []Reason{LostGroup, LostTag, OtherUser, Refused, Unconfirmed, Enforced, Dropped}
 
 // Ended says that requests of a caller were ended. It is the cause that their
 // contexts have.
@@ -107,6 +108,8 @@ type Request struct {
 	// mayAct is how to find out whether the caller may still act as it does, nil
 	// if it acts as itself, or has not been let through yet.
 	mayAct impersonate.StillMay
+	// unrecorded is whether it may be a session that did not have to be recorded.
+	unrecorded bool
 }
 
 // Open records a request on conn that is made as id, which was found out at asked.
@@ -138,6 +141,13 @@ func (r *Request) Require(mayAct impersonate.StillMay) {
 	mu.Lock()
 	defer mu.Unlock()
 	r.mayAct = mayAct
+}
+
+// Unrecorded has the request end as soon as its caller's sessions have to be recorded.
+func (r *Request) Unrecorded() {
+	mu.Lock()
+	defer mu.Unlock()
+	r.unrecorded = true
 }
 
 // caller is who is asked about, once for all its requests.
@@ -271,6 +281,9 @@ func (v verdict) on(r *Request, now time.Time) (sure bool, reason Reason, detail
 	switch {
 	case v.err == nil:
 		reason, detail = lost(r.ID, v.id)
+		if reason == "" && r.unrecorded && v.id.Recording.Enforce {
+			reason, detail = Enforced, fmt.Sprintf("the sessions of %s have to be recorded by now", r.ID.User)
+		}
 		return true, reason, detail
 	case apierrors.IsForbidden(v.err):
 		return true, Refused, v.err.Error()

@@ -239,6 +239,34 @@ func TestWhoLosesWhatTheAPIServerWasToldIsEnded(t *testing.T) {
 	}
 }
 
+// Only connections that may be sessions end when sessions begin to have to be recorded.
+func TestWhatIsUnrecordedEndsWhenSessionsHaveToBeRecorded(t *testing.T) {
+	for _, unrecorded := range []bool{true, false} {
+		inBubble(t, func(t *testing.T) {
+			n := newNetwork()
+			site := new(Config).NewSite(nil, nil, n.rules())
+			c := connect(t, aliceAddr)
+			request := site.Open(t.Context(), c.conn, alice, time.Now(), Exec)
+			defer request.Close()
+			if unrecorded {
+				request.Unrecorded()
+			}
+			time.Sleep(time.Minute)
+			c.wantOpen(t)
+			enforced := *alice
+			enforced.Recording.Enforce = true
+			n.knows(aliceAddr, &enforced)
+			time.Sleep(interval)
+			synctest.Wait()
+			if !unrecorded {
+				c.wantOpen(t)
+				return
+			}
+			c.wantEnded(t, Enforced, alice.User, "recorded")
+		})
+	}
+}
+
 func TestGainingSomethingEndsNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()

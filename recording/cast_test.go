@@ -143,6 +143,17 @@ func TestSilentSessionHasAHeader(t *testing.T) {
 	}
 }
 
+// What the API server sends on a stream that is no output would not be in the
+// recording, and a client may show it all the same.
+func TestWhatIsNoOutputIsNotPrinted(t *testing.T) {
+	for what, passes := range map[stream]bool{stdout: true, stderr: true, errs: true, stdin: false, resize: false} {
+		s := &Session{cast: newCast(sessionrecording.CastHeader{})}
+		if err := (*terminal)(s).fromServer(what, []byte("x")); (err == nil) != passes {
+			t.Errorf("%s: got error %v; want one: %v", what, err, !passes)
+		}
+	}
+}
+
 func TestSizes(t *testing.T) {
 	for _, tt := range []struct {
 		name   string

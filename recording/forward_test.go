@@ -4,6 +4,7 @@ package recording
 
 import (
 	"net/http"
+	"strconv"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -51,5 +52,19 @@ func TestForwardedPortsAndBytes(t *testing.T) {
 				t.Errorf("got %d bytes sent and %d received; want 10 and 9", s.sent, s.received)
 			}
 		})
+	}
+}
+
+// Of a port-forward that has no end, neither have its ports, and each is a line in
+// the log and a piece of memory.
+func TestOnlySoManyPortsAreNoted(t *testing.T) {
+	s := new(Session)
+	for i := range maxPorts + 1 {
+		if _, err := (*forwarded)(s).opened(http.Header{"Port": {strconv.Itoa(i)}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(s.ports) != maxPorts {
+		t.Errorf("%d ports are noted; want %d", len(s.ports), maxPorts)
 	}
 }

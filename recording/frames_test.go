@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"math/rand/v2"
 	"net/http"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -282,6 +283,13 @@ func TestFramesThatCannotBeUnderstood(t *testing.T) {
 	once := spdyControl(t, syn(1, "error"), syn(3, "stdin"))
 	twice := strings.TrimPrefix(spdyControl(t, syn(1, "error"), syn(3, "stdin"), syn(1, "stdout")), once)
 	huge := strings.Repeat("x", maxHeaderSize+1)
+	crowded := http.Header{"streamtype": {"stdout"}}
+	for i := range maxHeaderCount {
+		crowded["h"+strconv.Itoa(i)] = []string{"x"}
+	}
+	// The number of a stream has 31 bits. What would be the 32nd says what a frame is.
+	unnameable := []byte(spdyControl(t, syn(5, "stdout")))
+	unnameable[spdyHeader] |= 0x80
 	for _, tt := range []struct {
 		name                 string
 		protocol             func(o observer) protocol
@@ -298,6 +306,8 @@ func TestFramesThatCannotBeUnderstood(t *testing.T) {
 		{name: "SPDY: a stream without a type", protocol: spdyStreams, client: spdyControl(t, &spdy.SynStreamFrame{StreamId: 1, Headers: http.Header{}}), mention: `unknown type ""`},
 		{name: "SPDY: a stream that is opened twice", protocol: spdyStreams, clientBefore: once, client: twice, mention: "stream 1 is opened twice"},
 		{name: "SPDY: headers that are too long", protocol: spdyStreams, client: spdyControl(t, syn(1, huge)), mention: "cannot be read"},
+		{name: "SPDY: more headers than a stream has", protocol: spdyStreams, client: spdyControl(t, &spdy.SynStreamFrame{StreamId: 1, Headers: crowded}), mention: "cannot be read"},
+		{name: "SPDY: a stream with a number that no data can have", protocol: spdyStreams, client: string(unnameable), mention: "no frame can name"},
 		{name: "SPDY: too many streams", protocol: spdyStreams, clientBefore: enough, client: tooMany, mention: "more than 16"},
 		{name: "SPDY: a stream that the server opens", protocol: spdyStreams, clientBefore: opening(t), server: spdyControl(t, syn(2, "stdout")), mention: "opened"},
 		{name: "SPDY: another version", protocol: spdyStreams, client: raw(2, 6, "\x00\x00\x00\x01"), mention: "version 2"},
@@ -315,6 +325,8 @@ func TestFramesThatCannotBeUnderstood(t *testing.T) {
 		{name: "WebSocket: a channel's byte where digits are spoken", protocol: base64Session, server: wsServer("\x01x"), mention: "channel"},
 		{name: "WebSocket: no base64", protocol: base64Session, server: wsServer("1***"), mention: "base64"},
 		{name: "WebSocket: base64 in parts", protocol: base64Session, serverBefore: ws(opText, false, "1eA=="), server: ws(0x80|opContinuation, false, "eA=="), mention: "in parts"},
+		{name: "WebSocket: a message of the client in parts", protocol: binaryChannels, client: ws(opBinary, true, "\x00x"), mention: "in parts"},
+		{name: "WebSocket: the rest of a message of the client", protocol: binaryChannels, client: ws(0x80|opContinuation, true, "\x04{}"), mention: "in parts"},
 		{name: "WebSocket: compressed", protocol: binaryChannels, server: ws(0x80|0x40|opBinary, false, "\x01x"), mention: "reserved"},
 		{name: "WebSocket: an unknown opcode", protocol: binaryChannels, server: ws(0x80|3, false, "\x01x"), mention: "opcode 3"},
 		{name: "WebSocket: an unknown control opcode", protocol: binaryChannels, server: ws(0x80|11, false, "x"), mention: "opcode 11"},

@@ -5,6 +5,8 @@ package recording
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -13,6 +15,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"go.uber.org/zap"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording/recordertest"
 )
 
@@ -162,6 +167,105 @@ func TestDialTriesOtherPorts(t *testing.T) {
 		}
 		if tries != 3 || time.Since(began) != 2*dialAttempt {
 			t.Errorf("%d tries took %v", tries, time.Since(began))
+		}
+	})
+}
+
+// What is opened once nobody needs it any more would stay open.
+func TestAConnectionThatComesTooLateIsClosed(t *testing.T) {
+	recorder, proxy := net.Pipe()
+	c := new(connections)
+	c.dial = func(context.Context, string, string) (net.Conn, error) {
+		c.close()
+		return proxy, nil
+	}
+	if _, err := c.dialOnce(t.Context(), "tcp", first.String()); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("got error %v; want %v", err, net.ErrClosed)
+	}
+	_ = recorder.SetReadDeadline(time.Now()) // which fails on what is closed
+	if _, err := recorder.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("the recorder reads %v; want %v", err, io.EOF)
+	}
+}
+
+// closer is an upload whose end is sent, or fails to be.
+type closer struct {
+	io.Writer
+	err error
+}
+
+// Close implements [io.Closer].
+func (c closer) Close() error { return c.err }
+
+// What the recorder has not said that it has, may be missing.
+func TestARecordingIsCompleteWhenTheRecorderSaysSo(t *testing.T) {
+	broken := errors.New("broken")
+	for _, tt := range []struct {
+		name  string
+		close error
+		ended bool
+		err   error // that it ends with
+		want  string
+	}{
+		{"it says so", nil, true, nil, "<nil>"},
+		{"it says otherwise", nil, true, broken, "broken"},
+		{"it cannot be asked", broken, true, nil, "broken"},
+		{"it says nothing", nil, false, nil, "it does not confirm the recording"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				u := &upload{WriteCloser: closer{err: tt.close}, ended: make(chan struct{}), abort: func() {}, conns: new(connections), err: tt.err}
+				if tt.ended {
+					close(u.ended)
+				}
+				if got := fmt.Sprint(u.complete()); got != tt.want {
+					t.Errorf("got %s; want %s", got, tt.want)
+				}
+			})
+		})
+	}
+}
+
+// A recorder that ends a recording by itself has no more of it than one that is gone.
+func TestASessionEndsWithARecordingThatItNeeds(t *testing.T) {
+	t.Run("ended without an error", func(t *testing.T) {
+		s := &Session{enforce: true, log: zap.NewNop(), upload: &upload{ended: make(chan struct{}), abort: func() {}, conns: new(connections)}}
+		close(s.upload.ended)
+		s.watch()
+		if !errors.Is(s.reason, errRecorderLost) {
+			t.Errorf("got %v as the reason to end; want %v", s.reason, errRecorderLost)
+		}
+	})
+	t.Run("gone", func(t *testing.T) {
+		r, dial := startRecorder(t)
+		site := &Site{Logger: zap.NewNop(), Count: func(Outcome) {}}
+		_, s, refused := site.Begin(execRequest(t), caller(impersonate.Recording{Recorders: []netip.AddrPort{first}, Enforce: true}, dial))
+		if refused != nil {
+			t.Fatal(refused)
+		}
+		defer s.Close()
+		r.Cut()
+		reason := func() error {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.reason
+		}
+		for deadline := time.Now().Add(10 * time.Second); reason() == nil; time.Sleep(10 * time.Millisecond) { // between two looks
+			if time.Now().After(deadline) {
+				t.Fatal("the session goes on")
+			}
+		}
+		if !errors.Is(reason(), errRecorderLost) {
+			t.Errorf("got %v as the reason to end; want %v", reason(), errRecorderLost)
+		}
+		// And nothing that is printed passes.
+		s.cast = newCast(s.header, s.sinks...)
+		if err := s.cast.output(stdout, []byte("x")); err != nil && !errors.Is(err, errRecorderLost) {
+			t.Error(err)
+		}
+		<-s.sinks[0].dead
+		if err := s.cast.output(stdout, []byte("x")); !errors.Is(err, errRecorderLost) {
+			t.Errorf("got error %v; want %v", err, errRecorderLost)
 		}
 	})
 }

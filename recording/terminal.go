@@ -29,7 +29,8 @@ func (t *terminal) opened(h streamHeader) (stream, error) {
 
 // fromClient implements observer.
 func (t *terminal) fromClient(s stream, p []byte) error {
-	if s != resize {
+	// Without a terminal nothing has a size, whatever the client says.
+	if s != resize || !t.tty {
 		return nil
 	}
 	return t.sizes.add(p, t.cast.resize)

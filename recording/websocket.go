@@ -142,6 +142,12 @@ func (w *webSocket) next(m *message, b []byte, fromClient bool) (f wsFrame, offs
 	switch f.opcode {
 	case opClose, opPing, opPong:
 		return f, -1, nil
+	}
+	// Kubernetes takes each frame for a message of its own.
+	if fromClient && !w.whole && (!f.final || f.opcode == opContinuation) {
+		return f, -1, errors.New("a WebSocket message that is sent in parts")
+	}
+	switch f.opcode {
 	case opContinuation:
 		if !m.unfinished {
 			return f, -1, errors.New("a WebSocket frame that continues no message")

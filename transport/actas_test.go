@@ -169,6 +169,10 @@ func TestWhoMayNotActAsSomebodyElseIsNotSent(t *testing.T) {
 		{"200, which a review never is", nil, func(w http.ResponseWriter) { fmt.Fprint(w, `{"status":{"allowed":true}}`) }, 503, []string{"200 OK"}},
 		{"nonsense", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated); fmt.Fprint(w, `{"status":`) }, 503, []string{"reading the API server's answer"}},
 		{"an empty answer", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated) }, 503, []string{"reading the API server's answer"}},
+		{"an answer without end", nil, func(w http.ResponseWriter) {
+			w.WriteHeader(http.StatusCreated)
+			fmt.Fprintf(w, `{"status":{"allowed":true,"reason":"%s"}}`, strings.Repeat("x", maxReview))
+		}, 503, []string{"reading the API server's answer"}},
 		{"an answer without a status", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated); fmt.Fprint(w, `{}`) }, 403, []string{"cannot impersonate"}},
 		{"no answer", nil, func(http.ResponseWriter) { panic(http.ErrAbortHandler) }, 503, []string{"does not answer"}},
 	} {
@@ -191,9 +195,44 @@ func TestAReviewNeedsCredentials(t *testing.T) {
 	tr := newTransport(t, trusting(s.apiServer, map[string]any{"tokenFile": writeFile(t, "token", "")}))
 	checkRefused(t, roundTrip(t, tr, newActing().request(s, "/api/v1/pods")), 503, "no credentials")
 	s.none(t)
+	// Nor when the right is asked for again, for which nothing else is sent.
+	if _, err := tr.cluster.review(t.Context(), s.Listener.Addr().String(), userAgent, new(authorizationv1.SubjectAccessReview)); err == nil {
+		t.Error("a review without credentials is no error")
+	}
 	if len(s.asked) > 0 {
 		t.Error("a review was sent without credentials")
 	}
+}
+
+// Of several API servers, one may not have heard yet what another knows.
+func TestTheServerThatIsSentToIsAsked(t *testing.T) {
+	first, second := newReviewingServer(t), newReviewingServer(t, "impersonate")
+	tr := newTransport(t, trusting(first.apiServer, token))
+	roundTrip(t, tr, newActing().request(second, "/api/v1/pods"))
+	second.one(t)
+	if len(first.asked) > 0 || len(second.asked) == 0 {
+		t.Errorf("the cluster's own address was asked %d times, the server that is sent to %d times; want that only", len(first.asked), len(second.asked))
+	}
+}
+
+// An answer is used for as long as the one to the question who the caller is.
+func TestAnAnswerIsAsOldAsTheWishAllows(t *testing.T) {
+	s := newReviewingServer(t, "impersonate")
+	tr := newTransport(t, trusting(s.apiServer, token))
+	a := newActing()
+	a.Wish.MaxAge = time.Hour
+	roundTrip(t, tr, a.request(s, "/api/v1/pods"))
+	asked := len(s.asked)
+	s.allows()
+	a.Wish.MaxAge = time.Hour
+	roundTrip(t, tr, a.request(s, "/api/v1/pods"))
+	// What is not remembered, as it was a no, is asked for every time.
+	if n := len(s.take()); n != 2 || len(s.asked) >= 2*asked {
+		t.Errorf("%d requests were sent, after %d and %d questions; want both, and no question twice", n, asked, len(s.asked)-asked)
+	}
+	a.Wish.MaxAge = 0
+	checkRefused(t, roundTrip(t, tr, a.request(s, "/api/v1/pods")), 403, "cannot impersonate")
+	s.none(t)
 }
 
 // Whoever has been let through is told how to ask again, and gets the answer of the
