@@ -540,6 +540,25 @@ func TestTheAdminAPIDropsCallers(t *testing.T) {
 	}
 }
 
+// Who is dropped while a node is asked about it is asked about anew: the answer may be
+// from before.
+func TestWhoIsDroppedWhileItIsAskedAboutIsAskedAboutAnew(t *testing.T) {
+	n := newChanging()
+	ttl := caddy.Duration(time.Hour)
+	h := registered(t, caddyfile.Config{CacheTTL: &ttl}, n.Node)
+	answer := n.Ask
+	n.Ask = func(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
+		who, err := answer(ctx, remote, local)
+		n.Ask = answer
+		h.forget(remote, local)
+		n.says(mallory(), nil)
+		return who, err
+	}
+	request := over()
+	wantUser(t, h, request(), "alice@example.com")
+	wantUser(t, h, request(), "mallory@example.com")
+}
+
 // After reloads the admin API knows the handlers of the config that runs, and the
 // counts are those of all of them together.
 func TestOperatorsSeeTheRunningConfig(t *testing.T) {

@@ -328,3 +328,13 @@ func BenchmarkOutput(b *testing.B) {
 		b.Fatal(err)
 	}
 }
+
+// What is no terminal has no size, whatever its client says.
+func TestWithoutATerminalNoSizeIsRecorded(t *testing.T) {
+	if err := (*terminal)(new(Session)).fromClient(resize, []byte(`{"Width":200,"Height":50}`)); err != nil {
+		t.Error(err)
+	}
+	if err := (*terminal)(new(Session)).fromClient(resize, []byte("no size")); err != nil {
+		t.Errorf("what is not looked at is an error: %v", err)
+	}
+}

@@ -226,9 +226,35 @@ func TestARecordingIsCompleteWhenTheRecorderSaysSo(t *testing.T) {
 	}
 }
 
-// A recorder that ends a recording by itself has no more of it than one that is gone.
+// A session goes on with what is recorded of it, and not without: nothing that is
+// printed passes once it cannot be.
 func TestASessionEndsWithARecordingThatItNeeds(t *testing.T) {
-	t.Run("ended without an error", func(t *testing.T) {
+	// nothingPasses fails t unless what s prints is an error once its sink is dead.
+	nothingPasses := func(t *testing.T, s *Session, want error) {
+		t.Helper()
+		s.cast = newCast(s.header, s.sinks...)
+		if err := s.cast.output(stdout, []byte("x")); err != nil && !errors.Is(err, want) {
+			t.Error(err)
+		}
+		<-s.sinks[0].dead
+		if err := s.cast.output(stdout, []byte("x")); !errors.Is(err, want) {
+			t.Errorf("got error %v; want %v", err, want)
+		}
+	}
+	t.Run("its file cannot be written", func(t *testing.T) {
+		site := &Site{Dir: t.TempDir(), Logger: zap.NewNop(), Count: func(Outcome) {}}
+		_, s, refused := site.Begin(execRequest(t), caller(impersonate.Recording{}, nobody))
+		if refused != nil {
+			t.Fatal(refused)
+		}
+		defer s.Close()
+		if err := s.file.Close(); err != nil { // as if the disk were gone
+			t.Fatal(err)
+		}
+		nothingPasses(t, s, errFileLost)
+	})
+	// A recorder that ends a recording by itself has no more of it than one that is gone.
+	t.Run("its recorder has ended it", func(t *testing.T) {
 		s := &Session{enforce: true, log: zap.NewNop(), upload: &upload{ended: make(chan struct{}), abort: func() {}, conns: new(connections)}}
 		close(s.upload.ended)
 		s.watch()
@@ -236,7 +262,7 @@ func TestASessionEndsWithARecordingThatItNeeds(t *testing.T) {
 			t.Errorf("got %v as the reason to end; want %v", s.reason, errRecorderLost)
 		}
 	})
-	t.Run("gone", func(t *testing.T) {
+	t.Run("its recorder is gone", func(t *testing.T) {
 		r, dial := startRecorder(t)
 		site := &Site{Logger: zap.NewNop(), Count: func(Outcome) {}}
 		_, s, refused := site.Begin(execRequest(t), caller(impersonate.Recording{Recorders: []netip.AddrPort{first}, Enforce: true}, dial))
@@ -258,14 +284,6 @@ func TestASessionEndsWithARecordingThatItNeeds(t *testing.T) {
 		if !errors.Is(reason(), errRecorderLost) {
 			t.Errorf("got %v as the reason to end; want %v", reason(), errRecorderLost)
 		}
-		// And nothing that is printed passes.
-		s.cast = newCast(s.header, s.sinks...)
-		if err := s.cast.output(stdout, []byte("x")); err != nil && !errors.Is(err, errRecorderLost) {
-			t.Error(err)
-		}
-		<-s.sinks[0].dead
-		if err := s.cast.output(stdout, []byte("x")); !errors.Is(err, errRecorderLost) {
-			t.Errorf("got error %v; want %v", err, errRecorderLost)
-		}
+		nothingPasses(t, s, errRecorderLost)
 	})
 }

@@ -227,6 +227,30 @@ func TestWhatWasAllowedIsRememberedAsLongAsItMay(t *testing.T) {
 	})
 }
 
+// What the API server took long to answer may have been withdrawn meanwhile.
+func TestAnAnswerIsAsOldAsItsQuestion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newReviewer(t)
+		answer, asked := answering(allowed, nil)
+		ask := func(ctx context.Context, review *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
+			time.Sleep(time.Second)
+			return answer(ctx, review)
+		}
+		q := asBob("/api/v1/pods")
+		q.Since = q.Since.Add(time.Second / 2)
+		for range 2 {
+			*asked = nil
+			if _, refused := r.Authorize(t.Context(), ask, q); refused != nil {
+				t.Fatal(refused)
+			}
+			if len(*asked) == 0 {
+				t.Error("the API server was not asked again")
+			}
+			q.Since = q.Since.Add(time.Second) // while the second of two reviews was under way
+		}
+	})
+}
+
 func TestWhatWasNotAllowedIsNotRemembered(t *testing.T) {
 	r := newReviewer(t)
 	q := asBob("/api/v1/pods")

@@ -222,6 +222,14 @@ func TestKubeconfigDownload(t *testing.T) {
 	if config.Host != "https://k8s.example.ts.net" {
 		t.Errorf("got server %s", config.Host)
 	}
+
+	// The name is the client's to say, and may end the one that stands here.
+	f := alice()
+	f.Server = `https://a".exe;x="b`
+	resp, _ = get(t, f, "GET", "/whoami?kubeconfig", browser)
+	if got, want := resp.Header.Get("Content-Disposition"), `attachment; filename="a-.exe-x--b.kubeconfig"`; got != want {
+		t.Errorf("got Content-Disposition %q; want %q", got, want)
+	}
 }
 
 // Clients say what they take in many ways; a browser gets the page.

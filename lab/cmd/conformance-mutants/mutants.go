@@ -9,6 +9,11 @@ package main
 // not the node's own, and those are refused.
 var table = []file{
 	{"module.go", ".", []mutant{
+		{name: "what is no path is refused", old: "	if !apirequest.IsPath(r.URL) {", new: "	if false && apirequest.IsPath(r.URL) {"},
+		{name: "a session that has to be recorded by now ends", old: "		request.Unrecorded()\n", new: ""},
+		{name: "who was dropped meanwhile is asked about anew", old: "newDecision(h, key.Node, peer, id, asked, drops)", new: "newDecision(h, key.Node, peer, id, asked, h.drops.Load()+0*drops)"},
+		{name: "the answer to a session is the API server's", old: "	return h.explain(answer, r, next.ServeHTTP(w, r))", new: "	_ = answer\n\treturn h.explain(w, r, next.ServeHTTP(w, r))"},
+		{name: "it is noted whether a session is sent", old: "		ctx = session.Watch(ctx)\n", new: ""},
 		{name: "what the client says is removed", old: "asked := impersonate.StripClient(r.Header)", new: `asked := ""`, by: attacks},
 		{name: "protocols are looked at", old: "if refused = checkProtocol(r); refused != nil {", new: "if false {", by: attacks},
 		{name: "HTTP/3 is refused", old: "if r.ProtoMajor > 2 {", new: "if false {"},
@@ -126,6 +131,8 @@ var table = []file{
 		{name: "a target's extra fields replace none of the caller's", old: "	maps.Copy(out.Extra, target.Extra)\n\tmaps.Copy(out.Extra, id.Extra)\n", new: "	maps.Copy(out.Extra, id.Extra)\n\tmaps.Copy(out.Extra, target.Extra)\n"},
 	}},
 	{"guard/guard.go", "./guard", []mutant{
+		{name: "a placeholder that is not replaced is an error", old: "ok && strings.Contains(behind, \"}\")", new: "ok && strings.Contains(behind, \"}}}\")"},
+		{name: "a pattern with group_prefix, which no name has yet, is an error", old: "ok && r.GroupPrefix != \"\"", new: "ok && r.GroupPrefix != \"\" && bare == \"{\""},
 		{name: "deny_shared", old: "if r.DenyShared && p.Shared {", new: "if false {"},
 		{name: "deny_tags", old: "if pattern.Any(r.DenyTags, tag) {", new: "if false {"},
 		{name: "allow_tags", old: "if !slices.ContainsFunc(p.Tags, func(tag string) bool { return pattern.Any(r.AllowTags, tag) }) {", new: "if false {"},
@@ -196,6 +203,8 @@ var table = []file{
 		{name: "a node is one, however many its listeners", old: "if s == nil || seen[s] {", new: "if s == nil {"},
 	}},
 	{"cache/cache.go", "./cache", []mutant{
+		{name: "what is forgotten meanwhile is not remembered", old: "	if forgotten == c.forgotten {", new: "	if true {"},
+		{name: "what is forgotten is asked about anew by all", old: "	c.finding.Forget(key)\n", new: ""},
 		{name: "an answer is not older than the connection", old: "ok && !a.asked.Before(since) && ", new: "ok && "},
 		{name: "an answer expires", old: " && now.Sub(a.asked) < c.ttl {", new: " {"},
 		{name: "without a ttl every request asks", old: "	if c.ttl == 0 {\n\t\tsince = now\n\t}\n", new: "	_ = now\n"},
@@ -206,6 +215,8 @@ var table = []file{
 		{name: "who waits for an answer waits no longer than that", old: "		case <-ctx.Done():\n\t\t\tvar none V\n\t\t\treturn none, ctx.Err()\n", new: "		case <-context.Background().Done():\n\t\t\tvar none V\n\t\t\treturn none, ctx.Err()\n"},
 	}},
 	{"recheck/recheck.go", "./recheck", []mutant{
+		{name: "a session that has to be recorded by now ends", old: "reason == \"\" && r.unrecorded &&", new: "false &&"},
+		{name: "what is no session need not be recorded", old: "reason == \"\" && r.unrecorded &&", new: "reason == \"\" &&"},
 		{name: "another user is one", old: "	if has.User != had.User {", new: "	if false {"},
 		{name: "a group that is lost is missed", old: "if !slices.Contains(has.Groups, group) {", new: "if false && !slices.Contains(has.Groups, group) {"},
 		{name: "who is refused is ended", old: "	case apierrors.IsForbidden(v.err):\n", new: "	case false && apierrors.IsForbidden(v.err):\n"},
@@ -252,6 +263,10 @@ var table = []file{
 		{name: "an ambiguous path is an error", old: "	if info.Ambiguous && !m.wantsAmbiguous() {", new: "	if false {"},
 	}},
 	{"apirequest/apirequest.go", "./apirequest", []mutant{
+		{name: "an upgrade to nothing is none", old: " && protocols[0] != \"\"", new: ""},
+		{name: "what is opaque is no path", old: "u.Opaque == \"\" && (u.Path", new: "(u.Path"},
+		{name: "the server as a whole is no path", old: "(u.Path == \"\" || u.Path[0] == '/')", new: "true"},
+		{name: "a path with .. leads elsewhere", old: "segment == \".\" || segment == \"..\" {", new: "segment == \".\" {"},
 		{name: "an odd path is ambiguous", old: "err != nil || isAmbiguous(r.URL)", new: "err != nil"},
 		{name: "a path that ends early is ambiguous", old: "err != nil || isAmbiguous(r.URL)", new: "err != nil && false || isAmbiguous(r.URL)"},
 		{name: "an upgrade is interactive", old: "	return upgrade\n}", new: "	return false\n}"},
@@ -262,17 +277,21 @@ var table = []file{
 		{name: "a session that cannot be recorded does not begin", old: "\t\tif s.enforce {\n\t\t\treturn refusal.", new: "\t\tif false {\n\t\t\treturn refusal."},
 	}},
 	{"recording/terminal.go", "./recording", []mutant{
+		{name: "what is no terminal has no size", old: " || !t.tty {", new: " {"},
 		{name: "data on a stream of unknown type ends the session", old: "	if !slices.Contains([]stream{stdin, stdout, stderr, errs, resize}, what) {", new: "	if !slices.Contains([]stream{stdin, stdout, stderr, errs, resize}, what) && false {"},
 	}},
 	{"recording/spdy.go", "./recording", []mutant{
 		{name: "data on an unknown stream ends the session", old: "	if !ok && !s.anyStream {", new: "	if !ok && false {"},
 	}},
 	{"recording/websocket.go", "./recording", []mutant{
+		{name: "a client's message is whole", old: "fromClient && !w.whole && (!f.final || f.opcode == opContinuation)", new: "false"},
+		{name: "a client's message does not begin with its end", old: "(!f.final || f.opcode == opContinuation)", new: "!f.final"},
 		{name: "an unknown opcode ends the session", old: "		return f, -1, fmt.Errorf(\"a WebSocket frame with the unknown opcode %d\", f.opcode)\n", new: ""},
 		{name: "data on an unknown channel ends the session", old: "; !known {", new: "; !known && false {"},
 		{name: "a message within another ends the session", old: "		if m.unfinished {\n\t\t\treturn f, -1, errors.New(\"a WebSocket message within", new: "		if false {\n\t\t\treturn f, -1, errors.New(\"a WebSocket message within"},
 	}},
 	{"recording/conn.go", "./recording .", []mutant{
+		{name: "a busy pod does not keep a session", old: "	c.cancel()\n", new: "", by: "."},
 		{name: "what cannot be understood ends the session", old: "	if refused != nil {\n\t\tc.end(refused)\n\t}\n", new: ""},
 	}},
 	{"recording/session.go", "./recording .", []mutant{
@@ -298,6 +317,8 @@ var table = []file{
 		{name: "an ambiguous path is not for kubectl --as", old: "	if q.Request.Ambiguous {", new: "	if false {"},
 	}},
 	{"transport/transport.go", "./transport", []mutant{
+		{name: "what is no path is not sent", old: "!apirequest.IsPath(r.URL) || t", new: "t"},
+		{name: "nothing leaves the cluster's path", old: " || t.anonymous.base.Path != \"\" && apirequest.HasDotSegments(r.URL) {", new: " {"},
 		{name: "what is sent is what a matcher decided about", old: "	if refused := decided.Check(r); refused != nil {", new: "	if false {\n\t\trefused := decided.Check(r)", by: ". ./transport"},
 		{name: "what is sent is what is recorded", old: "	if err := recording.Confirm(r); err != nil {", new: "	if false {\n\t\terr := recording.Confirm(r)", by: ". ./transport"},
 		{name: "who may not act as somebody else does not", old: "refused = t.actAs(r, id); refused != nil {", new: "refused = t.actAs(r, id); false {", by: "./transport"},
@@ -365,6 +386,12 @@ var table = []file{
 	{"transport/source.go", "./transport", []mutant{
 		{name: "in_cluster and kubeconfig exclude each other", old: "	if s.InCluster && s.Kubeconfig != \"\" {", new: "	if false {"},
 		{name: "a context is a kubeconfig's", old: "	if s.Context != \"\" && s.Kubeconfig == \"\" {", new: "	if false {"},
+	}},
+	{"rbac/rbac.go", "./rbac", []mutant{
+		{name: "a group that nobody can have is not written", old: "c < ' ' || c > '~'", new: "false"},
+	}},
+	{"apievents/apievents.go", "./apievents", []mutant{
+		{name: "an upgrade does not hide a body", old: "	case isPassedOn(info):", new: "	case info.Interactive:"},
 	}},
 	{"decision.go", ".", []mutant{
 		{name: "placeholders are those of the last handler", old: "	if _, taken := repl.Get(userID); !taken {\n\t\trepl.Map(d.get)\n\t\treturn\n\t}\n", new: "	if true {\n\t\trepl.Map(d.get)\n\t\treturn\n\t}\n"},
