@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.uber.org/zap"
@@ -235,7 +236,11 @@ func TestAGrantedWishIsJudgedByTheNewConfig(t *testing.T) {
 	err := before.ServeHTTP(noAnswer{}, newRequest("GET", "http://k8s/api", "Impersonate-User", "bob"), nextFunc(func(_ http.ResponseWriter, r *http.Request) error {
 		id, _ := impersonate.FromContext(r.Context())
 		id.Wish.Granted(func(context.Context, *impersonate.Identity, time.Time) error { return nil })
-		newHandler(t, caddyfile.Config{RecheckInterval: &interval}, aliceNode()).sites.Run()
+		after := newHandler(t, caddyfile.Config{RecheckInterval: &interval}, aliceNode())
+		defer after.Cleanup()
+		if err := (started{after, new(caddyhttp.Server)}).Handle(t.Context(), caddy.Event{}); err != nil {
+			t.Error(err)
+		}
 		select {
 		case <-r.Context().Done():
 			ended = context.Cause(r.Context())

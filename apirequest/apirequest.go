@@ -135,7 +135,7 @@ func isInteractive(i Info, upgrade bool) bool {
 		switch {
 		case i.Verb == "proxy", i.Subresource == "ephemeralcontainers" && i.Verb != "get":
 			return true
-		case i.Verb == "watch" && i.Subresource == "", i.Resource == "pods" && i.Subresource == "log":
+		case i.Verb == "watch" && i.Subresource == "", i.APIGroup == "" && i.Resource == "pods" && i.Subresource == "log":
 			// These stream one way, over a WebSocket to a browser.
 			return false
 		}

@@ -123,7 +123,6 @@ var errNotRecorded = errors.New("the connection was accepted by a server that do
 // reports the remote address that its client wrote. Such a connection is
 // refused, as is one that ends in a socket of the host.
 func accepted(c net.Conn) (*Conn, error) {
-	outermost := c
 	for {
 		switch layer := c.(type) {
 		case *gonet.TCPConn:
@@ -133,7 +132,7 @@ func accepted(c net.Conn) (*Conn, error) {
 			if err != nil {
 				return nil, err
 			}
-			return conn, notAccepted(outermost, c)
+			return conn, fmt.Errorf("the connection from %v was not accepted by a tailnet node (it is a %T)", c.RemoteAddr(), c)
 		case *tls.Conn:
 			c = layer.NetConn()
 		default:
@@ -142,15 +141,14 @@ func accepted(c net.Conn) (*Conn, error) {
 				inner, _ = embedded(c, "Conn").(net.Conn)
 			}
 			if inner == nil {
-				return nil, notAccepted(outermost, c)
+				// Not even its address is asked for: with the PROXY protocol, the
+				// answer waits for the client, and the server accepts nobody else
+				// meanwhile.
+				return nil, fmt.Errorf("the connection was not accepted by a tailnet node (it is a %T)", c)
 			}
 			c = inner
 		}
 	}
-}
-
-func notAccepted(outermost, innermost net.Conn) error {
-	return fmt.Errorf("the connection from %v was not accepted by a tailnet node (it is a %T)", outermost.RemoteAddr(), innermost)
 }
 
 func tailnetConn(c net.Conn) (*Conn, error) {

@@ -144,6 +144,31 @@ func TestProxyProtocolIsRefused(t *testing.T) {
 	refusedConn(t, tls.Server(rewritten, nil), "proxyproto.Conn")
 }
 
+// addressless is a connection that must not be asked for its addresses.
+type addressless struct {
+	net.Conn
+	t *testing.T
+}
+
+func (c addressless) RemoteAddr() net.Addr {
+	c.t.Error("its remote address was asked for")
+	return nil
+}
+
+func (c addressless) LocalAddr() net.Addr {
+	c.t.Error("its local address was asked for")
+	return nil
+}
+
+// The PROXY protocol's wrapper knows no address before its client has sent one, and
+// whoever asks waits for that: here, the loop in which the server accepts everybody.
+func TestAClientThatSaysNothingDoesNotHoldUpTheServer(t *testing.T) {
+	_, accepted := connect(t, peer4, node4)
+	c := addressless{accepted, t}
+	refusedConn(t, c, "addressless")
+	refusedConn(t, tls.Server(c, nil), "addressless")
+}
+
 // Funnel's traffic comes from the internet, relayed by a node of Tailscale's.
 func TestFunnelIsRefused(t *testing.T) {
 	_, accepted := connect(t, peer4, node4)
