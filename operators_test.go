@@ -331,6 +331,7 @@ func TestWhoamiIsForCallersOnly(t *testing.T) {
 		{"another host", []*tailnet.Node{silentNode(t)}, newRequest("GET", "http://evil/whoami"), forbidden},
 		{"a script of another site", []*tailnet.Node{silentNode(t)}, newRequest("GET", "https://k8s/whoami", "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "cors", "Sec-Fetch-Dest", "empty"), forbidden},
 		{"a frame of another site", []*tailnet.Node{silentNode(t)}, newRequest("GET", "https://k8s/whoami", "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "iframe"), forbidden},
+		{"a script of another site, as a document", []*tailnet.Node{silentNode(t)}, newRequest("GET", "https://k8s/whoami", "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "no-cors", "Sec-Fetch-Dest", "document"), forbidden},
 		{"with another origin", []*tailnet.Node{silentNode(t)}, newRequest("GET", "https://k8s/whoami", "Origin", "https://evil", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "document"), forbidden},
 		{"over HTTP/3", []*tailnet.Node{silentNode(t)}, http3, refusedWith{http.StatusMisdirectedRequest, "MisdirectedRequest", ""}},
 		{"POST", []*tailnet.Node{silentNode(t)}, newRequest("POST", "https://k8s/whoami"), refusedWith{http.StatusMethodNotAllowed, "MethodNotAllowed", ""}},
@@ -535,8 +536,12 @@ func TestTheAdminAPIDropsCallers(t *testing.T) {
 			wantUser(t, h, idle(), "mallory@example.com")
 		})
 	}
-	if err := admin(t, "DELETE", "/tailscale_impersonate/peers/nobody", nil); status(err) != http.StatusNotFound {
-		t.Errorf("nobody: got %v; want 404", err)
+	// And nobody else is, who is remembered as well.
+	wantUser(t, registered(t, caddyfile.Config{}, aliceNode()), over()(), "alice@example.com")
+	for _, name := range []string{"nobody", "lap", "100.64.0.3"} {
+		if err := admin(t, "DELETE", "/tailscale_impersonate/peers/"+name, nil); status(err) != http.StatusNotFound {
+			t.Errorf("%s: got %v; want 404", name, err)
+		}
 	}
 }
 

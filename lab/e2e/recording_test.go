@@ -363,6 +363,52 @@ func TestNothingRunsForWhoeverKeepsTheBodyBack(t *testing.T) {
 	}
 }
 
+// A command has begun to run before its client is answered. Whenever the client leaves,
+// nothing has run that no recording names.
+func TestWhoeverLeavesBeforeTheAnswerIsRecorded(t *testing.T) {
+	useRecorder(t, recordertest.V2)
+	dir := t.TempDir()
+	for i := range 40 {
+		conn := dial(t, theLab.Callers["gus"].Server, lab.ProxyName+":80")
+		if _, err := io.WriteString(conn, get(fmt.Sprintf("/api/v1/namespaces/default/pods/%s/exec?stdout=true&command=touch&command=%s/%d", lab.Pod, dir, i),
+			"Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Protocol: v4.channel.k8s.io",
+			"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13")); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Duration(i) * time.Millisecond) // another moment each time
+		_ = conn.Close()
+	}
+	named := make(map[string]string)
+	var ran []os.DirEntry
+	eventually(t, "all that ran is in recordings", func() error {
+		for _, r := range sessions.Take() {
+			select {
+			case <-r.Ended():
+			case <-time.After(10 * time.Second):
+				t.Fatal("a recording does not end")
+			}
+			if b := r.Bytes(); len(b) > 0 {
+				c := parseCast(t, b)
+				named[c.header.Command] = c.header.SrcNodeUser
+			}
+		}
+		var err error
+		if ran, err = os.ReadDir(dir); err != nil {
+			return err
+		}
+		if len(ran) == 0 {
+			return errors.New("nothing has run")
+		}
+		for _, file := range ran {
+			if command := "touch " + filepath.Join(dir, file.Name()); named[command] != "gus@example.com" {
+				return fmt.Errorf("%q ran, and recordings name %q", command, named)
+			}
+		}
+		return nil
+	})
+	t.Logf("%d of 40 commands ran, and %d are recorded", len(ran), len(named))
+}
+
 func TestASessionThatNeedNotBeRecordedGoesOnWithout(t *testing.T) {
 	for _, p := range protocols {
 		t.Run(p.name, func(t *testing.T) {

@@ -173,7 +173,7 @@ var requests = []file{
 	}},
 	{"tailnet/conn.go", "./tailnet", []mutant{
 		{name: "only Caddy's own layers are taken off", old: "			if isCaddys(c) {", new: "			if true {"},
-		{name: "a connection of no node is refused", old: "			if inner == nil {\n\t\t\t\treturn nil, ", new: "			if inner == nil {\n\t\t\t\treturn &Conn{}, nil\n\t\t\t\treturn nil, "},
+		{name: "a connection of no node is refused", old: "				return nil, fmt.Errorf(\"the connection was not", new: "				return &Conn{}, nil\n\t\t\t\treturn nil, fmt.Errorf(\"the connection was not"},
 		{name: "a connection without a remote address is refused", old: "	remote, err := addrPort(c.RemoteAddr())\n\tif err != nil {", new: "	remote, err := addrPort(c.RemoteAddr())\n\tif false {"},
 		{name: "a connection without a local address is refused", old: "	local, err := addrPort(c.LocalAddr())\n\tif err != nil {", new: "	local, err := addrPort(c.LocalAddr())\n\tif false {"},
 		{name: "a connection that has ended has no address", old: "	if a == nil {", new: "	if false {"},

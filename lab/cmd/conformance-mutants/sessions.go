@@ -6,6 +6,7 @@ package main
 // is sent, and of what a caller and an operator are told.
 var sessions = []file{
 	{"module.go", ".", []mutant{
+		{name: "open requests are judged by the config that runs", old: "	s.handler.sites.Run()\n", new: ""},
 		{name: "a decision is as old as its question", old: "	asked, drops := time.Now(), h.drops.Load()\n	who, err := key.Node.WhoIs(ctx, key.Remote, key.Local)\n", new: "	who, err := key.Node.WhoIs(ctx, key.Remote, key.Local)\n	asked, drops := time.Now(), h.drops.Load()\n"},
 		{name: "a handler's rules are for its settings", old: "sites.NewSite(listeners, h.Config,", new: "sites.NewSite(listeners, nil,"},
 		{name: "a directory that is not set is a config error", old: "ReplaceOrErr(h.Record, true, true)", new: "ReplaceOrErr(h.Record, false, false)"},
@@ -16,6 +17,49 @@ var sessions = []file{
 		{name: "what a session says passes the recorder", old: "			w = session.Wrap(w)\n", new: ""},
 		{name: "the right to act as somebody else is rechecked", old: "		id.Wish.Granted = request.Require\n", new: ""},
 		{name: "requests are recorded", old: "	if h.events.Concerns(&id.Recording) {", new: "	if false {"},
+		{name: "a request that cannot be recorded is not sent", old: "decided.source(conn, id)); err != nil {", new: "decided.source(conn, id)); false {"},
+		{name: "the device is on record", old: "	if h.Audit {\n		if id, err", new: "	if false {\n		if id, err"},
+		{name: "every Origin is looked at", old: "	for _, origin := range origins {", new: "	for _, origin := range origins[:min(1, len(origins))] {"},
+		{name: "every Sec-Fetch-Site is looked at", old: `range r.Header["Sec-Fetch-Site"] {`, new: `range r.Header["Sec-Fetch-Site"][:min(1, len(r.Header["Sec-Fetch-Site"]))] {`},
+		{name: "the handler comes before every proxy", old: `httpcaddyfile.After, "request_header")`, new: `httpcaddyfile.Before, "reverse_proxy")`, by: "./caddyfile"},
+		{name: "the grace has an end", old: "		Grace:    h.Grace(),\n", new: "		Grace:    time.Hour,\n"},
+		{name: "whom nobody may act as by now is rechecked", old: "		MayBe:    h.mayBe,\n", new: "		MayBe:    func(*impersonate.Target) error { return nil },\n"},
+		{name: "authorize needs a transport that asks", old: "		if err := checkTransports(server); err != nil {", new: "		if err := checkTransports(server); false {"},
+	}},
+	{"actas.go", ".", []mutant{
+		{name: "only authorize lets anybody act as somebody else", old: "	if h.ClientImpersonation != caddyfile.Authorize {\n		return nil, nil", new: "	if false {\n		return nil, nil"},
+		{name: "whom nobody may act as by now is nobody's target", old: "	if err := h.CheckTarget(target); err != nil {\n		return refusal.Forbidden(", new: "	if err := h.CheckTarget(target); false {\n		return refusal.Forbidden("},
+	}},
+	{"audit.go", ".", []mutant{
+		{name: "whom somebody wants to act as goes with the request", old: "		own.Wish = &impersonate.Wish{Target: target, MaxAge: h.TTL()}\n", new: ""},
+	}},
+	{"findings.go", ".", []mutant{
+		{name: "who is not known is told nothing", old: "		case found.peer.Node == \"\" && found.peer.Login == \"\":\n			return nil, refused\n", new: ""},
+		{name: "who is refused is told so", old: "		f.Refused, f.Reason = refused.ErrStatus.Message, string(refusal.ReasonOf(refused))\n", new: "		_ = refusal.ReasonOf\n"},
+	}},
+	{"whoami.go", ".", []mutant{
+		{name: "a page's request is of a protocol that can be looked at", old: "	if refused := checkProtocol(r); refused != nil {", new: "	if refused := checkProtocol(r); false {"},
+		{name: "a page is only read", old: "	if r.Method != http.MethodGet && r.Method != http.MethodHead {", new: "	if false {"},
+		{name: "another site's scripts do not read a page", old: "		if refused := h.checkOrigin(r); refused != nil {", new: "		if refused := h.checkOrigin(r); false {"},
+		{name: "a request with an origin opens no page", old: "	return r.Header[\"Origin\"] == nil &&\n		r", new: "	return r"},
+		{name: "a script opens no page", old: `r.Header.Get("Sec-Fetch-Mode") == "navigate" && `, new: ""},
+		{name: "a frame opens no page", old: ` && r.Header.Get("Sec-Fetch-Dest") == "document"`, new: ""},
+		{name: "a page is for callers of this server", old: "	_, _, key, refused := h.reached(r)\n	if refused != nil {", new: "	_, _, key, refused := h.reached(r)\n	if refused != nil && key.Node == nil {"},
+	}},
+	{"admin.go", ".", []mutant{
+		{name: "who is dropped is forgotten", old: "		h.decisions.Forget(cache.Key{Node: node, Remote: remote, Local: local})\n", new: "		_ = node\n"},
+		{name: "who is dropped is forgotten on its connections", old: "	h.drops.Add(1)\n", new: ""},
+		{name: "all handlers forget whom an operator drops", old: "			h.forget(p.Address, p.local)\n", new: "			_ = h\n"},
+		{name: "nobody else is dropped", old: "		if !p.is(name) {\n", new: "		if false {\n"},
+	}},
+	{"log.go", ".", []mutant{
+		{name: "refusals are logged", old: "	h.logRefusal(r, decided, err)\n	return refusal.Write(w, err)", new: "	return refusal.Write(w, err)"},
+	}},
+	{"shortcut.go", "./caddyfile", []mutant{
+		{name: "the directive has the handler in it", old: "		caddyconfig.JSONModuleObject(&handler, \"handler\", \"tailscale_impersonate\", nil),\n", new: ""},
+		{name: "the directive's matcher counts", old: "	if matchers != nil {", new: "	if false {"},
+		{name: "the directive's options are checked", old: "	if err := handler.Validate(); err != nil {\n		return nil, d.WrapErr(err)\n	}\n", new: ""},
+		{name: "the directive's cluster is checked", old: "	if err := source.Validate(); err != nil {\n		return nil, d.WrapErr(err)\n	}\n", new: ""},
 	}},
 	{"recording/cast.go", "./recording", []mutant{
 		{name: "a session ends with a recording that it needs", old: "			return s.required\n", new: "			return nil\n"},
