@@ -237,7 +237,11 @@ func TestAGrantedWishIsJudgedByTheNewConfig(t *testing.T) {
 		id, _ := impersonate.FromContext(r.Context())
 		id.Wish.Granted(func(context.Context, *impersonate.Identity, time.Time) error { return nil })
 		after := newHandler(t, caddyfile.Config{RecheckInterval: &interval}, aliceNode())
-		defer after.Cleanup()
+		defer func() {
+			if err := after.Cleanup(); err != nil {
+				t.Error(err)
+			}
+		}()
 		if err := (started{after, new(caddyhttp.Server)}).Handle(t.Context(), caddy.Event{}); err != nil {
 			t.Error(err)
 		}
