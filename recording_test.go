@@ -848,15 +848,9 @@ func TestRecorderIsLostInTheMidst(t *testing.T) {
 
 // A pod that neither reads nor prints does not keep a session that has to end.
 func TestRecorderIsLostWhileThePodIsBusy(t *testing.T) {
-	up := newUpstream(t)
-	up.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		conn, _, err := http.NewResponseController(w).Hijack()
-		if err != nil {
-			t.Error(err)
-			return
-		}
+	up := newTunnel(t, func(conn net.Conn) {
 		defer conn.Close()
-		_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n\r\n"+string(wsMessage(false, "\x01hello ")))
+		_, _ = io.WriteString(conn, switchedToV5+string(wsMessage(false, "\x01hello ")))
 		<-t.Context().Done()
 	})
 	recorder, node := startRecorder(t, enforced)
@@ -877,18 +871,11 @@ func TestRecorderIsLostWhileThePodIsBusy(t *testing.T) {
 // Caddy says over a WebSocket that it closes it, and waits until that is written,
 // also when a config is reloaded. A client that does not read does not stop it.
 func TestAClientThatDoesNotReadDoesNotHoldUpCaddy(t *testing.T) {
-	up := newUpstream(t)
 	full := make(chan struct{})
-	up.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		conn, _, err := http.NewResponseController(w).Hijack()
-		if err != nil {
-			t.Error(err)
-			return
-		}
+	up := newTunnel(t, func(conn net.Conn) {
 		defer conn.Close()
-		_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n\r\n")
-		block := wsMessage(false, "\x01"+strings.Repeat("x", 1<<20))
-		for err == nil {
+		_, err := io.WriteString(conn, switchedToV5)
+		for block := wsMessage(false, "\x01"+strings.Repeat("x", 1<<20)); err == nil; {
 			_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
 			_, err = conn.Write(block)
 		}
@@ -910,6 +897,24 @@ func TestAClientThatDoesNotReadDoesNotHoldUpCaddy(t *testing.T) {
 		t.Fatal("Caddy does not stop")
 	}
 }
+
+// newTunnel returns an upstream that leaves the connection of every request to serve.
+func newTunnel(t *testing.T, serve func(net.Conn)) *upstream {
+	t.Helper()
+	u := newUpstream(t)
+	u.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		serve(conn)
+	})
+	return u
+}
+
+// switchedToV5 is the answer to who offers the newest protocol over a WebSocket.
+const switchedToV5 = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n\r\n"
 
 // trySay types, and reports whether that went through.
 func trySay(sh shell, text string) bool {
@@ -1094,15 +1099,7 @@ func TestASessionThatIsNotAnsweredIsKept(t *testing.T) {
 		for transport, config := range map[string]string{"kubernetes": "$KUBERNETES", "http": "$HTTP"} {
 			t.Run(tt.name+", transport "+transport, func(t *testing.T) {
 				running := make(chan net.Conn, 1)
-				up := newUpstream(t)
-				up.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-					conn, _, err := http.NewResponseController(w).Hijack()
-					if err != nil {
-						t.Error(err)
-						return
-					}
-					running <- conn
-				})
+				up := newTunnel(t, func(conn net.Conn) { running <- conn })
 				recorder, node := startRecorder(t, enforced)
 				dir := t.TempDir()
 				s := startSite(t, up, false, "", "tailscale_impersonate {\nrecord "+dir+"\n}\nreverse_proxy $UPSTREAM {\n"+config+"\n}", node)
@@ -1308,13 +1305,7 @@ func TestAProtocolThatWasNotOfferedIsNotSpoken(t *testing.T) {
 		"compression":         "Upgrade: websocket\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\nSec-WebSocket-Extensions: permessage-deflate\r\n",
 	} {
 		t.Run(name, func(t *testing.T) {
-			up := newUpstream(t)
-			up.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-				conn, _, err := http.NewResponseController(w).Hijack()
-				if err != nil {
-					t.Error(err)
-					return
-				}
+			up := newTunnel(t, func(conn net.Conn) {
 				defer conn.Close()
 				_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n"+chosen+"\r\n"+string(wsMessage(false, "\x01secret")))
 				_, _ = io.Copy(io.Discard, conn)
