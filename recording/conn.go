@@ -39,12 +39,13 @@ type conn struct {
 	broken bool       // a frame was written in part
 
 	mu     sync.Mutex
-	reason error // why the session was ended, if it was
+	reason error         // why the session was ended, if it was
+	said   chan struct{} // closed once the client has been told
 }
 
 func newConn(nc net.Conn, early []byte, p protocol, cancel context.CancelFunc) *conn {
 	return &conn{
-		Conn: nc, early: early, buffer: make([]byte, readBuffer), cancel: cancel,
+		Conn: nc, early: early, buffer: make([]byte, readBuffer), cancel: cancel, said: make(chan struct{}),
 		in: filter{next: p.fromClient}, out: filter{next: p.fromServer}, farewell: p.farewell,
 	}
 }
@@ -131,6 +132,7 @@ func (c *conn) end(reason error) {
 	}
 	c.write.Unlock()
 	_ = c.SetReadDeadline(time.Now()) // wakes up Read
+	close(c.said)
 	// Whoever waits for a pod that neither reads nor prints is not in Read.
 	c.cancel()
 }
@@ -162,8 +164,9 @@ func (c *conn) Close() error {
 	if c.failed() == nil {
 		return c.Conn.Close()
 	}
-	_ = c.SetReadDeadline(time.Now().Add(farewellTimeout))
 	go func() {
+		<-c.said
+		_ = c.SetReadDeadline(time.Now().Add(farewellTimeout))
 		_ = c.CloseWrite()
 		_, _ = io.Copy(io.Discard, c.Conn)
 		_ = c.Conn.Close()

@@ -171,6 +171,62 @@ func TestNothingIsSaidInTheMidstOfAFrame(t *testing.T) {
 	}
 }
 
+// slow is a connection on which writing takes until it is let go on. It notes what is
+// done with it.
+type slow struct {
+	net.Conn
+	writing, goOn chan struct{}
+	done          chan string
+}
+
+func newSlow() *slow {
+	return &slow{writing: make(chan struct{}), goOn: make(chan struct{}), done: make(chan string, 10)}
+}
+
+func (s *slow) Write(p []byte) (int, error) {
+	close(s.writing)
+	<-s.goOn
+	s.done <- "write"
+	return len(p), nil
+}
+
+func (s *slow) CloseWrite() error              { s.done <- "close for writing"; return nil }
+func (s *slow) Close() error                   { s.done <- "close"; return nil }
+func (*slow) Read([]byte) (int, error)         { return 0, io.EOF }
+func (*slow) SetReadDeadline(time.Time) error  { return nil }
+func (*slow) SetWriteDeadline(time.Time) error { return nil }
+
+// Whoever else notices that a session ends may close its connection, but not before
+// its user has been told why.
+func TestAClientIsToldWhyBeforeItsConnectionIsClosed(t *testing.T) {
+	s := newSlow()
+	c := newConn(s, nil, binaryChannels(newNoted()), func() {})
+	go c.end(errors.New("the reason"))
+	<-s.writing
+	if n, err := c.Write([]byte(wsServer("\x01x"))); n != 0 || err == nil || err.Error() != "the reason" {
+		t.Errorf("what comes from the API server meanwhile: got %d bytes, %v; want the reason", n, err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case what := <-s.done:
+		t.Errorf("%s, before the client was told", what)
+	case <-time.After(100 * time.Millisecond): // in which a Close that does not wait is through
+	}
+	close(s.goOn)
+	for _, want := range []string{"write", "close for writing", "close"} {
+		select {
+		case got := <-s.done:
+			if got != want {
+				t.Errorf("got %s; want %s", got, want)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("no %s", want)
+		}
+	}
+}
+
 // What ends a session may come before its connection has been taken over.
 func TestASessionThatHasToEndEndsAsItBegins(t *testing.T) {
 	s := &Session{kind: forward, log: zap.NewNop()}

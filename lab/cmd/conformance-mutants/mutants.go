@@ -296,7 +296,8 @@ var requests = []file{
 		{name: "a message within another ends the session", old: "		if m.unfinished {\n\t\t\treturn f, -1, errors.New(\"a WebSocket message within", new: "		if false {\n\t\t\treturn f, -1, errors.New(\"a WebSocket message within"},
 	}},
 	{"recording/conn.go", "./recording .", []mutant{
-		{name: "a busy pod does not keep a session", old: "	c.cancel()\n", new: "", by: "."},
+		{name: "a busy pod does not keep a session", old: "	c.cancel()\n", new: "", by: "./recording"},
+		{name: "a client is told why before its connection is closed", old: "		<-c.said\n", new: "		_ = c.said\n", by: "./recording"},
 		{name: "what cannot be understood ends the session", old: "	if refused != nil {\n\t\tc.end(refused)\n\t}\n", new: ""},
 	}},
 	{"recording/session.go", "./recording .", []mutant{
