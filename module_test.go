@@ -221,7 +221,9 @@ func protected(h http.Header) http.Header {
 		case strings.HasPrefix(folded, "impersonate-"), strings.HasPrefix(folded, "x-remote-"),
 			folded == "authorization", folded == "x-real-ip":
 			out[name] = values
-		case folded == "sec-websocket-protocol" && strings.Contains(strings.Join(values, ","), "bearer"):
+		case folded == "sec-websocket-protocol" && slices.ContainsFunc(strings.Split(strings.Join(values, ","), ","), func(protocol string) bool {
+			return strings.HasPrefix(strings.ToLower(strings.TrimSpace(protocol)), "base64url.bearer.authorization.k8s.io.")
+		}):
 			out[name] = values
 		}
 	}

@@ -120,6 +120,7 @@ func TestClass(t *testing.T) {
 		{"GET /api/v1/pods?watch=true", upgrade, ordinary},
 		{"GET " + pod + "/log?follow=true", upgrade, ordinary},
 		{"GET /apis/example.com/v1/namespaces/a/pods/p/log", upgrade, interactive},
+		{"GET /api/v1/namespaces/a/services/s/log", upgrade, interactive},
 		// What is called as those are, and may be anything.
 		{"GET /api/v1/watch/namespaces/a/pods/p/console", upgrade, interactive},
 		{"GET /apis/subresources.kubevirt.io/v1/namespaces/a/virtualmachineinstances/m/log", upgrade, interactive},

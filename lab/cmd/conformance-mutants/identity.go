@@ -169,6 +169,7 @@ var identity = []file{
 		{name: "writing ephemeralcontainers is interactive", old: `i.Verb == "proxy", i.Subresource == "ephemeralcontainers" && i.Verb != "get":`, new: `i.Verb == "proxy":`},
 		{name: "an upgrade of a subresource that is watched is interactive", old: `case i.Verb == "watch" && i.Subresource == "", `, new: `case i.Verb == "watch", `},
 		{name: "an upgrade of what only is called log is interactive", old: `i.Resource == "pods" && i.Subresource == "log":`, new: `i.Subresource == "log":`},
+		{name: "only Kubernetes' own pods have logs", old: `i.APIGroup == "" && i.Resource == "pods"`, new: `i.Resource == "pods"`},
 		{name: "an opaque URL is ambiguous", old: "	if u.Opaque != \"\" || !strings.HasPrefix(u.Path, \"/\") {", new: "	if !strings.HasPrefix(u.Path, \"/\") {"},
 		{name: "what is no path is ambiguous", old: "	if u.Opaque != \"\" || !strings.HasPrefix(u.Path, \"/\") {", new: "	if u.Opaque != \"\" {"},
 		{name: "an encoded path is looked at", old: `u.RawPath == "" && !strings`, new: "!strings"},
