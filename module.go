@@ -268,9 +268,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	}
 
 	// From here on the caller can lose what it had, and the request ends.
-	request := h.site.Open(r.Context(), conn, id, decided.asked, recheck.KindOf(r))
+	kind, upgrade := recheck.KindOf(r)
+	request := h.site.Open(r.Context(), conn, id, decided.asked, kind)
 	defer request.Close()
-	if r.Header["Connection"] != nil && !id.Recording.Enforce {
+	if upgrade && !id.Recording.Enforce {
 		request.Unrecorded()
 	}
 	if id.Wish != nil {

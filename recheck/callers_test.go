@@ -40,8 +40,8 @@ func TestKindsOfRequests(t *testing.T) {
 		if tt.upgrade {
 			r.Header.Set("Connection", "Upgrade")
 		}
-		if got := KindOf(r); got != tt.want {
-			t.Errorf("%s (upgrade: %v) is %v; want %v", tt.target, tt.upgrade, got, tt.want)
+		if got, upgrade := KindOf(r); got != tt.want || upgrade != tt.upgrade {
+			t.Errorf("%s (upgrade: %v) is %v (upgrade: %v); want %v", tt.target, tt.upgrade, got, upgrade, tt.want)
 		}
 	}
 }

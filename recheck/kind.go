@@ -31,15 +31,21 @@ var kindNames = [kinds]string{"short", "watch", "log", "exec", "attach", "portfo
 
 func (k Kind) String() string { return kindNames[k] }
 
-// KindOf returns what r will be, from how kubectl and client-go spell it. To parse it
-// as package apirequest does would cost every request, most of which are over before
+// KindOf returns what r will be, from how kubectl and client-go spell it, and whether
+// it asks for an upgrade of the connection, whatever it looks like. To parse it as
+// package apirequest does would cost every request, most of which are over before
 // anybody looks.
-func KindOf(r *http.Request) Kind {
+func KindOf(r *http.Request) (kind Kind, upgrade bool) {
+	upgrade = r.Header["Connection"] != nil // which asks for one, or is gone by now
+	return kindOf(r, upgrade), upgrade
+}
+
+func kindOf(r *http.Request, upgrade bool) Kind {
 	query := r.URL.RawQuery
 	if query != "" && (strings.Contains(query, "watch=true") || strings.Contains(query, "watch=1")) {
 		return Watch
 	}
-	if r.Header["Connection"] == nil { // which asks for an upgrade, or is gone by now
+	if !upgrade {
 		if query != "" && strings.Contains(query, "follow=true") {
 			return Log
 		}
