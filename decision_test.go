@@ -201,28 +201,23 @@ func TestAnOpenSessionEndsWhenSessionsHaveToBeRecorded(t *testing.T) {
 		session, watch := over()(), over()()
 		session.Header.Set("Connection", "Upgrade")
 		session.Header.Set("Upgrade", "websocket")
-		ended, leave := make(chan error, 1), make(chan struct{})
-		go func() {
-			_ = h.ServeHTTP(noAnswer{}, session, caddyNext(func(r *http.Request) {
-				select {
-				case <-r.Context().Done():
-					ended <- context.Cause(r.Context())
-				case <-leave:
-					ended <- nil
-				}
-			}))
-		}()
-		watching := make(chan error, 1)
-		go func() {
-			_ = h.ServeHTTP(noAnswer{}, watch, caddyNext(func(r *http.Request) {
-				select {
-				case <-r.Context().Done():
-					watching <- context.Cause(r.Context())
-				case <-leave:
-					watching <- nil
-				}
-			}))
-		}()
+		leave := make(chan struct{})
+		// open sends r, and returns why it has ended, nil if it had not by leave.
+		open := func(r *http.Request) <-chan error {
+			ended := make(chan error, 1)
+			go func() {
+				_ = h.ServeHTTP(noAnswer{}, r, caddyNext(func(r *http.Request) {
+					select {
+					case <-r.Context().Done():
+						ended <- context.Cause(r.Context())
+					case <-leave:
+						ended <- nil
+					}
+				}))
+			}()
+			return ended
+		}
+		ended, watching := open(session), open(watch)
 		time.Sleep(time.Minute)
 		node.says(whoIs(readers, enforced), nil)
 		time.Sleep(time.Minute)

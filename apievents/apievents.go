@@ -170,7 +170,7 @@ func (s *Site) read(r *http.Request, info apirequest.Info) (body, error) {
 		return body{leftOut: "the API server does not read it"}, nil
 	}
 	switch {
-	case isPassedOn(info):
+	case info.PassesOn():
 		return body{leftOut: "it is not for the API server"}, nil
 	case holdsSecrets(info) && !s.SecretBodies:
 		return body{leftOut: "it may hold secrets"}, nil
@@ -186,17 +186,6 @@ func (s *Site) read(r *http.Request, info apirequest.Info) (body, error) {
 		return body{data: data[:s.BodyLimit], cut: true}, nil
 	}
 	return body{data: data}, nil
-}
-
-// isPassedOn reports whether the body of a request that asks for i is not for the API
-// server. Whether an upgrade is asked for does not count: the API server may not care
-// for it, and read the body.
-func isPassedOn(i apirequest.Info) bool {
-	switch i.Subresource {
-	case "exec", "attach", "portforward", "proxy":
-		return true
-	}
-	return i.Verb == "proxy"
 }
 
 // putBack is a body of which something has been read.

@@ -124,16 +124,29 @@ func Detailed(r *http.Request) *request.RequestInfo {
 	return parsed
 }
 
+// PassesOn reports whether what the API server gets with the request, a body for one,
+// is not for itself, but for a process or an application behind it. Whether an upgrade
+// is asked for does not count: the API server may not care for it.
+func (i Info) PassesOn() bool {
+	if !i.IsResourceRequest {
+		return false
+	}
+	switch i.Subresource {
+	case "exec", "attach", "portforward", "proxy":
+		return true
+	}
+	return i.Verb == "proxy"
+}
+
 // isInteractive reports whether a request ends in a shell or a tunnel. upgrade is
 // whether it asks to upgrade the connection.
 func isInteractive(i Info, upgrade bool) bool {
+	if i.PassesOn() {
+		return true
+	}
 	if i.IsResourceRequest {
-		switch i.Subresource {
-		case "exec", "attach", "portforward", "proxy":
-			return true
-		}
 		switch {
-		case i.Verb == "proxy", i.Subresource == "ephemeralcontainers" && i.Verb != "get":
+		case i.Subresource == "ephemeralcontainers" && i.Verb != "get":
 			return true
 		case i.Verb == "watch" && i.Subresource == "", i.APIGroup == "" && i.Resource == "pods" && i.Subresource == "log":
 			// These stream one way, over a WebSocket to a browser.

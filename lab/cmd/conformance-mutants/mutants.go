@@ -397,7 +397,7 @@ var requests = []file{
 		{name: "a group that nobody can have is not written", old: "c < ' ' || c > '~'", new: "false"},
 	}},
 	{"apievents/apievents.go", "./apievents", []mutant{
-		{name: "an upgrade does not hide a body", old: "	case isPassedOn(info):", new: "	case info.Interactive:"},
+		{name: "an upgrade does not hide a body", old: "	case info.PassesOn():", new: "	case info.Interactive:"},
 	}},
 	{"decision.go", ".", []mutant{
 		{name: "placeholders are those of the last handler", old: "	if _, taken := repl.Get(userID); !taken {\n\t\trepl.Map(d.get)\n\t\treturn\n\t}\n", new: "	if true {\n\t\trepl.Map(d.get)\n\t\treturn\n\t}\n"},

@@ -170,7 +170,7 @@ var sessions = []file{
 		{name: "the API server closes no channel", old: "fromClient && w.closes && number", new: "w.closes && number"},
 	}},
 	{"apievents/apievents.go", "./apievents", []mutant{
-		{name: "what is for no API server is left out", old: "	case isPassedOn(info):\n", new: "	case false:\n"},
+		{name: "what is for no API server is left out", old: "	case info.PassesOn():\n", new: "	case false:\n"},
 		{name: "two tailnets' recorders are not the same", old: "	c, ok := s.clients[node]\n", new: "	c, ok := s.clients[node]\n	for _, c = range s.clients {\n		ok = true\n	}\n"},
 		{name: "recorders are dialled on the tailnet only", old: "newClient(node.Dial)", new: "newClient(node.DialPeer)"},
 		{name: "requests are logged where that is configured", old: "return s.Log != nil || wanted(r)", new: "return wanted(r)"},
