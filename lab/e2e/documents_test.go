@@ -338,34 +338,52 @@ func TestEveryOptionIsDocumented(t *testing.T) {
 	}
 }
 
-// What troubleshooting says that kubectl prints is what the code has.
+// What troubleshooting says that kubectl prints is what the code has, and it leaves
+// out no sentence that a request is refused with.
 func TestSentencesOfTroubleshootingAreInTheCode(t *testing.T) {
 	root, texts := documents(t)
+	files, err := filepath.Glob(filepath.Join(root, "*", "*.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ofRoot, err := filepath.Glob(filepath.Join(root, "*.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	var code strings.Builder
-	for _, dir := range []string{"", "impersonate", "guard", "tailnet", "transport", "recording", "apievents", "decided", "review"} {
-		files, err := filepath.Glob(filepath.Join(root, dir, "*.go"))
+	for _, file := range append(files, ofRoot...) {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		text, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, file := range files {
-			if strings.HasSuffix(file, "_test.go") {
-				continue
-			}
-			text, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			code.Write(text)
-		}
+		code.Write(text)
 	}
 	text := texts[filepath.Join("docs", "troubleshooting.md")]
-	sentences := regexp.MustCompile(`(?m)^\| "([^"]+)"`).FindAllStringSubmatch(text, -1)
+	var sentences []string
+	for _, cell := range regexp.MustCompile(`(?m)^\| (".*?) \| `).FindAllStringSubmatch(text, -1) {
+		for _, sentence := range regexp.MustCompile(`"([^"]+)"`).FindAllStringSubmatch(cell[1], -1) {
+			sentences = append(sentences, sentence[1])
+		}
+	}
 	if len(sentences) < 20 {
 		t.Fatalf("got only the sentences %q", sentences)
 	}
 	for _, sentence := range sentences {
-		if !strings.Contains(code.String(), sentence[1]) {
-			t.Errorf("nothing in the code says %q", sentence[1])
+		if !strings.Contains(code.String(), sentence) {
+			t.Errorf("nothing in the code says %q", sentence)
+		}
+	}
+	// Those that are nothing but a format say what an error says.
+	refusals := regexp.MustCompile(`refusal\.(?:Forbidden|BadRequest|TryAgain|Unavailable|Misdirected|MethodNotAllowed)\("([^"]{3,})"`).FindAllStringSubmatch(code.String(), -1)
+	if len(refusals) < 20 {
+		t.Fatalf("got only the refusals %q", refusals)
+	}
+	for _, refused := range refusals {
+		if !slices.ContainsFunc(sentences, func(sentence string) bool { return strings.Contains(refused[1], sentence) }) {
+			t.Errorf("docs/troubleshooting.md does not explain %q", refused[1])
 		}
 	}
 	// And every reason is explained.
