@@ -53,7 +53,8 @@ type Rails struct {
 	// Default: nothing.
 	GroupPrefix string `json:"group_prefix,omitempty"`
 
-	// Patterns of tags. A tagged device may call only if one of its tags matches.
+	// Patterns of tags. A tagged device may call only if one of its tags matches,
+	// and was given in this tailnet: those of a device that was shared in never do.
 	// Devices of users have no tags and are not concerned.
 	//
 	// Default: all.
@@ -125,6 +126,9 @@ func (r *Rails) Check(p impersonate.Peer) error {
 	if len(r.AllowTags) == 0 || !p.Tagged() {
 		return nil
 	}
+	if p.Shared {
+		return fmt.Errorf("the device was shared in from another tailnet, so that its tags, %s, are none that allow_tags names", strings.Join(p.Tags, ", "))
+	}
 	if !slices.ContainsFunc(p.Tags, func(tag string) bool { return pattern.Any(r.AllowTags, tag) }) {
 		return fmt.Errorf("the device has none of the tags that allow_tags names, but %s", strings.Join(p.Tags, ", "))
 	}
@@ -180,9 +184,10 @@ func (r *Rails) Cuts(group string) (option string) {
 // CheckTarget returns an error if nobody may act as t, whatever RBAC says. A caller
 // that asks for a group is subject to the same limits as one that is granted it, and
 // so is one that asks for a service account or a node, for the groups that these
-// are in. A target's names are those that the cluster knows, prefixes included.
+// are in, even if it asks for others instead: what is bound to an account goes by its
+// name. A target's names are those that the cluster knows, prefixes included.
 func (r *Rails) CheckTarget(t *impersonate.Target) error {
-	for _, group := range slices.Concat(t.Groups, t.ImpliedGroups()) {
+	for _, group := range slices.Concat(t.Groups, t.OwnGroups()) {
 		bare, prefixed := strings.CutPrefix(group, r.GroupPrefix)
 		if pattern.Any(r.DenyGroups, group) || (prefixed && pattern.Any(r.DenyGroups, bare)) {
 			return fmt.Errorf("nobody may be in group %s here, which deny_groups names", group)

@@ -87,6 +87,7 @@ func TestLimitRefuses(t *testing.T) {
 func TestCheck(t *testing.T) {
 	users := impersonate.Peer{Node: "laptop", Login: "alice@example.com"}
 	tagged := impersonate.Peer{Node: "ci", Tags: []string{"tag:ci", "tag:k8s"}}
+	foreign := impersonate.Peer{Node: "ci", Tags: []string{"tag:ci", "tag:k8s"}, Shared: true}
 	shared := impersonate.Peer{Node: "guest", Login: "guest@example.org", Shared: true}
 	for _, tt := range []struct {
 		name  string
@@ -102,6 +103,9 @@ func TestCheck(t *testing.T) {
 		{"a tag is allowed", Rails{AllowTags: groups("tag:k8s")}, tagged, ""},
 		{"a tag is allowed by a pattern", Rails{AllowTags: groups("tag:k*")}, tagged, ""},
 		{"no tag is allowed", Rails{AllowTags: groups("tag:other")}, tagged, "tag:ci, tag:k8s"},
+		{"tags of another tailnet are none that are allowed", Rails{AllowTags: groups("tag:k8s")}, foreign, "shared in"},
+		{"a user's device that was shared in has no tags", Rails{AllowTags: groups("tag:k8s")}, shared, ""},
+		{"tags of another tailnet are denied", Rails{DenyTags: groups("tag:k8s")}, foreign, "deny_tags"},
 		{"a user's device has no tags", Rails{AllowTags: groups("tag:other"), DenyTags: groups("*")}, users, ""},
 		{"a tag is denied", Rails{DenyTags: groups("tag:ci")}, tagged, "tag:ci"},
 		{"another tag is denied", Rails{DenyTags: groups("tag:k8s")}, tagged, "tag:k8s"},
@@ -129,6 +133,9 @@ func TestCheckTarget(t *testing.T) {
 		error  string // empty if there is to be none
 	}{
 		{"no rails", Rails{}, target("bob", "system:masters"), ""},
+		{"a service account whose groups are denied, in another", Rails{DenyGroups: groups("system:serviceaccounts:ns")}, target(account, "a"), "deny_groups"},
+		{"a service account in a group that is allowed", Rails{AllowGroups: groups("a")}, target(account, "a"), "allow_groups"},
+		{"a node in a group that is allowed", Rails{AllowGroups: groups("a")}, target(node, "a"), "allow_groups"},
 		{"no groups", Rails{AllowGroups: groups("a"), DenyGroups: groups("*"), RequireGroups: true}, target("bob"), ""},
 		{"a denied group", Rails{DenyGroups: groups("system:masters")}, target("bob", "a", "system:masters"), "system:masters here, which deny_groups"},
 		{"a group that a pattern denies", Rails{DenyGroups: groups("system:*")}, target("bob", "system:nodes"), "system:nodes"},

@@ -152,12 +152,9 @@ func (t *Target) NodeName() (name string, ok bool) {
 // OnlyUser reports whether the target is a user and nothing else.
 func (t *Target) OnlyUser() bool { return t.UID == "" && len(t.Groups) == 0 && len(t.Extra) == 0 }
 
-// ImpliedGroups returns the groups that a service account or a node is in if the
-// target names none.
-func (t *Target) ImpliedGroups() []string {
-	if len(t.Groups) > 0 {
-		return nil
-	}
+// OwnGroups returns the groups that a service account or a node is in by itself. The
+// API server adds them if the target names none.
+func (t *Target) OwnGroups() []string {
 	if namespace, _, ok := t.ServiceAccount(); ok {
 		return serviceaccount.MakeGroupNames(namespace)
 	}

@@ -149,20 +149,20 @@ func TestAsKeepsWhoItReallyIs(t *testing.T) {
 	}
 }
 
-func TestImpliedGroups(t *testing.T) {
+func TestOwnGroups(t *testing.T) {
 	for _, tt := range []struct {
 		target impersonate.Target
 		want   []string
 	}{
 		{impersonate.Target{User: "bob"}, nil},
 		{impersonate.Target{User: "system:serviceaccount:ns:sa"}, []string{"system:serviceaccounts", "system:serviceaccounts:ns"}},
-		{impersonate.Target{User: "system:serviceaccount:ns:sa", Groups: []string{"a"}}, nil},
+		{impersonate.Target{User: "system:serviceaccount:ns:sa", Groups: []string{"a"}}, []string{"system:serviceaccounts", "system:serviceaccounts:ns"}},
 		{impersonate.Target{User: "system:serviceaccount:ns"}, nil},
 		{impersonate.Target{User: "system:node:n1"}, []string{"system:nodes"}},
 		{impersonate.Target{User: "system:node:N_1"}, nil},
-		{impersonate.Target{User: "system:node:n1", Groups: []string{"a"}}, nil},
+		{impersonate.Target{User: "system:node:n1", Groups: []string{"a"}}, []string{"system:nodes"}},
 	} {
-		if diff := cmp.Diff(tt.want, tt.target.ImpliedGroups()); diff != "" {
+		if diff := cmp.Diff(tt.want, tt.target.OwnGroups()); diff != "" {
 			t.Errorf("%+v (-want +got):\n%s", tt.target, diff)
 		}
 	}

@@ -55,7 +55,9 @@ func forms(t *impersonate.Target, request apirequest.Info) []form {
 	if _, _, ok := t.ServiceAccount(); ok {
 		constrained.verb, constrained.users, name = "impersonate:serviceaccount", "serviceaccounts", "serviceaccount"
 		legacy.users = "serviceaccounts"
-		groups = slices.Concat(groups, t.ImpliedGroups())
+		if len(groups) == 0 {
+			groups = t.OwnGroups()
+		}
 	}
 	all := []form{{steps: legacy.steps(t), groups: groups}}
 	// Service accounts and nodes are what they are.
@@ -64,7 +66,7 @@ func forms(t *impersonate.Target, request apirequest.Info) []form {
 	}
 	return slices.Insert(all, 0, form{
 		steps:  append([]step{{each: []permission{to("impersonate-on:"+name+":", request)}}}, constrained.steps(t)...),
-		groups: slices.Concat(t.Groups, t.ImpliedGroups()),
+		groups: slices.Concat(t.Groups, t.OwnGroups()),
 	})
 }
 
