@@ -51,6 +51,39 @@ func TestRequestsAreSentToTheRecorderThatTheGrantsName(t *testing.T) {
 	}
 }
 
+// A client that has Caddy drop a body would delete what is recorded as a dry run.
+func TestABodyThatIsRecordedIsSent(t *testing.T) {
+	const body = `{"kind":"DeleteOptions","apiVersion":"v1","dryRun":["All"]}`
+	recorder, node := startRecorder(t, eventsEnforced)
+	up := newUpstream(t)
+	s := startSite(t, up, false, "", "tailscale_impersonate\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}", node)
+	resp := s.http1(t, aliceAddr, fmt.Sprintf("DELETE /apis/apps/v1/namespaces/a/deployments/b HTTP/1.1\r\nHost: k8s\r\nIncremental: ?1\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", len(body), body))
+	seen := up.take()
+	if resp.StatusCode != http.StatusOK || len(seen) != 1 {
+		t.Fatalf("got %s, and the API server saw %d requests; want one", resp.Status, len(seen))
+	}
+	if seen[0].ContentLength == 0 {
+		t.Error("the API server saw no body")
+	}
+	if events := recorder.TakeEvents(); len(events) != 1 || string(events[0].Request.Body) != body {
+		t.Errorf("the recorder has %+v", events)
+	}
+}
+
+// Without the handler's help as well: what would be sent is not what is recorded.
+func TestABodyThatIsRecordedIsNotDroppedByAConfig(t *testing.T) {
+	for _, rewrite := range []string{"request_header Incremental ?1", "uri query -dryRun"} {
+		_, node := startRecorder(t, eventsEnforced)
+		up := newUpstream(t)
+		s := startSite(t, up, false, "", "route {\ntailscale_impersonate\n"+rewrite+"\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}\n}", node)
+		resp := s.http1(t, aliceAddr, "DELETE /api/v1/namespaces/a/pods/b?dryRun=All HTTP/1.1\r\nHost: k8s\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")
+		if seen := up.take(); len(seen) > 0 {
+			t.Errorf("%s: the API server saw the request", rewrite)
+		}
+		checkRefused(t, resp, refusedWith{http.StatusForbidden, "Forbidden", ""}, "recorder")
+	}
+}
+
 func TestARequestThatCannotBeRecordedIsNotSent(t *testing.T) {
 	for _, tt := range []struct {
 		rule   string

@@ -107,6 +107,7 @@ func (s *Site) Record(r *http.Request, who Caller) *apierrors.StatusError {
 		s.Count(Refused)
 		return decided.Refuse(r)
 	}
+	decided.Recorded(r, len(body.data) > 0)
 	payload, err := json.Marshal(event(r, body, who))
 	if err == nil {
 		err = s.client(who.Node).send(r.Context(), who.Identity.Recording.Recorders, payload)

@@ -501,6 +501,22 @@ func TestWhatIsSentIsWhatIsRecorded(t *testing.T) {
 	if decided.Check(r) == nil {
 		t.Error("something else can be sent")
 	}
+	r = newRequest("DELETE", "/api/v1/namespaces/a/pods/b?dryRun=All", `{"dryRun":["All"]}`)
+	if err := s.Record(r, callerOf(nw.node(), alice, impersonate.Recording{Recorders: addrs, Events: true})); err != nil {
+		t.Fatal(err)
+	}
+	if err := decided.Check(r); err != nil {
+		t.Errorf("it cannot be sent as it is: %v", err)
+	}
+	body := r.Body
+	r.Body = http.NoBody
+	if decided.Check(r) == nil {
+		t.Error("it can be sent without the body that is recorded")
+	}
+	r.Body, r.URL.RawQuery = body, ""
+	if decided.Check(r) == nil {
+		t.Error("it can be sent without the query that is recorded")
+	}
 }
 
 func TestConcerns(t *testing.T) {

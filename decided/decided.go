@@ -30,6 +30,13 @@ const varKey = "tailscale_impersonate.decided"
 type record struct {
 	about   []decision
 	refused bool
+	events  []event
+}
+
+// event is what a recorder was told of a request besides what it asks for.
+type event struct {
+	query string
+	body  bool // there is one
 }
 
 // decision is that a request that was spelled so asks for that.
@@ -76,6 +83,15 @@ func On(r *http.Request) apirequest.Info {
 	}
 	rec.about = append(rec.about, decision{spellingOf(r), info})
 	return info
+}
+
+// Recorded has [Check] see to it that r is sent with the query that it has, and, if
+// body is set, not without a body: an event says so to a recorder. [On] must have
+// been called.
+func Recorded(r *http.Request, body bool) {
+	if rec := recordOf(r); rec != nil {
+		rec.events = append(rec.events, event{r.URL.RawQuery, body})
+	}
 }
 
 // Refuse returns the answer to r, about which something has to be decided and
@@ -126,6 +142,11 @@ func Check(out *http.Request) *apierrors.StatusError {
 	for _, d := range rec.about {
 		if d.info != sent {
 			return refusal.Because(refusal.Rewritten, refusal.Forbidden("a matcher has decided about %v, and what would be sent is %v: the config rewrites requests behind the matcher", d.info, sent))
+		}
+	}
+	for _, e := range rec.events {
+		if e.query != out.URL.RawQuery || e.body && (out.Body == nil || out.Body == http.NoBody) {
+			return refusal.Because(refusal.Rewritten, refusal.Forbidden("a recorder was told of another query or body than what would be sent: the config rewrites requests behind tailscale_impersonate"))
 		}
 	}
 	return nil

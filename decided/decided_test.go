@@ -4,6 +4,7 @@ package decided_test
 
 import (
 	"context"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -72,6 +73,38 @@ func TestTheQueryCountsWhereItSaysWhatIsAskedFor(t *testing.T) {
 	r.URL.RawQuery = "watch=1"
 	if decided.Check(r) == nil {
 		t.Error("a watch would be sent, where a list was decided about")
+	}
+}
+
+// An event has the query and the body, which decide what happens: a dry run is one by
+// either.
+func TestWhatARecorderWasToldIsSent(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		body   bool
+		change func(*http.Request)
+		sent   bool
+	}{
+		{"nothing changes", true, func(*http.Request) {}, true},
+		{"no body is recorded and none sent", false, func(r *http.Request) { r.Body = nil }, true},
+		{"another query", false, func(r *http.Request) { r.URL.RawQuery = "" }, false},
+		{"the body is dropped", true, func(r *http.Request) { r.Body = nil }, false},
+		{"the body is taken away", true, func(r *http.Request) { r.Body = http.NoBody }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newRequest("DELETE", "/api/v1/namespaces/a/pods/b?dryRun=All")
+			r.Body = io.NopCloser(strings.NewReader(`{"dryRun":["All"]}`))
+			decided.On(r)
+			decided.Recorded(r, tt.body)
+			tt.change(r)
+			err := decided.Check(r)
+			if (err == nil) != tt.sent {
+				t.Fatalf("got %v; want that it is sent: %v", err, tt.sent)
+			}
+			if err != nil && !strings.Contains(err.ErrStatus.Message, "recorder") {
+				t.Errorf("got %q; want that it says who was told", err.ErrStatus.Message)
+			}
+		})
 	}
 }
 

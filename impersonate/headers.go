@@ -57,9 +57,10 @@ func StripFrontProxy(h http.Header) {
 // StripClient removes from h, the headers of a request as it was received, what
 // the client may not say: all that [StripProtected] does, and what would end in
 // the API server's audit log as if it were so: X-Real-Ip, Forwarded and
-// X-Forwarded-*, which a proxy writes anew, and Audit-Id. It reduces Connection to
-// what an upgrade needs: a proxy removes every header that Connection names, and a
-// client may name ours.
+// X-Forwarded-*, which a proxy writes anew, and Audit-Id. It removes Incremental,
+// with which a client has Caddy drop a body that has been recorded. It reduces
+// Connection to what an upgrade needs: a proxy removes every header that Connection
+// names, and a client may name ours.
 //
 // It returns the name of an impersonation header that the client sent, empty if
 // there was none.
@@ -68,7 +69,7 @@ func StripClient(h http.Header) (impersonation string) {
 	for name, values := range h { // once, as every request comes by here
 		switch {
 		case foldedEqual(name, "x-real-ip"), foldedPrefix(name, "x-forwarded-"),
-			foldedEqual(name, "forwarded"), foldedEqual(name, "audit-id"):
+			foldedEqual(name, "forwarded"), foldedEqual(name, "audit-id"), foldedEqual(name, "incremental"):
 			delete(h, name)
 		case foldedEqual(name, "connection"):
 			upgrade = upgrade || asksForUpgrade(values)
