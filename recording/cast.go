@@ -92,7 +92,14 @@ func wholeRunes(p []byte) int {
 	return len(p)
 }
 
-// begin writes the header, unless that has been done.
+// open writes the header, unless that has been done.
+func (c *cast) open() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.begin()
+}
+
+// begin is open with c.mu held.
 func (c *cast) begin() error {
 	if c.begun {
 		return nil

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -336,5 +337,18 @@ func TestWithoutATerminalNoSizeIsRecorded(t *testing.T) {
 	}
 	if err := (*terminal)(new(Session)).fromClient(resize, []byte("no size")); err != nil {
 		t.Errorf("what is not looked at is an error: %v", err)
+	}
+	// Nor have the oldest protocols over SPDY, in which the API server reads none.
+	for version, want := range map[string]bool{"channel.k8s.io": true, "v2.channel.k8s.io": true, "v3.channel.k8s.io": false, "v4.channel.k8s.io": false, "v5.channel.k8s.io": false} {
+		s := &Session{kind: exec, upgrade: spdyUpgrade, tty: true}
+		if _, err := s.protocol(http.Header{"Upgrade": {"SPDY/3.1"}, "X-Stream-Protocol-Version": {version}}); err != nil {
+			t.Fatal(err)
+		}
+		if s.unsized != want {
+			t.Errorf("%s: sizes are left out: %v; want %v", version, s.unsized, want)
+		}
+	}
+	if err := (*terminal)(&Session{tty: true, unsized: true}).fromClient(resize, []byte(`{"Width":200,"Height":50}`)); err != nil {
+		t.Error(err)
 	}
 }

@@ -57,15 +57,15 @@ func kindOf(i apirequest.Info) kind {
 
 // decision is what Begin decided about a request.
 type decision struct {
-	kind            kind
-	namespace, name string
+	kind                   kind
+	namespace, name, query string
 }
 
 func decide(r *http.Request) decision {
 	info := apirequest.Parse(r)
 	d := decision{kind: kindOf(info)}
 	if d.kind != ordinary {
-		d.namespace, d.name = info.Namespace, info.Name
+		d.namespace, d.name, d.query = info.Namespace, info.Name, r.URL.RawQuery
 	}
 	return d
 }
@@ -80,7 +80,7 @@ func Confirm(r *http.Request) *apierrors.StatusError {
 	if !ok || decide(r) == decided {
 		return nil
 	}
-	return refusal.Because(refusal.Rewritten, refusal.Forbidden("the path was changed on its way through the proxy, after it was decided whether to record the session"))
+	return refusal.Because(refusal.Rewritten, refusal.Forbidden("the path or the query was changed on its way through the proxy, after it was decided whether to record the session"))
 }
 
 // withDecision returns r with d in its context.

@@ -5,6 +5,7 @@ package recording
 import (
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"testing"
 
@@ -20,21 +21,21 @@ func TestWhatIsASession(t *testing.T) {
 		upgrade        bool
 		want           decision
 	}{
-		{"GET", pod + "/exec?command=sh", true, decision{exec, "default", "web"}},
-		{"POST", pod + "/exec", false, decision{exec, "default", "web"}},
-		{"GET", pod + "/attach", true, decision{attach, "default", "web"}},
-		{"GET", pod + "/portforward", true, decision{forward, "default", "web"}},
+		{"GET", pod + "/exec?command=sh", true, decision{exec, "default", "web", ""}},
+		{"POST", pod + "/exec", false, decision{exec, "default", "web", ""}},
+		{"GET", pod + "/attach", true, decision{attach, "default", "web", ""}},
+		{"GET", pod + "/portforward", true, decision{forward, "default", "web", ""}},
 
 		// What leads to a shell in another way.
-		{"POST", pod + "/ephemeralcontainers", false, decision{door, "default", "web"}},
-		{"DELETE", pod + "/ephemeralcontainers", false, decision{door, "default", "web"}},
-		{"GET", pod + "/proxy/", false, decision{door, "default", "web"}},
-		{"GET", "/api/v1/namespaces/default/services/s/proxy/", false, decision{door, "default", "s"}},
-		{"POST", "/api/v1/nodes/n/proxy/run/default/web/main", false, decision{door, "", "n"}},
-		{"GET", "/api/v1/namespaces/default/services/s/exec", true, decision{door, "default", "s"}},
-		{"GET", "/apis/example.com/v1/namespaces/default/pods/web/exec", true, decision{door, "default", "web"}},
+		{"POST", pod + "/ephemeralcontainers", false, decision{door, "default", "web", ""}},
+		{"DELETE", pod + "/ephemeralcontainers", false, decision{door, "default", "web", ""}},
+		{"GET", pod + "/proxy/", false, decision{door, "default", "web", ""}},
+		{"GET", "/api/v1/namespaces/default/services/s/proxy/", false, decision{door, "default", "s", ""}},
+		{"POST", "/api/v1/nodes/n/proxy/run/default/web/main", false, decision{door, "", "n", ""}},
+		{"GET", "/api/v1/namespaces/default/services/s/exec", true, decision{door, "default", "s", ""}},
+		{"GET", "/apis/example.com/v1/namespaces/default/pods/web/exec", true, decision{door, "default", "web", ""}},
 		{"GET", "/shell", true, decision{kind: door}},
-		{"GET", "/api/v1/namespaces/default/pods/web%2Fexec", true, decision{ambiguous, "default", "web/exec"}},
+		{"GET", "/api/v1/namespaces/default/pods/web%2Fexec", true, decision{ambiguous, "default", "web/exec", ""}},
 
 		{"PATCH", pod + "/ephemeralcontainers", false, decision{kind: ordinary}},
 		{"PUT", pod + "/ephemeralcontainers", false, decision{kind: ordinary}},
@@ -48,6 +49,10 @@ func TestWhatIsASession(t *testing.T) {
 			r.Header.Set("Upgrade", "websocket")
 		}
 		got := decide(r)
+		if got.kind != ordinary && got.query != r.URL.RawQuery {
+			t.Errorf("%s %s: got the query %q", tt.method, tt.target, got.query)
+		}
+		got.query = ""
 		if got.kind == ambiguous {
 			got.namespace, got.name = tt.want.namespace, tt.want.name // of which nothing is said
 		}
@@ -122,6 +127,15 @@ func TestNoExtensionsAreOffered(t *testing.T) {
 }
 
 // What was decided about one request does not count for another.
+func mustParse(t *testing.T, s string) *url.URL {
+	t.Helper()
+	u, err := url.Parse(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u
+}
+
 func TestARequestThatChangesIsNotConfirmed(t *testing.T) {
 	for _, tt := range []struct{ name, from, to string }{
 		{"it stays as it is", "/pods/web/exec", "/pods/web/exec"},
@@ -130,11 +144,12 @@ func TestARequestThatChangesIsNotConfirmed(t *testing.T) {
 		{"a session before", "/pods/web/exec", "/pods/web/log"},
 		{"another kind", "/pods/web/exec", "/pods/web/portforward"},
 		{"another way to a shell", "/pods/web/log", "/pods/web/proxy"},
+		{"another command", "/pods/web/exec?command=date", "/pods/web/exec?command=sh"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			const namespace = "/api/v1/namespaces/default"
 			r := execRequest(t)
-			r.URL.Path = namespace + tt.from
+			r.URL = mustParse(t, namespace+tt.from)
 			site := &Site{Dir: t.TempDir(), Logger: zap.NewNop(), Count: func(Outcome) {}}
 			r, s, refused := site.Begin(r, caller(impersonate.Recording{}, nobody))
 			if refused != nil {
@@ -143,7 +158,7 @@ func TestARequestThatChangesIsNotConfirmed(t *testing.T) {
 			if s != nil {
 				defer s.Close()
 			}
-			r.URL.Path = namespace + tt.to
+			r.URL = mustParse(t, namespace+tt.to)
 			if got := Confirm(r); (got == nil) != (tt.from == tt.to) {
 				t.Errorf("got %v; want a refusal: %v", got, tt.from != tt.to)
 			}

@@ -4,6 +4,7 @@ package recording
 
 import (
 	"slices"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	portforward "k8s.io/apimachinery/pkg/util/portforward"
@@ -20,10 +21,19 @@ func (f *forwarded) opened(h streamHeader) (stream, error) {
 	port := h.Get(corev1.PortHeader)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if port != "" && !slices.Contains(f.ports, port) && len(f.ports) < maxPorts {
-		f.ports = append(f.ports, port)
-	}
+	f.note(port)
 	return "", nil
+}
+
+// note notes a port.
+func (f *forwarded) note(port string) {
+	switch {
+	case port == "" || slices.Contains(f.ports, port):
+	case len(f.ports) < maxPorts:
+		f.ports = append(f.ports, port)
+	case len(f.ports) == maxPorts:
+		f.ports = append(f.ports, "and more")
+	}
 }
 
 // fromClient implements observer.
@@ -45,6 +55,10 @@ func (f *forwarded) fromServer(_ stream, p []byte) error {
 // forwardProtocol returns the protocol of a port-forward.
 func (s *Session) forwardProtocol(version string) (protocol, error) {
 	if s.upgrade == websocketUpgrade && version != portforward.WebsocketsSPDYTunnelingPortForwardV1 {
+		// No other protocol heeds the ports of the query.
+		for _, port := range strings.Split(strings.Join(s.query["ports"], ","), ",") {
+			(*forwarded)(s).note(port)
+		}
 		return &webSocket{
 			observer: (*forwarded)(s),
 			base64:   version == v4Base64Channels,

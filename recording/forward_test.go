@@ -4,12 +4,14 @@ package recording
 
 import (
 	"net/http"
+	"net/url"
 	"strconv"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/moby/spdystream/spdy"
 	portforward "k8s.io/apimachinery/pkg/util/portforward"
+	"k8s.io/apimachinery/pkg/util/remotecommand"
 )
 
 // A port-forward's ports and bytes are found, in SPDY and in SPDY inside of a
@@ -34,7 +36,8 @@ func TestForwardedPortsAndBytes(t *testing.T) {
 		{"tunnel in pieces", websocketUpgrade, portforward.WebsocketsSPDYTunnelingPortForwardV1, tunnelled(client, 3, true), tunnelled(server, 5, false)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			s := &Session{kind: forward, upgrade: tt.upgrade}
+			// What the query says about ports does not count.
+			s := &Session{kind: forward, upgrade: tt.upgrade, query: url.Values{"ports": {"8080"}}}
 			p, err := s.forwardProtocol(tt.version)
 			if err != nil {
 				t.Fatal(err)
@@ -64,7 +67,20 @@ func TestOnlySoManyPortsAreNoted(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if len(s.ports) != maxPorts {
-		t.Errorf("%d ports are noted; want %d", len(s.ports), maxPorts)
+	if len(s.ports) != maxPorts+1 || s.ports[maxPorts] != "and more" {
+		t.Errorf("got the ports %q; want %d and that there are more", s.ports, maxPorts)
+	}
+}
+
+// Over a WebSocket without SPDY in it, the query says which ports, and nothing else.
+func TestPortsOfTheQuery(t *testing.T) {
+	for _, version := range []string{remotecommand.StreamProtocolV4Name, v4Base64Channels} {
+		s := &Session{kind: forward, upgrade: websocketUpgrade, query: url.Values{"ports": {"80,443", "8080"}}}
+		if _, err := s.forwardProtocol(version); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff([]string{"80", "443", "8080"}, s.ports); diff != "" {
+			t.Errorf("%s: ports (-want +got):\n%s", version, diff)
+		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -31,6 +32,7 @@ type Session struct {
 	started time.Time
 	header  sessionrecording.CastHeader
 	tty     bool
+	unsized bool // the protocol has no sizes
 	log     *zap.Logger
 
 	sinks  []*sink
@@ -38,9 +40,11 @@ type Session struct {
 	file   *file   // nil if there is none
 	toFile *sink   // that of file
 	cast   *cast   // nil until the connection is switched
-	sizes  sizes
-	over   chan struct{}      // closed by Close
-	cancel context.CancelFunc // of the request that is sent on
+	// headerIsDue writes the recording's header if the terminal does not say its size.
+	headerIsDue *time.Timer
+	sizes       sizes
+	over        chan struct{}      // closed by Close
+	cancel      context.CancelFunc // of the request that is sent on
 
 	mu       sync.Mutex
 	conn     *conn // nil until the connection is switched
@@ -49,6 +53,7 @@ type Session struct {
 	answered bool  // the client was told of an answer other than the switch
 	lost     bool  // the recorder has been lost
 	closing  bool
+	query    url.Values
 	ports    []string // that are forwarded to
 	sent     int64    // to the pod
 	received int64    // from the pod
@@ -163,6 +168,7 @@ func (s *Session) protocol(h http.Header) (protocol, error) {
 			return nil, err
 		}
 		protocol.status, protocol.out = status, out
+		s.unsized = !slices.Contains([]string{remotecommand.StreamProtocolV3Name, remotecommand.StreamProtocolV4Name, remotecommand.StreamProtocolV5Name}, version)
 		return protocol, nil
 	}
 	protocol := &webSocket{
@@ -194,9 +200,22 @@ func (s *Session) begin(c *conn) {
 		s.log.Info("port-forward begins", zap.Strings("ports", s.ports))
 	} else {
 		s.log.Info("the session is recorded", zap.String("command", s.header.Command))
+		// Who runs what is on record before anything is printed, as nothing may ever be.
+		if s.tty {
+			s.headerIsDue = time.AfterFunc(sizeTimeout, s.writeHeader)
+		} else {
+			s.writeHeader()
+		}
 	}
 	if reason != nil {
 		c.end(reason)
+	}
+}
+
+// writeHeader writes the recording's header, unless that has been done.
+func (s *Session) writeHeader() {
+	if err := s.cast.open(); err != nil {
+		s.end(err)
 	}
 }
 
@@ -316,6 +335,9 @@ func (s *Session) Close() {
 
 // stopWatching makes the end of the recorder's connection nothing to report.
 func (s *Session) stopWatching() {
+	if s.headerIsDue != nil {
+		s.headerIsDue.Stop()
+	}
 	s.mu.Lock()
 	s.closing = true
 	s.mu.Unlock()

@@ -19,6 +19,7 @@ import (
 
 	"go.uber.org/zap"
 	logged "go.uber.org/zap/zaptest/observer"
+	"tailscale.com/sessionrecording"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
@@ -66,9 +67,6 @@ func TestAFileThatFailsEndsTheSession(t *testing.T) {
 	}()
 	c := newConn(server, nil, p, func() {})
 	s.begin(c)
-	if _, err := c.Write([]byte(wsServer("\x01x"))); err != nil {
-		t.Fatal(err)
-	}
 	// It ends without anything more being written to it.
 	for deadline := time.Now().Add(10 * time.Second); c.failed() == nil; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -89,6 +87,57 @@ func TestAFileThatFailsEndsTheSession(t *testing.T) {
 	entries, err := os.ReadDir(site.Dir)
 	if err != nil || len(entries) != 1 || !strings.HasSuffix(entries[0].Name(), partial) {
 		t.Errorf("the directory holds %v, %v; want the partial file", entries, err)
+	}
+}
+
+// A session that prints nothing, and that of a terminal that does not say its size, are
+// on record while they last.
+func TestWhatPrintsNothingIsOnRecordFromItsBeginning(t *testing.T) {
+	for _, query := range []string{"?command=sh", "?command=sh&tty=true"} {
+		t.Run(query, func(t *testing.T) {
+			site := &Site{Dir: t.TempDir(), Logger: zap.NewNop(), Count: func(Outcome) {}}
+			r := execRequest(t)
+			r.URL.RawQuery = query[1:]
+			_, s, refused := site.Begin(r, caller(impersonate.Recording{}, nobody))
+			if refused != nil {
+				t.Fatal(refused)
+			}
+			defer s.Close()
+			p, err := s.protocol(http.Header{"Upgrade": {"websocket"}, "Sec-WebSocket-Protocol": {"v5.channel.k8s.io"}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, server := net.Pipe()
+			c := newConn(server, nil, p, func() {})
+			defer c.Close()
+			s.begin(c)
+			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+				b, err := os.ReadFile(s.file.Name())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if strings.Contains(string(b), `"command":"sh"`) && strings.HasSuffix(string(b), "\n") {
+					break
+				}
+				if time.Now().After(deadline) {
+					t.Fatalf("the file holds %q; want the header", b)
+				}
+			}
+		})
+	}
+}
+
+// A session whose header cannot be written ends before anything is printed.
+func TestASessionThatCannotBeNamedEnds(t *testing.T) {
+	fails := newSink(failing{}, errFileLost, func(error) {})
+	if err := fails.write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	<-fails.dead
+	s := &Session{cast: newCast(sessionrecording.CastHeader{}, fails)}
+	s.writeHeader()
+	if !errors.Is(s.reason, errFileLost) {
+		t.Errorf("got the reason %v; want %v", s.reason, errFileLost)
 	}
 }
 

@@ -141,7 +141,7 @@ func newSession(s *Site, r *http.Request, who Caller, d decision, upgrade string
 			},
 		},
 		tty:   isTrue(query["tty"]),
-		ports: strings.FieldsFunc(strings.Join(query["ports"], ","), func(r rune) bool { return r == ',' }),
+		query: query,
 	}
 	session.log = s.Logger.With(
 		zap.String("session", session.id),

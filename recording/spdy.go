@@ -34,8 +34,6 @@ type spdySession struct {
 
 const (
 	spdyHeader = 8
-	// maxStreams is how many streams a client may open. It needs five.
-	maxStreams = 16
 	// Header blocks hold two or three short ones.
 	maxHeaderSize  = 1 << 12
 	maxHeaderCount = 32
@@ -128,8 +126,10 @@ func (s *spdySession) clientControl(b []byte) error {
 	if _, taken := s.streams[id]; taken {
 		return fmt.Errorf("stream %d is opened twice", id)
 	}
-	if len(s.streams) == maxStreams {
-		return fmt.Errorf("more than %d streams", maxStreams)
+	for _, other := range s.streams {
+		if other == what {
+			return fmt.Errorf("a second stream of the type %q", what)
+		}
 	}
 	s.streams[id] = what
 	return nil

@@ -30,7 +30,7 @@ func (t *terminal) opened(h streamHeader) (stream, error) {
 // fromClient implements observer.
 func (t *terminal) fromClient(s stream, p []byte) error {
 	// Without a terminal nothing has a size, whatever the client says.
-	if s != resize || !t.tty {
+	if s != resize || !t.tty || t.unsized {
 		return nil
 	}
 	return t.sizes.add(p, t.cast.resize)
