@@ -898,6 +898,40 @@ func TestAClientThatDoesNotReadDoesNotHoldUpCaddy(t *testing.T) {
 	}
 }
 
+// And a pod that does not read does neither, recorded or not.
+func TestAPodThatDoesNotReadDoesNotHoldUpCaddy(t *testing.T) {
+	for _, rules := range [][]string{{}, {enforced}} {
+		up := newTunnel(t, func(conn net.Conn) {
+			defer conn.Close()
+			if _, err := io.WriteString(conn, switchedToV5); err != nil {
+				t.Error(err)
+			}
+			<-t.Context().Done()
+		})
+		_, node := startRecorder(t, rules...)
+		s := startSite(t, up, false, "", toKubernetes, node)
+		client, ok := mustOpen(t, openWebSocket, s).(*webSocketShell)
+		if !ok {
+			t.Fatal("no WebSocket")
+		}
+		block := wsMessage(true, "\x00"+strings.Repeat("x", 1<<20))
+		for err := error(nil); err == nil; { // until it stalls
+			_ = client.conn.SetWriteDeadline(time.Now().Add(time.Second))
+			_, err = client.conn.Write(block)
+		}
+		stopped := make(chan error, 1)
+		go func() { stopped <- caddy.Stop() }()
+		select {
+		case err := <-stopped:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(15 * time.Second):
+			t.Fatal("Caddy does not stop")
+		}
+	}
+}
+
 // newTunnel returns an upstream that leaves the connection of every request to serve.
 func newTunnel(t *testing.T, serve func(net.Conn)) *upstream {
 	t.Helper()

@@ -6,11 +6,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
@@ -271,10 +273,44 @@ func (c *cluster) request(r *http.Request) *http.Request {
 // what several callers send at once goes out together. An upgrade needs HTTP/1.1:
 // neither SPDY nor a WebSocket can ride on HTTP/2.
 func (c *cluster) send(r *http.Request) (*http.Response, error) {
-	if r.Header["Connection"] != nil {
-		return c.http1.RoundTrip(r)
+	if r.Header["Connection"] == nil {
+		return c.http2.RoundTrip(r)
 	}
-	return c.http2.RoundTrip(r)
+	resp, err := c.http1.RoundTrip(r)
+	if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
+		if conn, ok := resp.Body.(halfCloser); ok {
+			resp.Body = &switched{halfCloser: conn}
+		}
+	}
+	return resp, err
+}
+
+// halfCloser is what [http.Transport] gives of a connection whose protocol has been
+// switched.
+type halfCloser interface {
+	io.ReadWriteCloser
+	CloseWrite() error
+}
+
+// switched is a connection to the API server whose protocol has been switched. It
+// takes what comes from the client from one goroutine. Another is Caddy's, for the
+// last frame of a WebSocket that it is about to close: waiting for a pod that does
+// not read, it would hold up the reload of a config, and the ends of other sessions.
+type switched struct {
+	halfCloser
+	write sync.Mutex
+}
+
+// errWriting is returned to whoever would write while another does.
+var errWriting = errors.New("something else is being written")
+
+// Write implements [io.Writer].
+func (s *switched) Write(p []byte) (int, error) {
+	if !s.write.TryLock() {
+		return 0, errWriting
+	}
+	defer s.write.Unlock()
+	return s.halfCloser.Write(p)
 }
 
 // dial connects to an upstream that reverse_proxy has chosen. Its errors tell
