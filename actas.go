@@ -17,14 +17,35 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 )
 
+// askedKey is the name, among a request's variables, of the impersonation header that
+// its client has sent. They travel with it into the routes that Caddy starts over with
+// after an answer or an error that a config does not want, where the header is gone.
+const askedKey = "tailscale_impersonate.asked"
+
+// stripClient removes from r's headers what its client may not say, and returns the
+// name of an impersonation header that was among them, empty if none was.
+func (h *Handler) stripClient(r *http.Request) (asked string) {
+	asked = impersonate.StripClient(r.Header)
+	if asked != "" && h.ClientImpersonation != caddyfile.Strip {
+		caddyhttp.SetVar(r.Context(), askedKey, asked)
+	}
+	return asked
+}
+
 // target returns whom r asks to act as, nil if it asks for nobody, or if that is not
 // what is to be done about it. It looks at r's headers as the client sent them.
 func (h *Handler) target(r *http.Request) (*impersonate.Target, *apierrors.StatusError) {
-	if h.ClientImpersonation != caddyfile.Authorize {
+	if h.ClientImpersonation == caddyfile.Strip {
 		return nil, nil
 	}
 	if _, passed := impersonate.FromContext(r.Context()); passed {
 		return nil, nil // the headers are another handler's
+	}
+	if asked := caddyhttp.GetVar(r.Context(), askedKey); asked != nil {
+		return nil, refusal.Because(refusal.Impersonation, refusal.Forbidden("the request asked another tailscale_impersonate to act as somebody else, with the header %s, and is not sent as its caller", asked))
+	}
+	if h.ClientImpersonation != caddyfile.Authorize {
+		return nil, nil
 	}
 	target, err := impersonate.ParseTarget(r.Header)
 	if err != nil {

@@ -105,6 +105,42 @@ func TestAWishNeedsAnIdentity(t *testing.T) {
 	checkRefused(t, resp, forbidden, aliceAddr)
 }
 
+// A route that Caddy starts over with after an error or an unwanted answer has the
+// request without the header that the first handler has removed, and without its
+// context. Who asked to be somebody else is not sent as itself for that.
+func TestWhatWasAskedForIsNotForgottenInAnotherRoute(t *testing.T) {
+	for _, first := range []string{caddyfile.Authorize, caddyfile.Reject} {
+		for _, second := range []string{caddyfile.Authorize, caddyfile.Reject} {
+			for _, headers := range [][]string{{"Impersonate-User", "bob"}, nil} {
+				r := newRequest("GET", "http://k8s/api", headers...)
+				r = r.WithContext(context.WithValue(r.Context(), caddyhttp.VarsCtxKey, make(map[string]any)))
+				serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: first}, aliceNode()), r)
+				resp, got := serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: second}, aliceNode()), r)
+				if headers == nil {
+					if got == nil {
+						t.Errorf("%s, then %s: a request that asks for nothing is answered %s", first, second, resp.Status)
+					}
+					continue
+				}
+				if got != nil {
+					t.Errorf("%s, then %s: sent with %v", first, second, protected(got.Header))
+				}
+				checkRefused(t, resp, forbidden, "another tailscale_impersonate", "Impersonate-User")
+			}
+		}
+	}
+}
+
+// The same through Caddy.
+func TestWhatIsRefusedIsNotSentByAnotherRoute(t *testing.T) {
+	const proxy = "tailscale_impersonate\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}\n"
+	up := newUpstream(t)
+	s := startSite(t, up, false, "", "route {\nintercept {\n@no status 403\nhandle_response @no {\n"+proxy+"}\n}\n"+proxy+"}", aliceNode())
+	resp := s.http1(t, aliceAddr, "GET /api HTTP/1.1\r\nHost: k8s\r\nImpersonate-User: bob\r\n\r\n")
+	checkRefused(t, resp, forbidden, "Impersonate-User")
+	up.checkSeen(t, nil)
+}
+
 // A second handler would undo what the first one denies, and send a request as its
 // caller, who asked to be somebody with fewer rights perhaps.
 func TestNoRequestPassesTwoHandlers(t *testing.T) {

@@ -240,7 +240,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	// First of all, so that whatever is decided below and whatever runs next,
 	// nothing that the client says about itself is left to be believed.
 	target, unclear := h.target(r)
-	asked := impersonate.StripClient(r.Header)
+	asked := h.stripClient(r)
 	if h.Whoami != "" && r.URL.Path == h.Whoami {
 		return h.serveWhoami(w, r)
 	}

@@ -36,6 +36,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	_ "github.com/caddyserver/caddy/v2/modules/caddyhttp/headers"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/intercept"
 	_ "github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	_ "github.com/caddyserver/caddy/v2/modules/filestorage"
 	"github.com/google/go-cmp/cmp"
@@ -780,6 +781,10 @@ func handlersOf(server *caddyhttp.Server) []*Handler {
 					found = append(found, handler)
 				case *caddyhttp.Subroute:
 					search(handler.Routes)
+				case *intercept.Intercept:
+					for _, response := range handler.HandleResponse {
+						search(response.Routes)
+					}
 				}
 			}
 		}
