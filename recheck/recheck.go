@@ -72,6 +72,10 @@ type Ended struct {
 // Error returns the reason in full.
 func (e *Ended) Error() string { return "access was withdrawn: " + e.Detail }
 
+// Is makes e a [context.Canceled], or reverse_proxy would take the end of a request
+// for a failure of the API server, try again, and count it against that.
+func (e *Ended) Is(target error) bool { return target == context.Canceled }
+
 // Rules are by what a site's requests are judged.
 type Rules struct {
 	// Interval is the time between two checks. A caller that cannot be checked

@@ -765,6 +765,10 @@ func TestWhatIsReported(t *testing.T) {
 		if diff := cmp.Diff(want, ended, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
 			t.Errorf("reported (-want +got):\n%s", diff)
 		}
+		// It is no failure of the API server, which reverse_proxy would count, and try again.
+		if !errors.Is(ended[0], context.Canceled) {
+			t.Error("the cause of the end is not that the request was canceled")
+		}
 	})
 }
 
