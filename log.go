@@ -35,6 +35,9 @@ var (
 // What has not been counted yet is zero, rather than missing: Prometheus would not
 // see the first of what is missing.
 func init() {
+	for _, outcome := range metrics.Outcomes {
+		metrics.Questions.WithLabelValues(outcome)
+	}
 	for _, reason := range recheck.Reasons {
 		metrics.Revocations.WithLabelValues(string(reason))
 	}

@@ -31,6 +31,9 @@ const (
 	Failed  = "failed"  // the node did not answer
 )
 
+// Outcomes are all that Questions has.
+var Outcomes = []string{Known, Unknown, Failed}
+
 var (
 	// Decisions are counted by what came out and by where the caller's groups
 	// came from, once for each request.
