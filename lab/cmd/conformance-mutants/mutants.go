@@ -19,7 +19,7 @@ var requests = []file{
 		{name: "who was dropped meanwhile is asked about anew", old: "newDecision(h, key.Node, peer, id, asked, drops)", new: "newDecision(h, key.Node, peer, id, asked, h.drops.Load()+0*drops)"},
 		{name: "the answer to a session is the API server's", old: "	return h.explain(answer, r, next.ServeHTTP(w, r))", new: "	_ = answer\n\treturn h.explain(w, r, next.ServeHTTP(w, r))"},
 		{name: "it is noted whether a session is sent", old: "		ctx = session.Watch(ctx)\n", new: ""},
-		{name: "what the client says is removed", old: "asked := impersonate.StripClient(r.Header)", new: `asked := ""`, by: attacks},
+		{name: "what the client says is removed", old: "	asked := h.stripClient(r)\n", new: "	asked := \"\"\n", by: attacks},
 		{name: "protocols are looked at", old: "if refused = checkProtocol(r); refused != nil {", new: "if false {", by: attacks},
 		{name: "HTTP/3 is refused", old: "if r.ProtoMajor > 2 {", new: "if false {"},
 		{name: "CONNECT is refused", old: "if r.Method == http.MethodConnect {", new: "if false {", by: attacks},
@@ -75,7 +75,7 @@ var requests = []file{
 		{name: "X-Real-Ip is removed", old: `case foldedEqual(name, "x-real-ip"), foldedPrefix`, new: `case foldedPrefix`},
 		{name: "X-Forwarded-* is removed", old: `foldedPrefix(name, "x-forwarded-"),`, new: ``},
 		{name: "Forwarded is removed", old: `foldedEqual(name, "forwarded"), `, new: ``},
-		{name: "Audit-Id is removed", old: `foldedEqual(name, "forwarded"), foldedEqual(name, "audit-id"):`, new: `foldedEqual(name, "forwarded"):`},
+		{name: "Audit-Id is removed", old: `foldedEqual(name, "forwarded"), foldedEqual(name, "audit-id"),`, new: `foldedEqual(name, "forwarded"),`},
 		{name: "Connection names nothing", old: "			upgrade = upgrade || asksForUpgrade(values)\n\t\t\tdelete(h, name)\n\t\tdefault:", new: "			upgrade = upgrade || asksForUpgrade(values)\n\t\tdefault:"},
 		{name: "Connection that a config sets names nothing", old: "			upgrade = upgrade || asksForUpgrade(values)\n\t\t\tdelete(h, name)\n\t\t}\n", new: "			upgrade = upgrade || asksForUpgrade(values)\n\t\t}\n", by: "."},
 		{name: "Connection says Upgrade and no more", old: "		h[\"Connection\"] = []string{\"Upgrade\"}\n", new: "		h[\"Connection\"] = []string{\"Upgrade, Impersonate-User\"}\n"},
@@ -140,6 +140,7 @@ var requests = []file{
 		{name: "a pattern with group_prefix, which no name has yet, is an error", old: "ok && r.GroupPrefix != \"\"", new: "ok && r.GroupPrefix != \"\" && bare == \"{\""},
 		{name: "deny_shared", old: "if r.DenyShared && p.Shared {", new: "if false {"},
 		{name: "deny_tags", old: "if pattern.Any(r.DenyTags, tag) {", new: "if false {"},
+		{name: "tags of another tailnet are not those that allow_tags names", old: "	if p.Shared {", new: "	if false {"},
 		{name: "allow_tags", old: "if !slices.ContainsFunc(p.Tags, func(tag string) bool { return pattern.Any(r.AllowTags, tag) }) {", new: "if false {"},
 		{name: "allow_groups", old: "case len(r.AllowGroups) > 0 && !pattern.Any(r.AllowGroups, group):", new: "case false:"},
 		{name: "deny_groups", old: "	case pattern.Any(r.DenyGroups, group):", new: "case false:"},
@@ -220,6 +221,7 @@ var requests = []file{
 		{name: "who waits for an answer waits no longer than that", old: "		case <-ctx.Done():\n\t\t\tvar none V\n\t\t\treturn none, ctx.Err()\n", new: "		case <-context.Background().Done():\n\t\t\tvar none V\n\t\t\treturn none, ctx.Err()\n"},
 	}},
 	{"recheck/recheck.go", "./recheck", []mutant{
+		{name: "a request that is ended is no failure of the API server", old: "target == context.Canceled", new: "false && target == context.Canceled"},
 		{name: "a session that has to be recorded by now ends", old: "reason == \"\" && r.unrecorded &&", new: "false &&"},
 		{name: "what is no session need not be recorded", old: "reason == \"\" && r.unrecorded &&", new: "reason == \"\" &&"},
 		{name: "another user is one", old: "	if has.User != had.User {", new: "	if false {"},
@@ -256,11 +258,17 @@ var requests = []file{
 	{"actas.go", ".", []mutant{
 		{name: "whom nobody may act as is nobody's target", old: "	if err := h.CheckTarget(target); err != nil {\n\t\treturn nil, refusal.Because(", new: "	if err := h.CheckTarget(target); false {\n\t\treturn nil, refusal.Because("},
 		{name: "a request for a target that cannot be read is refused", old: "	target, err := impersonate.ParseTarget(r.Header)\n\tif err != nil {", new: "	target, err := impersonate.ParseTarget(r.Header)\n\tif false {"},
+		{name: "what was asked of another handler is not forgotten", old: "	if asked := caddyhttp.GetVar(r.Context(), askedKey); asked != nil {", new: "	if asked := caddyhttp.GetVar(r.Context(), askedKey); false {"},
+		{name: "what is asked is noted for other routes", old: `asked != "" && h.ClientImpersonation != caddyfile.Strip {`, new: "false {"},
 		{name: "no request passes two handlers", old: "	case passed:\n", new: "	case passed && false:\n"},
 		{name: "acting as somebody else ends with a config that forbids it", old: "	if h.ClientImpersonation != caddyfile.Authorize {\n\t\treturn refusal.Forbidden(", new: "	if false {\n\t\treturn refusal.Forbidden("},
 	}},
 	{"decided/decided.go", "./decided", []mutant{
 		{name: "what is sent is what was decided about", old: "		if d.info != sent {", new: "		if false {"},
+		{name: "the query that a recorder was told of is sent", old: "e.query != out.URL.RawQuery || ", new: ""},
+		{name: "the body that a recorder was told of is sent", old: " || e.body && (out.Body == nil || out.Body == http.NoBody) {", new: " {"},
+		{name: "no body at all is none", old: "(out.Body == nil || out.Body == http.NoBody)", new: "out.Body == http.NoBody"},
+		{name: "an empty body is none", old: "(out.Body == nil || out.Body == http.NoBody)", new: "out.Body == nil"},
 		{name: "a refusal is kept", old: "	case rec.refused:", new: "	case false:"},
 		{name: "a config has no say in what was decided", old: "	case !ok:", new: "	case !ok && false:"},
 	}},
@@ -282,7 +290,8 @@ var requests = []file{
 		{name: "a session that cannot be recorded does not begin", old: "\t\tif s.enforce {\n\t\t\treturn refusal.", new: "\t\tif false {\n\t\t\treturn refusal."},
 	}},
 	{"recording/terminal.go", "./recording", []mutant{
-		{name: "what is no terminal has no size", old: " || !t.tty {", new: " {"},
+		{name: "what is no terminal has no size", old: " || !t.tty || t.unsized {", new: " || t.unsized {"},
+		{name: "a protocol without sizes has none", old: " || !t.tty || t.unsized {", new: " || !t.tty {"},
 		{name: "data on a stream of unknown type ends the session", old: "	if !slices.Contains([]stream{stdin, stdout, stderr, errs, resize}, what) {", new: "	if !slices.Contains([]stream{stdin, stdout, stderr, errs, resize}, what) && false {"},
 	}},
 	{"recording/spdy.go", "./recording", []mutant{
@@ -359,6 +368,10 @@ var requests = []file{
 		{name: "a recheck asks anew whether the caller still may", old: "			again.Caller, again.Since = caller, since\n", new: "			again.Caller = caller\n"},
 		{name: "who may no longer act as somebody else is told apart", old: "			if _, refused := t.reviewer.Authorize(ctx, ask, again); refused != nil {", new: "			if _, refused := t.reviewer.Authorize(ctx, ask, again); false {"},
 	}},
+	{"transport/cluster.go", ".", []mutant{
+		{name: "a pod that does not read holds up nobody", old: "	if !s.write.TryLock() {", new: "	if s.write.Lock(); false {"},
+		{name: "what is switched is watched", old: "			resp.Body = &switched{halfCloser: conn}\n", new: "			_ = conn\n"},
+	}},
 	{"transport/cluster.go", "./transport", []mutant{
 		{name: "a service account has an authority", old: "	if config.CAFile == \"\" {", new: "	if false {"},
 		{name: "a service account's token is read from its file only", old: "	config.BearerToken, config.BearerTokenFile = \"\", \"\"\n", new: ""},
@@ -397,6 +410,8 @@ var requests = []file{
 		{name: "a group that nobody can have is not written", old: "c < ' ' || c > '~'", new: "false"},
 	}},
 	{"apievents/apievents.go", "./apievents", []mutant{
+		{name: "what a recorder is told of is what is sent", old: "	decided.Recorded(r, len(body.data) > 0)\n", new: ""},
+		{name: "the body that a recorder is told of is what is sent", old: "decided.Recorded(r, len(body.data) > 0)", new: "decided.Recorded(r, false)"},
 		{name: "an upgrade does not hide a body", old: "	case info.PassesOn():", new: "	case info.Interactive:"},
 	}},
 	{"decision.go", ".", []mutant{

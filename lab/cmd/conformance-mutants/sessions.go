@@ -62,6 +62,7 @@ var sessions = []file{
 		{name: "the directive's cluster is checked", old: "	if err := source.Validate(); err != nil {\n		return nil, d.WrapErr(err)\n	}\n", new: ""},
 	}},
 	{"recording/cast.go", "./recording", []mutant{
+		{name: "a header is written when it is to be", old: "	return c.begin()\n}\n\n// begin is open", new: "	return nil\n}\n\n// begin is open"},
 		{name: "a session ends with a recording that it needs", old: "			return s.required\n", new: "			return nil\n"},
 	}},
 	{"recording/conn.go", "./recording", []mutant{
@@ -81,7 +82,8 @@ var sessions = []file{
 		{name: "what leads past the recording is found", old: "	return door\n}", new: "	return ordinary\n}"},
 		{name: "an addition's exec is not the API server's", old: `i.IsResourceRequest && i.APIGroup == "" && i.Resource`, new: "i.IsResourceRequest && i.Resource"},
 		{name: "another resource's exec is not a pod's", old: `i.APIGroup == "" && i.Resource == "pods":`, new: `i.APIGroup == "":`},
-		{name: "the pod that is sent is the one that is recorded", old: "		d.namespace, d.name = info.Namespace, info.Name\n", new: "		_ = info\n"},
+		{name: "the pod that is sent is the one that is recorded", old: "		d.namespace, d.name, d.query = info.Namespace, info.Name, r.URL.RawQuery\n", new: "		d.query = r.URL.RawQuery\n"},
+		{name: "the command that is sent is the one that is recorded", old: "info.Namespace, info.Name, r.URL.RawQuery", new: "info.Namespace, info.Name, \"\""},
 		{name: "a session without an upgrade is refused", old: `!httpguts.HeaderValuesContainsToken(field(r.Header, "Connection"), "upgrade") || len(asked) != 1`, new: `!httpguts.HeaderValuesContainsToken(field(r.Header, "Connection"), "upgrade") && false || len(asked) != 1`},
 		{name: "two upgrades are refused", old: " || len(asked) != 1 {", new: " || len(asked) < 1 {"},
 		{name: "a WebSocket without a protocol is refused", old: "	if upgrade == websocketUpgrade && len(offered) == 0 {", new: "	if false {"},
@@ -97,7 +99,9 @@ var sessions = []file{
 		{name: "a recording that is not on disk is not complete", old: "errors.Join(err, f.Sync(), f.Close()); err != nil", new: "errors.Join(err, f.Sync(), f.Close()); false"},
 	}},
 	{"recording/forward.go", "./recording", []mutant{
-		{name: "ports that are noted are bounded", old: " && len(f.ports) < maxPorts", new: ""},
+		{name: "ports that are noted are bounded", old: "	case len(f.ports) < maxPorts:", new: "	case true:"},
+		{name: "that there are more ports is noted", old: "	case len(f.ports) == maxPorts:", new: "	case false:"},
+		{name: "the ports of the query are noted where they count", old: "			(*forwarded)(s).note(port)\n", new: "			_ = port\n"},
 	}},
 	{"recording/frames.go", "./recording", []mutant{
 		{name: "what cannot be understood does not pass", old: "n == 0 || err != nil", new: "n == 0"},
@@ -117,6 +121,10 @@ var sessions = []file{
 		{name: "extensions that were not offered are not spoken", old: "	if extensions := field(h, \"Sec-Websocket-Extensions\"); len(extensions) > 0 {", new: "	if extensions := field(h, \"Sec-Websocket-Extensions\"); false {"},
 		{name: "a version that is not understood is not spoken", old: "	if !known(version, s.upgrade, s.kind) {", new: "	if false {"},
 		{name: "what cannot be recorded does not begin", old: "	if err != nil {\n		w.session.end(err)\n		return nil, nil, err\n	}\n", new: "	if err != nil {\n		return nil, nil, err\n	}\n"},
+		{name: "who runs what is on record before anything is printed", old: "		} else {\n			s.writeHeader()\n		}\n", new: "		}\n"},
+		{name: "who runs what on a terminal without a size is on record", old: "		if s.tty {\n			s.headerIsDue = time.AfterFunc(sizeTimeout, s.writeHeader)\n", new: "		if s.tty {\n"},
+		{name: "a session whose header cannot be written ends", old: "	if err := s.cast.open(); err != nil {", new: "	if err := s.cast.open(); false {"},
+		{name: "the oldest protocols have no sizes", old: "		s.unsized = !slices.Contains(", new: "		s.unsized = false && !slices.Contains("},
 		{name: "only the newest version closes channels", old: "version == remotecommand.StreamProtocolV5Name,", new: "true,"},
 		{name: "what has to end ends as it begins", old: "	if reason != nil {\n		c.end(reason)\n	}\n", new: "	_ = reason\n"},
 		{name: "why a session has to end is kept", old: "		s.reason = reason\n", new: ""},
@@ -147,7 +155,7 @@ var sessions = []file{
 		{name: "a SPDY frame that cannot be read ends the session", old: "	if err != nil {\n		return fmt.Errorf(\"a SPDY frame that", new: "	if err != nil {\n		return nil\n	}\n	if err != nil {\n		return fmt.Errorf(\"a SPDY frame that"},
 		{name: "a SPDY frame within another ends the session", old: "	if s.control.Len() > 0 {", new: "	if false {"},
 		{name: "a stream that is opened twice ends the session", old: "taken := s.streams[id]; taken {", new: "taken := s.streams[id]; taken && false {"},
-		{name: "streams are bounded", old: "	if len(s.streams) == maxStreams {", new: "	if false {"},
+		{name: "there is one stream of each type", old: "		if other == what {", new: "		if false {"},
 		{name: "the headers of streams are bounded", old: "spdy.WithMaxHeaderFieldSize(maxHeaderSize), ", new: ""},
 		{name: "a stream that the API server opens ends the session", old: "kind == spdy.TypeSynStream {", new: "kind == spdy.TypeSynStream && false {"},
 		{name: "the API server's data on an unknown stream ends the session", old: "	what, err := s.carries(id)\n	if err != nil || len(data) == 0 {\n		return n, err\n	}\n	return n, s.observer.fromServer", new: "	what, err := s.carries(id)\n	_ = err\n	if len(data) == 0 {\n		return n, nil\n	}\n	return n, s.observer.fromServer"},
