@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/spf13/cobra"
 	auditv1 "k8s.io/apiserver/pkg/apis/audit/v1"
+	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/yaml"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
@@ -106,6 +107,17 @@ func checkManifest(t *testing.T, root, manifest string) {
 	if strings.Contains(manifest, "audit.k8s.io") {
 		if err := yaml.UnmarshalStrict([]byte(manifest), new(auditv1.Policy)); err != nil {
 			t.Errorf("the audit policy: %v", err)
+		}
+		return
+	}
+	if strings.Contains(manifest, "kind: Config\n") {
+		config, err := clientcmd.Load([]byte(manifest))
+		if err == nil {
+			err = clientcmd.ConfirmUsable(*config, "")
+		}
+		// The files are on the reader's machine.
+		if err != nil && !strings.Contains(err.Error(), "cluster-ca.crt") {
+			t.Errorf("the kubeconfig: %v", err)
 		}
 		return
 	}
