@@ -18,6 +18,7 @@
 //	is it an event to be recorded?       apievents
 //	may it act as somebody else?         review
 //	which credentials?                   transport
+//	is its connection let go of?         upgrade
 //	what does a refused client read?     refusal
 //	what does it ask for?                apirequest, matcher
 //	is that what is sent?                decided
@@ -55,6 +56,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/upgrade"
 
 	// The command caddy tailscale-impersonate.
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/cli"
@@ -268,11 +270,14 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	}
 
 	// From here on the caller can lose what it had, and the request ends.
-	kind, upgrade := recheck.KindOf(r)
+	kind, upgrades := recheck.KindOf(r)
 	request := h.site.Open(r.Context(), conn, id, decided.asked, kind)
 	defer request.Close()
-	if upgrade && !id.Recording.Enforce {
+	if upgrades && !id.Recording.Enforce {
 		request.Unrecorded()
+	}
+	if upgrades && session == nil {
+		w = upgrade.Client(w)
 	}
 	if id.Wish != nil {
 		id.Wish.Granted = request.Require

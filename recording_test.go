@@ -871,30 +871,22 @@ func TestRecorderIsLostWhileThePodIsBusy(t *testing.T) {
 // Caddy says over a WebSocket that it closes it, and waits until that is written,
 // also when a config is reloaded. A client that does not read does not stop it.
 func TestAClientThatDoesNotReadDoesNotHoldUpCaddy(t *testing.T) {
-	full := make(chan struct{})
-	up := newTunnel(t, func(conn net.Conn) {
-		defer conn.Close()
-		_, err := io.WriteString(conn, switchedToV5)
-		for block := wsMessage(false, "\x01"+strings.Repeat("x", 1<<20)); err == nil; {
-			_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
-			_, err = conn.Write(block)
-		}
-		close(full)
-		<-t.Context().Done()
-	})
-	_, node := startRecorder(t, enforced)
-	s := startSite(t, up, false, "", toKubernetes, node)
-	mustOpen(t, openWebSocket, s)
-	<-full
-	stopped := make(chan error, 1)
-	go func() { stopped <- caddy.Stop() }()
-	select {
-	case err := <-stopped:
-		if err != nil {
-			t.Error(err)
-		}
-	case <-time.After(15 * time.Second):
-		t.Fatal("Caddy does not stop")
+	for _, rules := range [][]string{{}, {enforced}} {
+		full := make(chan struct{})
+		up := newTunnel(t, func(conn net.Conn) {
+			defer conn.Close()
+			_, err := io.WriteString(conn, switchedToV5)
+			for block := wsMessage(false, "\x01"+strings.Repeat("x", 1<<20)); err == nil; {
+				_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
+				_, err = conn.Write(block)
+			}
+			close(full)
+			<-t.Context().Done()
+		})
+		_, node := startRecorder(t, rules...)
+		mustOpen(t, openWebSocket, startSite(t, up, false, "", toKubernetes, node))
+		<-full
+		mustStop(t)
 	}
 }
 
@@ -909,8 +901,7 @@ func TestAPodThatDoesNotReadDoesNotHoldUpCaddy(t *testing.T) {
 			<-t.Context().Done()
 		})
 		_, node := startRecorder(t, rules...)
-		s := startSite(t, up, false, "", toKubernetes, node)
-		client, ok := mustOpen(t, openWebSocket, s).(*webSocketShell)
+		client, ok := mustOpen(t, openWebSocket, startSite(t, up, false, "", toKubernetes, node)).(*webSocketShell)
 		if !ok {
 			t.Fatal("no WebSocket")
 		}
@@ -919,16 +910,22 @@ func TestAPodThatDoesNotReadDoesNotHoldUpCaddy(t *testing.T) {
 			_ = client.conn.SetWriteDeadline(time.Now().Add(time.Second))
 			_, err = client.conn.Write(block)
 		}
-		stopped := make(chan error, 1)
-		go func() { stopped <- caddy.Stop() }()
-		select {
-		case err := <-stopped:
-			if err != nil {
-				t.Error(err)
-			}
-		case <-time.After(15 * time.Second):
-			t.Fatal("Caddy does not stop")
+		mustStop(t)
+	}
+}
+
+// mustStop stops Caddy, which is not to take long.
+func mustStop(t *testing.T) {
+	t.Helper()
+	stopped := make(chan error, 1)
+	go func() { stopped <- caddy.Stop() }()
+	select {
+	case err := <-stopped:
+		if err != nil {
+			t.Error(err)
 		}
+	case <-time.After(15 * time.Second):
+		t.Fatal("Caddy does not stop")
 	}
 }
 

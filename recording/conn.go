@@ -10,6 +10,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/upgrade"
 )
 
 const (
@@ -85,15 +87,12 @@ func (c *conn) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// errWriting is returned to whoever would write while another does.
-var errWriting = errors.New("something else is being written")
-
 func (c *conn) writeFrames(p []byte) error {
 	// What comes from the API server is written by one goroutine. Another is Caddy's
 	// for the last frame of a WebSocket that it is about to close: waiting for a
 	// client that does not read, it would hold up the reload of a config.
 	if !c.write.TryLock() {
-		return cmp.Or(c.failed(), errWriting)
+		return cmp.Or(c.failed(), upgrade.ErrBusy)
 	}
 	if err := c.failed(); err != nil {
 		c.write.Unlock()

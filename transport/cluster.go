@@ -6,13 +6,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
@@ -22,6 +20,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/upgrade"
 )
 
 // errNotInPod is returned by inCluster outside of a pod that has a service
@@ -277,40 +276,10 @@ func (c *cluster) send(r *http.Request) (*http.Response, error) {
 		return c.http2.RoundTrip(r)
 	}
 	resp, err := c.http1.RoundTrip(r)
-	if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
-		if conn, ok := resp.Body.(halfCloser); ok {
-			resp.Body = &switched{halfCloser: conn}
-		}
+	if err == nil {
+		upgrade.Server(resp)
 	}
 	return resp, err
-}
-
-// halfCloser is what [http.Transport] gives of a connection whose protocol has been
-// switched.
-type halfCloser interface {
-	io.ReadWriteCloser
-	CloseWrite() error
-}
-
-// switched is a connection to the API server whose protocol has been switched. It
-// takes what comes from the client from one goroutine. Another is Caddy's, for the
-// last frame of a WebSocket that it is about to close: waiting for a pod that does
-// not read, it would hold up the reload of a config, and the ends of other sessions.
-type switched struct {
-	halfCloser
-	write sync.Mutex
-}
-
-// errWriting is returned to whoever would write while another does.
-var errWriting = errors.New("something else is being written")
-
-// Write implements [io.Writer].
-func (s *switched) Write(p []byte) (int, error) {
-	if !s.write.TryLock() {
-		return 0, errWriting
-	}
-	defer s.write.Unlock()
-	return s.halfCloser.Write(p)
 }
 
 // dial connects to an upstream that reverse_proxy has chosen. Its errors tell

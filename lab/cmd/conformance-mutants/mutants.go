@@ -15,6 +15,7 @@ var table = slices.Concat(requests, identity, sessions)
 var requests = []file{
 	{"module.go", ".", []mutant{
 		{name: "what is no path is refused", old: "	if !apirequest.IsPath(r.URL) {", new: "	if false && apirequest.IsPath(r.URL) {"},
+		{name: "a client that does not read holds up nobody", old: "		w = upgrade.Client(w)\n", new: "		_ = upgrade.Client\n"},
 		{name: "a session that has to be recorded by now ends", old: "		request.Unrecorded()\n", new: ""},
 		{name: "who was dropped meanwhile is asked about anew", old: "newDecision(h, key.Node, peer, id, asked, drops)", new: "newDecision(h, key.Node, peer, id, asked, h.drops.Load()+0*drops)"},
 		{name: "the answer to a session is the API server's", old: "	return h.explain(answer, r, next.ServeHTTP(w, r))", new: "	_ = answer\n\treturn h.explain(w, r, next.ServeHTTP(w, r))"},
@@ -368,9 +369,11 @@ var requests = []file{
 		{name: "a recheck asks anew whether the caller still may", old: "			again.Caller, again.Since = caller, since\n", new: "			again.Caller = caller\n"},
 		{name: "who may no longer act as somebody else is told apart", old: "			if _, refused := t.reviewer.Authorize(ctx, ask, again); refused != nil {", new: "			if _, refused := t.reviewer.Authorize(ctx, ask, again); false {"},
 	}},
+	{"upgrade/upgrade.go", "./upgrade .", []mutant{
+		{name: "nobody waits for who does not read", old: "	if !w.mu.TryLock() {", new: "	if w.mu.Lock(); false {"},
+	}},
 	{"transport/cluster.go", ".", []mutant{
-		{name: "a pod that does not read holds up nobody", old: "	if !s.write.TryLock() {", new: "	if s.write.Lock(); false {"},
-		{name: "what is switched is watched", old: "			resp.Body = &switched{halfCloser: conn}\n", new: "			_ = conn\n"},
+		{name: "a pod that does not read holds up nobody", old: "		upgrade.Server(resp)\n", new: "		_ = upgrade.Server\n"},
 	}},
 	{"transport/cluster.go", "./transport", []mutant{
 		{name: "a service account has an authority", old: "	if config.CAFile == \"\" {", new: "	if false {"},
