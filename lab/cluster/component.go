@@ -56,9 +56,9 @@ func newComponent(name, assets, dir string) (*component, error) {
 		run = "exec " + quote(setpriv) + " --pdeathsig KILL --"
 	}
 	// envtest also starts the binary to ask for its flags: that is not the one
-	// to remember.
-	script := fmt.Sprintf("#!/bin/sh\n[ \"$1\" = --help ] || echo $$ > %s\n%s %s \"$@\"\n",
-		quote(c.pidFile), run, quote(binary))
+	// to remember. Whoever reads the process ID can rely on the process to die.
+	script := fmt.Sprintf("#!/bin/sh\n[ \"$1\" = --help ] && exec %[3]s \"$@\"\n%[1]s /bin/sh -c 'echo $$ > \"$0\"; exec \"$@\"' %[2]s %[3]s \"$@\"\n",
+		run, quote(c.pidFile), quote(binary))
 	if err := os.WriteFile(c.wrapper, []byte(script), 0o700); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
