@@ -35,17 +35,14 @@ func (h *Handler) stripClient(r *http.Request) (asked string) {
 // target returns whom r asks to act as, nil if it asks for nobody, or if that is not
 // what is to be done about it. It looks at r's headers as the client sent them.
 func (h *Handler) target(r *http.Request) (*impersonate.Target, *apierrors.StatusError) {
-	if h.ClientImpersonation == caddyfile.Strip {
-		return nil, nil
-	}
-	if _, passed := impersonate.FromContext(r.Context()); passed {
-		return nil, nil // the headers are another handler's
-	}
-	if asked := caddyhttp.GetVar(r.Context(), askedKey); asked != nil {
+	if asked := caddyhttp.GetVar(r.Context(), askedKey); asked != nil && h.ClientImpersonation != caddyfile.Strip {
 		return nil, refusal.Because(refusal.Impersonation, refusal.Forbidden("the request asked another tailscale_impersonate to act as somebody else, with the header %s, and is not sent as its caller", asked))
 	}
 	if h.ClientImpersonation != caddyfile.Authorize {
 		return nil, nil
+	}
+	if _, passed := impersonate.FromContext(r.Context()); passed {
+		return nil, nil // the headers are another handler's
 	}
 	target, err := impersonate.ParseTarget(r.Header)
 	if err != nil {

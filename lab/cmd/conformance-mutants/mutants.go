@@ -259,7 +259,7 @@ var requests = []file{
 	{"actas.go", ".", []mutant{
 		{name: "whom nobody may act as is nobody's target", old: "	if err := h.CheckTarget(target); err != nil {\n\t\treturn nil, refusal.Because(", new: "	if err := h.CheckTarget(target); false {\n\t\treturn nil, refusal.Because("},
 		{name: "a request for a target that cannot be read is refused", old: "	target, err := impersonate.ParseTarget(r.Header)\n\tif err != nil {", new: "	target, err := impersonate.ParseTarget(r.Header)\n\tif false {"},
-		{name: "what was asked of another handler is not forgotten", old: "	if asked := caddyhttp.GetVar(r.Context(), askedKey); asked != nil {", new: "	if asked := caddyhttp.GetVar(r.Context(), askedKey); false {"},
+		{name: "what was asked of another handler is not forgotten", old: "askedKey); asked != nil && h.ClientImpersonation", new: "askedKey); asked != nil && false && h.ClientImpersonation"},
 		{name: "what is asked is noted for other routes", old: `asked != "" && h.ClientImpersonation != caddyfile.Strip {`, new: "false {"},
 		{name: "no request passes two handlers", old: "	case passed:\n", new: "	case passed && false:\n"},
 		{name: "acting as somebody else ends with a config that forbids it", old: "	if h.ClientImpersonation != caddyfile.Authorize {\n\t\treturn refusal.Forbidden(", new: "	if false {\n\t\treturn refusal.Forbidden("},
