@@ -18,7 +18,7 @@
 //	is it an event to be recorded?       apievents
 //	may it act as somebody else?         review
 //	which credentials?                   transport
-//	is its connection let go of?         upgrade
+//	what if its client does not read?    upgrade
 //	what does a refused client read?     refusal
 //	what does it ask for?                apirequest, matcher
 //	is that what is sent?                decided
@@ -276,7 +276,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	if upgrades && !id.Recording.Enforce {
 		request.Unrecorded()
 	}
-	if upgrades && session == nil {
+	if upgrades && session == nil { // which sees to that itself
 		w = upgrade.Client(w)
 	}
 	if id.Wish != nil {

@@ -143,18 +143,8 @@ func (c *conn) failed() error {
 	return c.reason
 }
 
-// closeWriter is a connection that can be closed in one direction.
-type closeWriter interface{ CloseWrite() error }
-
-var errNoCloseWrite = errors.New("the connection cannot be closed in one direction")
-
 // CloseWrite says that nothing more will be written.
-func (c *conn) CloseWrite() error {
-	if half, ok := c.Conn.(closeWriter); ok {
-		return half.CloseWrite()
-	}
-	return errNoCloseWrite
-}
+func (c *conn) CloseWrite() error { return upgrade.CloseWrite(c.Conn) }
 
 // Close closes the connection. A client that is being told why is left the time to
 // read it: closed at once, with something from it unread, the connection would be

@@ -31,6 +31,7 @@ type Session struct {
 	enforce bool
 	started time.Time
 	header  sessionrecording.CastHeader
+	query   url.Values // of the request
 	tty     bool
 	unsized bool // the protocol has no sizes
 	log     *zap.Logger
@@ -53,7 +54,6 @@ type Session struct {
 	answered bool  // the client was told of an answer other than the switch
 	lost     bool  // the recorder has been lost
 	closing  bool
-	query    url.Values
 	ports    []string // that are forwarded to
 	sent     int64    // to the pod
 	received int64    // from the pod

@@ -37,8 +37,9 @@ func (w *writer) Write(p []byte) (int, error) {
 	return w.Writer.Write(p)
 }
 
-// closeWrite closes one direction of a connection, if it can.
-func closeWrite(conn any) error {
+// CloseWrite says on conn that nothing more will be written. It returns
+// [errors.ErrUnsupported] if conn cannot be closed in one direction.
+func CloseWrite(conn any) error {
 	if half, ok := conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
 	}
@@ -55,7 +56,7 @@ type clientConn struct {
 func (c *clientConn) Write(p []byte) (int, error) { return c.out.Write(p) }
 
 // CloseWrite says that nothing more will be written.
-func (c *clientConn) CloseWrite() error { return closeWrite(c.Conn) }
+func (c *clientConn) CloseWrite() error { return CloseWrite(c.Conn) }
 
 // serverConn is the API server's side.
 type serverConn struct {
@@ -67,7 +68,7 @@ type serverConn struct {
 func (c *serverConn) Write(p []byte) (int, error) { return c.out.Write(p) }
 
 // CloseWrite says that nothing more will be written.
-func (c *serverConn) CloseWrite() error { return closeWrite(c.ReadWriteCloser) }
+func (c *serverConn) CloseWrite() error { return CloseWrite(c.ReadWriteCloser) }
 
 // Server makes the body of resp, which switches protocols, one that nobody waits for
 // while another writes to it. Other answers stay as they are.
