@@ -21,7 +21,7 @@ var (
 
 const (
 	watchRounds  = 3
-	streamRounds = 3
+	streamRounds = 10
 	streamSize   = 50_000_000
 )
 
@@ -227,7 +227,7 @@ server. Small answers come from a server that has them in memory: the API server
 proxy does, and would crowd the proxies out on the same processors. CPU time is what the operating
 system has counted for the proxy's process alone. Every comparison is made in %d rounds of %v for each proxy, in turn, each
 round beginning with another; watches in %d rounds, with a new process each, and sessions in %d. Figures are medians, with their 95 %% interval in
-parentheses (order statistics; with three rounds, all there are).
+parentheses (order statistics; of three rounds, all there are).
 
 Each proxy is deployed as its users do it: the plugin as ` + "`tailscale_kubernetes`" + ` with its defaults; bare ` + "`reverse_proxy`" + ` on the same kind of listener,
 with a service account's token and nobody's identity; Tailscale's proxy as its ` + "`k8s-proxy`" + ` runs it, behind the node's serve config and the
