@@ -182,7 +182,7 @@ func (r *report) targets() (goals []goal) {
 			return ratio(cpus(r.growth[on(kind, peerCounts[len(peerCounts)-1])]), cpus(r.growth[on(kind, peerCounts[0])]))
 		}
 		e, bareProxy := grows(plugin), grows(bare)
-		left := fmt.Sprintf("with the bare proxy, which asks nobody who its callers are, it is %s times on the same tailnets: what is above that is the plugin's.", bareProxy.show(3))
+		left := fmt.Sprintf("with the bare proxy, which asks nobody who its callers are, it is %s times on the same tailnets.", bareProxy.show(3))
 		add(e.median <= 1.05, left, "CPU per request flat (5 %) from 10 to 10,000 peers", "%s times", e.show(3))
 	}
 	if len(r.handler) > 0 {
