@@ -14,7 +14,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 )
 
 // askedKey is the name, among a request's variables, of the impersonation header that
@@ -36,7 +36,7 @@ func (h *Handler) stripClient(r *http.Request) (asked string) {
 // what is to be done about it. It looks at r's headers as the client sent them.
 func (h *Handler) target(r *http.Request) (*impersonate.Target, *apierrors.StatusError) {
 	if asked := caddyhttp.GetVar(r.Context(), askedKey); asked != nil && h.ClientImpersonation != caddyfile.Strip {
-		return nil, refusal.Because(refusal.Impersonation, refusal.Forbidden("the request asked another tailscale_impersonate to act as somebody else, with the header %s, and is not sent as its caller", asked))
+		return nil, apistatus.Forbidden(apistatus.Impersonation, "the request asked another tailscale_impersonate to act as somebody else, with the header %s, and is not sent as its caller", asked)
 	}
 	if h.ClientImpersonation != caddyfile.Authorize {
 		return nil, nil
@@ -46,13 +46,13 @@ func (h *Handler) target(r *http.Request) (*impersonate.Target, *apierrors.Statu
 	}
 	target, err := impersonate.ParseTarget(r.Header)
 	if err != nil {
-		return nil, refusal.Because(refusal.Impersonation, refusal.BadRequest("%v", err))
+		return nil, apistatus.BadRequest(apistatus.Impersonation, "%v", err)
 	}
 	if target == nil {
 		return nil, nil
 	}
 	if err := h.CheckTarget(target); err != nil {
-		return nil, refusal.Because(refusal.Impersonation, refusal.Forbidden("no request is sent as %s: %v", target.User, err))
+		return nil, apistatus.Forbidden(apistatus.Impersonation, "no request is sent as %s: %v", target.User, err)
 	}
 	return target, nil
 }
@@ -61,10 +61,10 @@ func (h *Handler) target(r *http.Request) (*impersonate.Target, *apierrors.Statu
 // target.
 func (h *Handler) mayBe(target *impersonate.Target) error {
 	if h.ClientImpersonation != caddyfile.Authorize {
-		return refusal.Forbidden("callers may no longer act as somebody else")
+		return apistatus.Forbidden(apistatus.Impersonation, "callers may no longer act as somebody else")
 	}
 	if err := h.CheckTarget(target); err != nil {
-		return refusal.Forbidden("requests as %s are no longer sent: %v", target.User, err)
+		return apistatus.Forbidden(apistatus.Impersonation, "requests as %s are no longer sent: %v", target.User, err)
 	}
 	return nil
 }
@@ -76,13 +76,13 @@ func (h *Handler) checkAsked(r *http.Request, asked, user string) *apierrors.Sta
 	switch {
 	case passed:
 		// This handler would undo what that one denies, prefixes or was asked for.
-		return refusal.Forbidden("the request of %s passes tailscale_impersonate twice, and the second would undo what the first limits; the proxy's config has to leave one of them out", user)
+		return apistatus.Forbidden(apistatus.Impersonation, "the request of %s passes tailscale_impersonate twice, and the second would undo what the first limits; the proxy's config has to leave one of them out", user)
 	case asked == "":
 		return nil
 	case h.ClientImpersonation == caddyfile.Strip, h.ClientImpersonation == caddyfile.Authorize:
 		return nil
 	}
-	return refusal.Forbidden("%s may not act as somebody else: the request asks for it with the header %s, as kubectl --as does", user, asked)
+	return apistatus.Forbidden(apistatus.Impersonation, "%s may not act as somebody else: the request asks for it with the header %s, as kubectl --as does", user, asked)
 }
 
 // checkTransports returns an error if a route of tailscale_impersonate leads to

@@ -21,10 +21,10 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/guard"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 var badRequest = refusedWith{http.StatusBadRequest, metav1.StatusReasonBadRequest, ""}
@@ -45,12 +45,12 @@ func TestAWishIsPassedOnAndNothingThatCouldBeSent(t *testing.T) {
 	id, _ := impersonate.FromContext(got.Context())
 	want := &impersonate.Identity{
 		User: "alice@example.com", Groups: []string{"tailnet-readers"}, Source: impersonate.SourceGrants, Node: "laptop.example.ts.net",
-		Wish: &impersonate.Wish{Target: &impersonate.Target{User: "bob", Groups: []string{"viewers"}}, MaxAge: 700 * time.Millisecond},
+		ActAs: &impersonate.ActAsRequest{Target: &impersonate.Target{User: "bob", Groups: []string{"viewers"}}, MaxAge: 700 * time.Millisecond},
 	}
-	if diff := cmp.Diff(want, id, cmpopts.IgnoreFields(impersonate.Wish{}, "Granted")); diff != "" {
+	if diff := cmp.Diff(want, id, cmpopts.IgnoreFields(impersonate.ActAsRequest{}, "Granted")); diff != "" {
 		t.Errorf("identity in the context (-want +got):\n%s", diff)
 	}
-	if id.Wish.Granted == nil {
+	if id.ActAs.Granted == nil {
 		t.Error("nobody wants to know that the wish is granted")
 	}
 	if len(protected(r.Header)) > 0 {
@@ -68,22 +68,22 @@ func TestAWishIsPassedOnAndNothingThatCouldBeSent(t *testing.T) {
 }
 
 func TestWishesThatAreRefusedUnasked(t *testing.T) {
-	denying := guard.Rails{DenyGroups: []string{"system:masters"}}
+	denying := impersonate.Limits{DenyGroups: []string{"system:masters"}}
 	for _, tt := range []struct {
 		name    string
-		rails   guard.Rails
+		rails   impersonate.Limits
 		headers []string
 		want    refusedWith
 		words   []string
 	}{
-		{"no user", guard.Rails{}, []string{"Impersonate-Group", "a"}, badRequest, []string{"without a user"}},
-		{"a header that does not exist", guard.Rails{}, []string{"Impersonate-User", "bob", "Impersonate-Future", "a"}, badRequest, []string{"Impersonate-Future"}},
-		{"an alias", guard.Rails{}, []string{"Impersonate_User", "bob"}, badRequest, []string{"Impersonate_user"}},
+		{"no user", impersonate.Limits{}, []string{"Impersonate-Group", "a"}, badRequest, []string{"without a user"}},
+		{"a header that does not exist", impersonate.Limits{}, []string{"Impersonate-User", "bob", "Impersonate-Future", "a"}, badRequest, []string{"Impersonate-Future"}},
+		{"an alias", impersonate.Limits{}, []string{"Impersonate_User", "bob"}, badRequest, []string{"Impersonate_user"}},
 		{"a denied group", denying, []string{"Impersonate-User", "bob", "Impersonate-Group", "system:masters"}, forbidden, []string{"bob", "system:masters", "deny_groups"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := newRequest("GET", "http://k8s/api", tt.headers...)
-			resp, got := serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, Rails: tt.rails}, aliceNode()), r)
+			resp, got := serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, Limits: tt.rails}, aliceNode()), r)
 			if got != nil {
 				t.Errorf("the next handler was called, with %v", got.Header)
 			}
@@ -144,7 +144,7 @@ func TestWhatIsRefusedIsNotSentByAnotherRoute(t *testing.T) {
 // A second handler would undo what the first one denies, and send a request as its
 // caller, who asked to be somebody with fewer rights perhaps.
 func TestNoRequestPassesTwoHandlers(t *testing.T) {
-	first := newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, Rails: guard.Rails{DenyGroups: []string{"readers"}}}, aliceNode())
+	first := newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, Limits: impersonate.Limits{DenyGroups: []string{"readers"}}}, aliceNode())
 	for _, mode := range []string{caddyfile.Authorize, caddyfile.Strip, caddyfile.Reject} {
 		second := newHandler(t, caddyfile.Config{ClientImpersonation: mode}, aliceNode())
 		for _, headers := range [][]string{{"Impersonate-User", "bob"}, nil} {
@@ -171,7 +171,7 @@ func TestWhomRequestsMayGoOnAs(t *testing.T) {
 		{"authorize", caddyfile.Config{ClientImpersonation: caddyfile.Authorize}, true},
 		{"reject", caddyfile.Config{}, false},
 		{"strip", caddyfile.Config{ClientImpersonation: caddyfile.Strip}, false},
-		{"a group is denied", caddyfile.Config{ClientImpersonation: caddyfile.Authorize, Rails: guard.Rails{DenyGroups: []string{"a"}}}, false},
+		{"a group is denied", caddyfile.Config{ClientImpersonation: caddyfile.Authorize, Limits: impersonate.Limits{DenyGroups: []string{"a"}}}, false},
 	} {
 		if err := newHandler(t, tt.cfg, aliceNode()).mayBe(target); (err == nil) != tt.ok || (err != nil && !apierrors.IsForbidden(err)) {
 			t.Errorf("%s: got %v; want no error: %t", tt.name, err, tt.ok)
@@ -243,7 +243,7 @@ func TestAGrantedWishIsRechecked(t *testing.T) {
 	ended := make(chan error, 1)
 	err := h.ServeHTTP(noAnswer{}, r, nextFunc(func(_ http.ResponseWriter, r *http.Request) error {
 		id, _ := impersonate.FromContext(r.Context())
-		id.Wish.Granted(func(_ context.Context, caller *impersonate.Identity, _ time.Time) error {
+		id.ActAs.Granted(func(_ context.Context, caller *impersonate.Identity, _ time.Time) error {
 			return apierrors.NewForbidden(schema.GroupResource{Resource: "users"}, "bob", fmt.Errorf("%s may no longer", caller.User))
 		})
 		select {
@@ -271,7 +271,7 @@ func TestAGrantedWishIsJudgedByTheNewConfig(t *testing.T) {
 	var ended error
 	err := before.ServeHTTP(noAnswer{}, newRequest("GET", "http://k8s/api", "Impersonate-User", "bob"), nextFunc(func(_ http.ResponseWriter, r *http.Request) error {
 		id, _ := impersonate.FromContext(r.Context())
-		id.Wish.Granted(func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		id.ActAs.Granted(func(context.Context, *impersonate.Identity, time.Time) error { return nil })
 		after := newHandler(t, caddyfile.Config{RecheckInterval: &interval}, aliceNode())
 		defer func() {
 			if err := after.Cleanup(); err != nil {
@@ -302,7 +302,7 @@ func TestAGrantedWishIsJudgedByTheHandlerWithItsSettings(t *testing.T) {
 	interval := caddy.Duration(100 * time.Millisecond)
 	// load returns the second of two handlers of a config that runs.
 	load := func() (h *Handler) {
-		sites := new(recheck.Config)
+		sites := new(revocation.Config)
 		for _, impersonation := range []string{caddyfile.Strip, caddyfile.Authorize} {
 			h = &Handler{Config: caddyfile.Config{ClientImpersonation: impersonation, RecheckInterval: &interval}, logger: zap.NewNop()}
 			if err := h.setUp(sites, []string{t.Name()}); err != nil {
@@ -316,7 +316,7 @@ func TestAGrantedWishIsJudgedByTheHandlerWithItsSettings(t *testing.T) {
 	err := load().ServeHTTP(noAnswer{}, newRequest("GET", "http://k8s/api", "Impersonate-User", "bob"), nextFunc(func(_ http.ResponseWriter, r *http.Request) error {
 		rechecked := make(chan struct{})
 		id, _ := impersonate.FromContext(r.Context())
-		id.Wish.Granted(func(ctx context.Context, _ *impersonate.Identity, _ time.Time) error {
+		id.ActAs.Granted(func(ctx context.Context, _ *impersonate.Identity, _ time.Time) error {
 			select {
 			case rechecked <- struct{}{}:
 			case <-ctx.Done():

@@ -15,10 +15,10 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/cache"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/whoami"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoiscache"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
 
 func init() {
@@ -93,7 +93,7 @@ func peers() []*peer {
 	index := make(map[key]*peer)
 	var all []*peer
 	for _, h := range running.all() {
-		h.decisions.All(func(k cache.Key, d *decision) {
+		h.decisions.All(func(k whoiscache.Key, d *decision) {
 			at := key{k.Remote, k.Local, d.identity.Node}
 			p := index[at]
 			switch {
@@ -110,7 +110,7 @@ func peers() []*peer {
 			p.Asked, p.Age = &asked, time.Since(asked).Round(time.Millisecond).String()
 		})
 	}
-	for _, c := range recheck.Callers() {
+	for _, c := range revocation.Callers() {
 		p := index[key{c.Remote, c.Local, c.Identity.Node}]
 		if p == nil { // its config is gone, or it has been silent for long
 			p = &peer{Address: c.Remote, local: c.Local, Node: c.Identity.Node, Open: make(map[string]int)}
@@ -192,7 +192,7 @@ func (h *Handler) explainPeer(ctx context.Context, name string) (all []*whoami.F
 			if !local.IsValid() {
 				continue
 			}
-			facts, refused := h.facts(ctx, cache.Key{Node: node, Remote: addr, Local: local})
+			facts, refused := h.facts(ctx, whoiscache.Key{Node: node, Remote: addr, Local: local})
 			if refused != nil {
 				err = errors.Join(err, refused)
 				continue
@@ -229,7 +229,7 @@ func dropPeer(w http.ResponseWriter, name string) error {
 			h.forget(p.Address, p.local)
 		}
 		p.Open = make(map[string]int)
-		for kind, n := range recheck.Drop(p.Address, p.local, p.Node, "an operator has dropped "+p.User) {
+		for kind, n := range revocation.Drop(p.Address, p.local, p.Node, "an operator has dropped "+p.User) {
 			p.Open[kind.String()] = n
 		}
 		dropped = append(dropped, p)
@@ -243,7 +243,7 @@ func dropPeer(w http.ResponseWriter, name string) error {
 // forget has the caller at remote asked about again before its next request.
 func (h *Handler) forget(remote, local netip.Addr) {
 	for _, node := range h.nodes {
-		h.decisions.Forget(cache.Key{Node: node, Remote: remote, Local: local})
+		h.decisions.Forget(whoiscache.Key{Node: node, Remote: remote, Local: local})
 	}
 	h.drops.Add(1)
 }

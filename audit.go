@@ -6,7 +6,7 @@ import (
 	"net/http"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 )
 
 // identityFor returns the identity that r is sent on with: that of the decision,
@@ -18,10 +18,10 @@ func (h *Handler) identityFor(r *http.Request, decided *decision, target *impers
 	}
 	own := decided.identity
 	if h.Audit {
-		own.RequestID = refusal.RequestID(r)
+		own.RequestID = apistatus.RequestID(r)
 	}
 	if target != nil {
-		own.Wish = &impersonate.Wish{Target: target, MaxAge: h.TTL()}
+		own.ActAs = &impersonate.ActAsRequest{Target: target, MaxAge: h.TTL()}
 	}
 	return &own
 }

@@ -10,10 +10,10 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apievents"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apievents"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 const (
@@ -60,8 +60,8 @@ func newDecision(by *Handler, node *tailnet.Node, peer impersonate.Peer, id impe
 }
 
 // caller returns who the caller is to whoever records its sessions.
-func (d *decision) caller(conn *tailnet.Conn) recording.Caller {
-	return recording.Caller{Peer: &d.peer, Recording: &d.identity.Recording, Remote: conn.Remote, Dial: d.node.Dial}
+func (d *decision) caller(conn *tailnet.Conn) sessionrecording.Caller {
+	return sessionrecording.Caller{Peer: &d.peer, Recording: &d.identity.Recording, Remote: conn.Remote, Dial: d.node.Dial}
 }
 
 // source returns who an event is about, in a request that is sent on as id.

@@ -18,9 +18,9 @@ import (
 	"tailscale.com/client/tailscale/apitype"
 	"tailscale.com/tailcfg"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/cache"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoiscache"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 // changing is a node whose mind can be changed about who alice's address is. It
@@ -124,7 +124,7 @@ func TestADecisionIsAsOldAsItsQuestion(t *testing.T) {
 			return answer(ctx, remote, local)
 		}
 		began := time.Now()
-		d, err := newHandler(t, caddyfile.Config{}, node).decide(t.Context(), cache.Key{Node: node, Remote: netip.MustParseAddr(aliceAddr), Local: netip.MustParseAddr(nodeAddr)})
+		d, err := newHandler(t, caddyfile.Config{}, node).decide(t.Context(), whoiscache.Key{Node: node, Remote: netip.MustParseAddr(aliceAddr), Local: netip.MustParseAddr(nodeAddr)})
 		if err != nil {
 			t.Fatal(err)
 		}

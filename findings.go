@@ -11,10 +11,10 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/cache"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoiscache"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/whoami"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
 
 // findings are what [Handler.judge] finds out on its way, for whoever wants to know
@@ -46,7 +46,7 @@ func (f *findings) limited(id impersonate.Identity, cut []string) {
 // facts asks anew who the peer of key is, and returns all that there is to say
 // about it. It is an error if the peer is not known, or nobody can tell. That it is
 // known and refused is one of the facts.
-func (h *Handler) facts(ctx context.Context, key cache.Key) (*whoami.Facts, *apierrors.StatusError) {
+func (h *Handler) facts(ctx context.Context, key whoiscache.Key) (*whoami.Facts, *apierrors.StatusError) {
 	var found findings
 	decided, err := h.judge(ctx, key, &found)
 	f := &whoami.Facts{
@@ -61,7 +61,7 @@ func (h *Handler) facts(ctx context.Context, key cache.Key) (*whoami.Facts, *api
 		case found.peer.Node == "" && found.peer.Login == "":
 			return nil, refused
 		}
-		f.Refused, f.Reason = refused.ErrStatus.Message, string(refusal.ReasonOf(refused))
+		f.Refused, f.Reason = refused.ErrStatus.Message, string(apistatus.ReasonOf(refused))
 	} else {
 		f.User = decided.identity.User
 		f.Source = string(decided.identity.Source)
@@ -80,7 +80,7 @@ func (h *Handler) facts(ctx context.Context, key cache.Key) (*whoami.Facts, *api
 		}
 	}
 	for _, group := range found.cut {
-		f.Cut = append(f.Cut, whoami.Cut{Name: group, Option: h.Cuts(group), Grants: found.givenBy(group)})
+		f.Cut = append(f.Cut, whoami.Cut{Name: group, Option: h.RemovedBy(group), Grants: found.givenBy(group)})
 	}
 	return f, nil
 }

@@ -12,13 +12,13 @@ import (
 	"go.uber.org/zap/zapcore"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apievents"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apievents"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 // allowed are the counters of requests that are sent on, and refused is that of
@@ -38,13 +38,13 @@ func init() {
 	for _, outcome := range metrics.Outcomes {
 		metrics.Questions.WithLabelValues(outcome)
 	}
-	for _, reason := range recheck.Reasons {
+	for _, reason := range revocation.Reasons {
 		metrics.Revocations.WithLabelValues(string(reason))
 	}
-	for _, reason := range refusal.Reasons {
+	for _, reason := range apistatus.Reasons {
 		metrics.Refusals.WithLabelValues(string(reason))
 	}
-	for _, outcome := range recording.Outcomes {
+	for _, outcome := range sessionrecording.Outcomes {
 		metrics.Recordings.WithLabelValues(string(outcome))
 	}
 	for _, outcome := range apievents.Outcomes {
@@ -57,16 +57,16 @@ func init() {
 func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, decided *decision, err *apierrors.StatusError) error {
 	refused.Inc()
 	h.logRefusal(r, decided, err)
-	return refusal.Write(w, err)
+	return apistatus.Write(w, err)
 }
 
 // logRefusal says in the log what the caller reads, and who that is.
 func (h *Handler) logRefusal(r *http.Request, decided *decision, err *apierrors.StatusError) {
 	if decided == nil {
-		refusal.Log(h.logger, r, err)
+		apistatus.Log(h.logger, r, err)
 		return
 	}
-	refusal.Log(h.logger, r, err, decided.identity.Fields()...)
+	apistatus.Log(h.logger, r, err, decided.identity.Fields()...)
 }
 
 // logAllowed logs that r is sent on, where anybody wants to read that.
@@ -79,12 +79,12 @@ func (h *Handler) logAllowed(r *http.Request, d *decision) {
 		zap.String("remote_addr", r.RemoteAddr),
 		zap.String("method", r.Method),
 		zap.String("uri", r.RequestURI),
-		zap.String("request_id", refusal.RequestID(r)))...)
+		zap.String("request_id", apistatus.RequestID(r)))...)
 }
 
 // about returns err with a reason and with the peer that it is about.
-func about(peer impersonate.Peer, reason refusal.Reason, err *apierrors.StatusError) *apierrors.StatusError {
-	return refusal.About(peer.Node, peer.String(), refusal.Because(reason, err))
+func about(peer impersonate.Peer, reason apistatus.Reason, err *apierrors.StatusError) *apierrors.StatusError {
+	return apistatus.About(peer.Node, peer.String(), apistatus.Because(reason, err))
 }
 
 // countQuestion counts a question to a tailnet node that was asked then and

@@ -45,24 +45,24 @@ import (
 	"go.uber.org/zap"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apievents"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apirequest"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/cache"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apievents"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoiscache"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/guard"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/upgrade"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 
 	// The command caddy tailscale-impersonate.
-	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/cli"
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/cli"
 	// The matcher and the transport come with the handler: none is complete alone.
-	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/matcher"
-	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/transport"
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/matcher"
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/transport"
 )
 
 func init() {
@@ -104,17 +104,17 @@ type Handler struct {
 	logger *zap.Logger
 
 	// decisions are those of a moment ago.
-	decisions *cache.Cache[*decision]
+	decisions *whoiscache.Cache[*decision]
 	// drops is how often an operator has dropped a caller: what was noted with a
 	// connection before the last time may be about one of those.
 	drops atomic.Uint64
 	// listeners are the addresses of the server, as they are configured.
 	listeners []string
 	// site is where open requests are recorded, sites all those of the config.
-	site  *recheck.Site
-	sites *recheck.Config
+	site  *revocation.Site
+	sites *revocation.Config
 	// recorder records sessions.
-	recorder *recording.Site
+	recorder *sessionrecording.Site
 	// events records requests.
 	events *apievents.Site
 
@@ -151,12 +151,12 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		}
 		h.noteDroppedFields(server)
 	}
-	metrics.Register(ctx.GetMetricsRegistry(), recheck.Streams{})
+	metrics.Register(ctx.GetMetricsRegistry(), revocation.Streams{})
 	app, err := ctx.App("events")
 	if err != nil {
 		return fmt.Errorf("getting the events app: %w", err)
 	}
-	if err := h.setUp(recheck.ConfigOf(app), server.Listen); err != nil {
+	if err := h.setUp(revocation.ConfigOf(app), server.Listen); err != nil {
 		return err
 	}
 	return app.(*caddyevents.App).On("started", started{h, server})
@@ -164,16 +164,16 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 
 // setUp makes h ready for requests at the addresses listeners, but for the nodes
 // that it has to ask.
-func (h *Handler) setUp(sites *recheck.Config, listeners []string) (err error) {
+func (h *Handler) setUp(sites *revocation.Config, listeners []string) (err error) {
 	h.ready = make(chan struct{})
-	if h.decisions, err = cache.New(h.TTL(), h.decide); err != nil {
+	if h.decisions, err = whoiscache.New(h.TTL(), h.decide); err != nil {
 		return fmt.Errorf("making a cache: %w", err)
 	}
 	dir, err := caddy.NewReplacer().ReplaceOrErr(h.Record, true, true)
 	if err != nil {
 		return fmt.Errorf("record %q: %w", h.Record, err)
 	}
-	h.recorder = &recording.Site{Dir: dir, Logger: h.logger, Count: func(o recording.Outcome) {
+	h.recorder = &sessionrecording.Site{Dir: dir, Logger: h.logger, Count: func(o sessionrecording.Outcome) {
 		metrics.Recordings.WithLabelValues(string(o)).Inc()
 	}}
 	h.events = &apievents.Site{
@@ -186,7 +186,7 @@ func (h *Handler) setUp(sites *recheck.Config, listeners []string) (err error) {
 		h.events.Log = h.logger.Named("events")
 	}
 	h.sites, h.listeners = sites, listeners
-	h.site = sites.NewSite(listeners, h.Config, recheck.Rules{
+	h.site = sites.NewSite(listeners, h.Config, revocation.Rules{
 		Interval: h.Interval(),
 		Grace:    h.Grace(),
 		Identify: h.recheck,
@@ -258,7 +258,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 
 	// Is it a session that has to be recorded?
 	answer := w
-	var session *recording.Session
+	var session *sessionrecording.Session
 	if h.recorder.Concerns(&id.Recording) {
 		if r, session, err = h.recorder.Begin(r, decided.caller(conn)); err != nil {
 			return h.refuse(w, r, decided, err)
@@ -270,7 +270,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	}
 
 	// From here on the caller can lose what it had, and the request ends.
-	kind, upgrades := recheck.KindOf(r)
+	kind, upgrades := revocation.KindOf(r)
 	request := h.site.Open(r.Context(), conn, id, decided.asked, kind)
 	defer request.Close()
 	if upgrades && !id.Recording.Enforce {
@@ -279,8 +279,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	if upgrades && session == nil { // which sees to that itself
 		w = upgrade.Client(w)
 	}
-	if id.Wish != nil {
-		id.Wish.Granted = request.Require
+	if id.ActAs != nil {
+		id.ActAs.Granted = request.Require
 	}
 
 	// Is it an event that has to be recorded? That waits for the body, and for
@@ -325,7 +325,7 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 	var refused *apierrors.StatusError
 	if errors.As(err, &refused) {
 		h.logRefusal(r, nil, refused)
-		return refusal.Write(w, refused)
+		return apistatus.Write(w, refused)
 	}
 	var failed caddyhttp.HandlerError
 	if !errors.As(err, &failed) {
@@ -338,10 +338,10 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 	}
 	h.logger.Error("the API server cannot be reached", zap.Error(failed.Err), zap.String("uri", r.RequestURI))
 	said := "the API server cannot be reached; the proxy's log says why"
-	if id, ok := impersonate.FromContext(r.Context()); ok && id.Wish != nil {
+	if id, ok := impersonate.FromContext(r.Context()); ok && id.ActAs != nil {
 		said = "the API server cannot be reached, or not by transport kubernetes, which kubectl --as needs; the proxy's log says why"
 	}
-	return refusal.Write(w, refusal.Because(refusal.UpstreamAway, refusal.Unavailable("%s", said)))
+	return apistatus.Write(w, apistatus.Unavailable(apistatus.UpstreamAway, "%s", said))
 }
 
 // identify returns the connection that r came on and what was decided about the
@@ -373,21 +373,21 @@ func (h *Handler) identify(r *http.Request, asked string) (_ *tailnet.Conn, _ *d
 		conn.Note.Store(decided)
 	}
 	if refused = h.checkAsked(r, asked, decided.identity.User); refused != nil {
-		return nil, decided, refusal.Because(refusal.Impersonation, refused)
+		return nil, decided, apistatus.Because(apistatus.Impersonation, refused)
 	}
 	return conn, decided, nil
 }
 
 // reached returns the connection that r came on, what was decided about requests on
 // it a moment ago, nil if nothing was, and whom to ask about its peer.
-func (h *Handler) reached(r *http.Request) (conn *tailnet.Conn, decided *decision, key cache.Key, refused *apierrors.StatusError) {
+func (h *Handler) reached(r *http.Request) (conn *tailnet.Conn, decided *decision, key whoiscache.Key, refused *apierrors.StatusError) {
 	select {
 	case <-h.ready:
 	default:
 		select {
 		case <-h.ready:
 		case <-r.Context().Done():
-			return nil, nil, key, refusal.Because(refusal.Starting, refusal.TryAgain("the server is starting"))
+			return nil, nil, key, apistatus.TryAgain(apistatus.Starting, "the server is starting")
 		}
 	}
 	connFrom := tailnet.ConnFrom
@@ -396,10 +396,10 @@ func (h *Handler) reached(r *http.Request) (conn *tailnet.Conn, decided *decisio
 	}
 	conn, err := connFrom(r.Context())
 	if err != nil {
-		return nil, nil, key, refusal.Because(refusal.NotFromTailnet, refusal.Forbidden("%v", err))
+		return nil, nil, key, apistatus.Forbidden(apistatus.NotFromTailnet, "%v", err)
 	}
 	decided = h.decidedOn(conn)
-	key = cache.Key{Remote: conn.Remote.Addr(), Local: conn.Local}
+	key = whoiscache.Key{Remote: conn.Remote.Addr(), Local: conn.Local}
 	if decided != nil {
 		key.Node = decided.node
 	} else if key.Node, refused = h.accepting(conn.Local); refused != nil {
@@ -423,16 +423,16 @@ func (h *Handler) accepting(local netip.Addr) (*tailnet.Node, *apierrors.StatusE
 	node, err := h.nodes.Accepting(local)
 	switch {
 	case errors.Is(err, tailnet.ErrNotConnected):
-		return nil, refusal.Because(refusal.Starting, refusal.TryAgain("%v", err))
+		return nil, apistatus.TryAgain(apistatus.Starting, "%v", err)
 	case err != nil:
-		return nil, refusal.Because(refusal.AmbiguousNode, refusal.Forbidden("%v", err))
+		return nil, apistatus.Forbidden(apistatus.AmbiguousNode, "%v", err)
 	}
 	return node, nil
 }
 
 // decisionOn returns what is decided about the peer of key, as found out at since
 // or later.
-func (h *Handler) decisionOn(ctx context.Context, key cache.Key, since time.Time) (*decision, *apierrors.StatusError) {
+func (h *Handler) decisionOn(ctx context.Context, key whoiscache.Key, since time.Time) (*decision, *apierrors.StatusError) {
 	decided, err := h.decisions.Get(ctx, key, since)
 	if err == nil {
 		return decided, nil
@@ -445,57 +445,57 @@ func (h *Handler) decisionOn(ctx context.Context, key cache.Key, since time.Time
 }
 
 // unanswered refuses what key's node has not answered for.
-func unanswered(key cache.Key, err error) *apierrors.StatusError {
-	return refusal.Because(refusal.NoAnswer, refusal.TryAgain("tailnet node %q does not say who %v is: %v", key.Node.Name, key.Remote, err))
+func unanswered(key whoiscache.Key, err error) *apierrors.StatusError {
+	return apistatus.TryAgain(apistatus.NoAnswer, "tailnet node %q does not say who %v is: %v", key.Node.Name, key.Remote, err)
 }
 
 // decide finds out who the peer of key is, and decides which user and groups.
-func (h *Handler) decide(ctx context.Context, key cache.Key) (*decision, error) {
+func (h *Handler) decide(ctx context.Context, key whoiscache.Key) (*decision, error) {
 	return h.judge(ctx, key, nil)
 }
 
 // judge is decide, and writes what it finds on the way into found, if that is not
 // nil.
-func (h *Handler) judge(ctx context.Context, key cache.Key, found *findings) (*decision, error) {
+func (h *Handler) judge(ctx context.Context, key whoiscache.Key, found *findings) (*decision, error) {
 	// Both before the question: the answer may be about what has changed since.
 	asked, drops := time.Now(), h.drops.Load()
 	who, err := key.Node.WhoIs(ctx, key.Remote, key.Local)
 	countQuestion(asked, err)
 	switch {
 	case errors.Is(err, tailnet.ErrPeerNotFound):
-		return nil, refusal.Because(refusal.UnknownPeer, refusal.Forbidden("tailnet node %q knows no peer with the address %v: the device is not on the tailnet, or its traffic comes through a subnet router", key.Node.Name, key.Remote))
+		return nil, apistatus.Forbidden(apistatus.UnknownPeer, "tailnet node %q knows no peer with the address %v: the device is not on the tailnet, or its traffic comes through a subnet router", key.Node.Name, key.Remote)
 	case errors.Is(err, tailnet.ErrSelf):
-		return nil, refusal.Because(refusal.Self, refusal.Forbidden("the request comes from tailnet node %q itself, which is no caller", key.Node.Name))
+		return nil, apistatus.Forbidden(apistatus.Self, "the request comes from tailnet node %q itself, which is no caller", key.Node.Name)
 	case err != nil:
 		return nil, err
 	}
 	peer, err := impersonate.PeerFrom(who)
 	if err != nil {
-		return nil, refusal.Because(refusal.NoIdentity, refusal.Forbidden("no identity for %v: %v", key.Remote, err))
+		return nil, apistatus.Forbidden(apistatus.NoIdentity, "no identity for %v: %v", key.Remote, err)
 	}
 	id, err := peer.Explain(h.Capabilities(), found.of(peer))
 	if err != nil {
-		return nil, about(peer, refusal.NoIdentity, refusal.Forbidden("no identity for %s: %v", peer.Describe(), err))
+		return nil, about(peer, apistatus.Forbidden(apistatus.NoIdentity, "no identity for %s: %v", peer.Describe(), err))
 	}
 	// What do the operators say to that?
-	if err := h.Check(peer); err != nil {
-		return nil, about(peer, refusal.Guard, refusal.Forbidden("%s may not use this server: %v", peer.Describe(), err))
+	if err := h.CheckPeer(peer); err != nil {
+		return nil, about(peer, apistatus.Forbidden(apistatus.Guard, "%s may not use this server: %v", peer.Describe(), err))
 	}
-	id, cut, err := h.Limit(id)
+	id, cut, err := h.Limits.Apply(id)
 	found.limited(id, cut)
 	if len(cut) > 0 {
 		h.logger.Warn("granted groups are left out, as allow_groups and deny_groups say",
 			zap.Stringer("peer", peer), zap.Strings("groups", cut))
 	}
 	switch {
-	case errors.Is(err, guard.ErrNoGroup):
-		return nil, about(peer, refusal.NoGroups, refusal.Forbidden("%s may not use this server: %v: the tailnet policy file has no grant that gives it groups under %q", peer.Describe(), err, h.Capabilities()[0]))
+	case errors.Is(err, impersonate.ErrNoGroup):
+		return nil, about(peer, apistatus.Forbidden(apistatus.NoGroups, "%s may not use this server: %v: the tailnet policy file has no grant that gives it groups under %q", peer.Describe(), err, h.Capabilities()[0]))
 	case err != nil:
-		return nil, about(peer, refusal.Guard, refusal.Forbidden("%s may not use this server: %v", peer.Describe(), err))
+		return nil, about(peer, apistatus.Forbidden(apistatus.Guard, "%s may not use this server: %v", peer.Describe(), err))
 	}
 	if h.Audit {
 		if id, err = peer.Audited(id, key.Remote); err != nil {
-			return nil, about(peer, refusal.NoIdentity, refusal.Forbidden("no identity for %s: %v", peer.Describe(), err))
+			return nil, about(peer, apistatus.Forbidden(apistatus.NoIdentity, "no identity for %s: %v", peer.Describe(), err))
 		}
 	}
 	return newDecision(h, key.Node, peer, id, asked, drops), nil
@@ -509,7 +509,7 @@ func (h *Handler) recheck(ctx context.Context, remote, local netip.Addr, since t
 	if refused != nil {
 		return nil, refused
 	}
-	decided, refused := h.decisionOn(ctx, cache.Key{Node: node, Remote: remote, Local: local}, since)
+	decided, refused := h.decisionOn(ctx, whoiscache.Key{Node: node, Remote: remote, Local: local}, since)
 	if refused != nil {
 		return nil, refused
 	}
@@ -517,7 +517,7 @@ func (h *Handler) recheck(ctx context.Context, remote, local netip.Addr, since t
 }
 
 // accessWithdrawn reports that a caller's requests were ended.
-func (h *Handler) accessWithdrawn(e *recheck.Ended) {
+func (h *Handler) accessWithdrawn(e *revocation.Ended) {
 	metrics.Revocations.WithLabelValues(string(e.Reason)).Add(float64(e.Requests))
 	h.logger.Warn("open requests ended",
 		zap.String("reason", e.Detail),
@@ -532,15 +532,15 @@ func checkProtocol(r *http.Request) *apierrors.StatusError {
 	// ConnContext, and its CONNECT can turn into a WebSocket behind the
 	// handler's back. 421 sends a client back to HTTP/2 or HTTP/1.1.
 	if r.ProtoMajor > 2 {
-		return refusal.Because(refusal.Protocol, refusal.Misdirected("HTTP/3 is not supported; say `protocols h1 h2` in the servers option"))
+		return apistatus.Misdirected(apistatus.Protocol, "HTTP/3 is not supported; say `protocols h1 h2` in the servers option")
 	}
 	// The same goes for HTTP/2's extended CONNECT. The API server has no use
 	// for CONNECT in any form.
 	if r.Method == http.MethodConnect {
-		return refusal.Because(refusal.Protocol, refusal.MethodNotAllowed("method CONNECT is not supported"))
+		return apistatus.MethodNotAllowed(apistatus.Protocol, "method CONNECT is not supported")
 	}
-	if !apirequest.IsPath(r.URL) {
-		return refusal.Because(refusal.Protocol, refusal.BadRequest("the request is not for a path, but for %q", r.RequestURI))
+	if !requestinfo.IsPath(r.URL) {
+		return apistatus.BadRequest(apistatus.Protocol, "the request is not for a path, but for %q", r.RequestURI)
 	}
 	return nil
 }
@@ -555,7 +555,7 @@ func (h *Handler) checkOrigin(r *http.Request) *apierrors.StatusError {
 	origins, ok := r.Header["Origin"]
 	for _, origin := range origins {
 		if !slices.Contains(h.AllowOrigins, origin) {
-			return refusal.Because(refusal.WebPage, refusal.Forbidden("a web page of origin %q sent the request; if it may act as whoever opens it, name the origin in allow_origins", origin))
+			return apistatus.Forbidden(apistatus.WebPage, "a web page of origin %q sent the request; if it may act as whoever opens it, name the origin in allow_origins", origin)
 		}
 	}
 	if ok {
@@ -564,7 +564,7 @@ func (h *Handler) checkOrigin(r *http.Request) *apierrors.StatusError {
 	// A browser leaves Origin out of some requests, such as an image's.
 	for _, site := range r.Header["Sec-Fetch-Site"] {
 		if site != "none" && site != "same-origin" {
-			return refusal.Because(refusal.WebPage, refusal.Forbidden("a web page of another site sent the request (Sec-Fetch-Site: %s)", site))
+			return apistatus.Forbidden(apistatus.WebPage, "a web page of another site sent the request (Sec-Fetch-Site: %s)", site)
 		}
 	}
 	return nil
@@ -581,10 +581,10 @@ func (h *Handler) checkHost(r *http.Request, node *tailnet.Node) *apierrors.Stat
 	}
 	owns, err := node.Owns(r.Context(), r.Host)
 	if err != nil {
-		return refusal.Because(refusal.NoAnswer, refusal.TryAgain("cannot tell whether host %q is this server: %v", r.Host, err))
+		return apistatus.TryAgain(apistatus.NoAnswer, "cannot tell whether host %q is this server: %v", r.Host, err)
 	}
 	if !owns {
-		return refusal.Because(refusal.Host, refusal.Forbidden("host %q is neither the name nor an address of tailnet node %q; if it is meant for this server, name it in allow_hosts or use https", r.Host, node.Name))
+		return apistatus.Forbidden(apistatus.Host, "host %q is neither the name nor an address of tailnet node %q; if it is meant for this server, name it in allow_hosts or use https", r.Host, node.Name)
 	}
 	return nil
 }

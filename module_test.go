@@ -59,8 +59,8 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 // The addresses of the tailnet in these tests.
@@ -131,7 +131,7 @@ func unstarted(t testing.TB, cfg caddyfile.Config) *Handler {
 	if err := h.Validate(); err != nil {
 		t.Fatal(err)
 	}
-	if err := h.setUp(new(recheck.Config), []string{t.Name()}); err != nil {
+	if err := h.setUp(new(revocation.Config), []string{t.Name()}); err != nil {
 		t.Fatal(err)
 	}
 	return h

@@ -28,10 +28,10 @@ import (
 	"tailscale.com/tailcfg"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/guard"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/whoami"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
 
 // counted returns by how much f raises each of the counters.
@@ -87,8 +87,8 @@ func TestDecisionsAreCounted(t *testing.T) {
 		{"not connected", away, caddyfile.Config{}, tls(), map[string]float64{"refused": 1, "starting": 1}},
 		{"malformed grants", newNode(whoIs(`"x"`), nil), caddyfile.Config{}, tls(), map[string]float64{"refused": 1, "no_identity": 1, "miss": 1}},
 		{"no identity", newNode(&apitype.WhoIsResponse{}, nil), caddyfile.Config{}, tls(), map[string]float64{"refused": 1, "no_identity": 1, "miss": 1}},
-		{"deny_tags", tagged, caddyfile.Config{Rails: guard.Rails{DenyTags: []string{"tag:ci"}}}, tls(), map[string]float64{"refused": 1, "guard": 1, "miss": 1}},
-		{"require_groups", newNode(whoIs(), nil), caddyfile.Config{Rails: guard.Rails{RequireGroups: true}}, tls(), map[string]float64{"refused": 1, "no_groups": 1, "miss": 1}},
+		{"deny_tags", tagged, caddyfile.Config{Rails: impersonate.Limits{DenyTags: []string{"tag:ci"}}}, tls(), map[string]float64{"refused": 1, "guard": 1, "miss": 1}},
+		{"require_groups", newNode(whoIs(), nil), caddyfile.Config{Rails: impersonate.Limits{RequireGroups: true}}, tls(), map[string]float64{"refused": 1, "no_groups": 1, "miss": 1}},
 		{"kubectl --as", aliceNode(), caddyfile.Config{}, tls("Impersonate-User", "bob"), map[string]float64{"refused": 1, "impersonation": 1, "miss": 1}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -171,7 +171,7 @@ func TestDecisionsAreLogged(t *testing.T) {
 			map[string]any{"code": "impersonation", "status": int32(403), "host": "k8s"},
 		},
 		{
-			"refused without", zapcore.WarnLevel, caddyfile.Config{Rails: guard.Rails{AllowGroups: []string{"x"}, RequireGroups: true}}, nil, "request refused",
+			"refused without", zapcore.WarnLevel, caddyfile.Config{Rails: impersonate.Limits{AllowGroups: []string{"x"}, RequireGroups: true}}, nil, "request refused",
 			map[string]any{"code": "guard", "status": int32(403), "host": "k8s", "groups": nil, "source": nil},
 		},
 	} {
@@ -216,14 +216,14 @@ func TestARefusedCallerIsToldWhatIsMissing(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		node  *tailnet.Node
-		rails guard.Rails
+		rails impersonate.Limits
 		words []string
 	}{
-		{"no groups", newNode(whoIs(), nil), guard.Rails{RequireGroups: true}, []string{"alice@example.com on laptop.example.ts.net", "require_groups", "no grant", "tailscale.com/cap/kubernetes"}},
-		{"cut", aliceNode(), guard.Rails{RequireGroups: true, DenyGroups: []string{"tailnet-*"}}, []string{"alice@example.com on laptop.example.ts.net", "tailnet-readers"}},
-		{"tags", tagged, guard.Rails{AllowTags: []string{"tag:k8s"}}, []string{"device ci.example.ts.net (tag:ci, tag:x)", "allow_tags"}},
-		{"malformed grants", newNode(whoIs(`"x"`), nil), guard.Rails{}, []string{"alice@example.com on laptop.example.ts.net", "tailscale.com/cap/kubernetes", "cannot be read"}},
-		{"unknown", newNode(nil, tailnet.ErrPeerNotFound), guard.Rails{}, []string{aliceAddr, "not on the tailnet"}},
+		{"no groups", newNode(whoIs(), nil), impersonate.Limits{RequireGroups: true}, []string{"alice@example.com on laptop.example.ts.net", "require_groups", "no grant", "tailscale.com/cap/kubernetes"}},
+		{"cut", aliceNode(), impersonate.Limits{RequireGroups: true, DenyGroups: []string{"tailnet-*"}}, []string{"alice@example.com on laptop.example.ts.net", "tailnet-readers"}},
+		{"tags", tagged, impersonate.Limits{AllowTags: []string{"tag:k8s"}}, []string{"device ci.example.ts.net (tag:ci, tag:x)", "allow_tags"}},
+		{"malformed grants", newNode(whoIs(`"x"`), nil), impersonate.Limits{}, []string{"alice@example.com on laptop.example.ts.net", "tailscale.com/cap/kubernetes", "cannot be read"}},
+		{"unknown", newNode(nil, tailnet.ErrPeerNotFound), impersonate.Limits{}, []string{aliceAddr, "not on the tailnet"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			resp, got := serve(t, newHandler(t, caddyfile.Config{Rails: tt.rails}, tt.node), newRequest("GET", "https://k8s/api"))
@@ -244,7 +244,7 @@ func whoIsAlice() *tailnet.Node {
 }
 
 func whoamiConfig() caddyfile.Config {
-	return caddyfile.Config{Whoami: "/whoami", Rails: guard.Rails{DenyGroups: []string{"system:*"}, GroupPrefix: "tailnet:"}}
+	return caddyfile.Config{Whoami: "/whoami", Rails: impersonate.Limits{DenyGroups: []string{"system:*"}, GroupPrefix: "tailnet:"}}
 }
 
 // ask has h answer a request for JSON at its whoami path.

@@ -20,14 +20,14 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/guard"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 // What a policy file grants beyond the rails does not arrive, and the log says so.
 func TestGroupsBeyondTheRailsAreCutAndLogged(t *testing.T) {
 	core, logs := observer.New(zapcore.WarnLevel)
-	cfg := caddyfile.Config{Rails: guard.Rails{DenyGroups: []string{"system:*"}, UserPrefix: "tailnet:", GroupPrefix: "tailnet:"}}
+	cfg := caddyfile.Config{Rails: impersonate.Limits{DenyGroups: []string{"system:*"}, UserPrefix: "tailnet:", GroupPrefix: "tailnet:"}}
 	h := newHandler(t, cfg, newNode(whoIs(`{"impersonate":{"groups":["system:masters","readers"]}}`), nil))
 	h.logger = zap.New(core)
 	_, got := serve(t, h, newRequest("GET", "https://k8s/api"))
@@ -45,7 +45,7 @@ func TestGroupsBeyondTheRailsAreCutAndLogged(t *testing.T) {
 }
 
 func TestWhoeverTheRailsLeaveNothingIsRefused(t *testing.T) {
-	for name, rails := range map[string]guard.Rails{
+	for name, rails := range map[string]impersonate.Limits{
 		"require_groups": {RequireGroups: true, DenyGroups: []string{"*"}},
 		"user_prefix":    {UserPrefix: "sys"},
 	} {

@@ -31,11 +31,11 @@ import (
 	"tailscale.com/tailcfg"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/metrics"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording/recordertest"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 // The recorders of these tests, by their addresses on the tailnet.
@@ -417,17 +417,17 @@ func mustOpen(t *testing.T, open func(*testing.T, *site, string, string) (shell,
 }
 
 // outcomes returns how often recordings have ended in each way.
-func outcomes() map[recording.Outcome]int {
+func outcomes() map[sessionrecording.Outcome]int {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(metrics.Recordings)
 	families, err := registry.Gather()
 	if err != nil {
 		panic(err)
 	}
-	all := make(map[recording.Outcome]int)
+	all := make(map[sessionrecording.Outcome]int)
 	for _, family := range families {
 		for _, m := range family.GetMetric() {
-			all[recording.Outcome(m.GetLabel()[0].GetValue())] = int(m.GetCounter().GetValue())
+			all[sessionrecording.Outcome(m.GetLabel()[0].GetValue())] = int(m.GetCounter().GetValue())
 		}
 	}
 	return all
@@ -435,9 +435,9 @@ func outcomes() map[recording.Outcome]int {
 
 // counted returns a function that returns how often recordings have ended in each
 // way since the call.
-func counted() func() map[recording.Outcome]int {
+func counted() func() map[sessionrecording.Outcome]int {
 	before := outcomes()
-	return func() map[recording.Outcome]int {
+	return func() map[sessionrecording.Outcome]int {
 		since := outcomes()
 		for o, n := range before {
 			if since[o] -= n; since[o] == 0 {
@@ -449,7 +449,7 @@ func counted() func() map[recording.Outcome]int {
 }
 
 // wantCounted waits until recordings have ended as wanted.
-func wantCounted(t *testing.T, since func() map[recording.Outcome]int, want map[recording.Outcome]int) {
+func wantCounted(t *testing.T, since func() map[sessionrecording.Outcome]int, want map[sessionrecording.Outcome]int) {
 	t.Helper()
 	deadline := time.Now().Add(15 * time.Second)
 	for !cmp.Equal(since(), want) && time.Now().Before(deadline) {
@@ -477,7 +477,7 @@ func TestSessionIsRecorded(t *testing.T) {
 					sh.say(t, "alice")
 					sh.hear(t, "hello alice")
 					sh.leave()
-					wantCounted(t, since, map[recording.Outcome]int{recording.Recorded: 1})
+					wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Recorded: 1})
 					got := taken(t, recorder)
 					if got.Err() != nil {
 						t.Errorf("the recording was cut off: %v", got.Err())
@@ -590,7 +590,7 @@ func TestNothingThatAClientSendsSwitchesRecordingOff(t *testing.T) {
 			sh := &webSocketShell{conn: conn, reader: reader}
 			sh.hear(t, "hello ")
 			sh.leave()
-			wantCounted(t, since, map[recording.Outcome]int{recording.Recorded: 1})
+			wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Recorded: 1})
 			if _, output, _ := events(t, taken(t, recorder).Bytes()); output != "hello " {
 				t.Errorf("recorded was %q", output)
 			}
@@ -648,7 +648,7 @@ func TestNothingThatAClientSendsSwitchesRecordingOff(t *testing.T) {
 				t.Errorf("got status %d", resp.StatusCode)
 			}
 			up.checkSeen(t, nil)
-			wantCounted(t, since, map[recording.Outcome]int{recording.Refused: 1})
+			wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Refused: 1})
 			if n := len(recorder.Take()); n != 0 {
 				t.Errorf("the recorder was given %d recordings", n)
 			}
@@ -672,7 +672,7 @@ func TestNothingThatAClientSendsSwitchesRecordingOff(t *testing.T) {
 				t.Errorf("got status %d: %s", resp.StatusCode, body)
 			}
 			up.checkSeen(t, aliceAsProxy)
-			wantCounted(t, since, map[recording.Outcome]int{})
+			wantCounted(t, since, map[sessionrecording.Outcome]int{})
 		})
 	}
 }
@@ -747,7 +747,7 @@ func TestRecordersThatFail(t *testing.T) {
 						}
 						checkRefused(t, resp, forbidden, "the session has to be recorded, and no recorder can be reached")
 						up.checkSeen(t, nil)
-						wantCounted(t, since, map[recording.Outcome]int{recording.Refused: 1})
+						wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Refused: 1})
 						// kubectl tries again over the other protocol.
 						began := time.Now()
 						if sh, _ := open(t, s, execTarget, ""); sh != nil || time.Since(began) > time.Second {
@@ -763,10 +763,10 @@ func TestRecordersThatFail(t *testing.T) {
 					sh.hear(t, "hello alice")
 					sh.leave()
 					if !tt.works {
-						wantCounted(t, since, map[recording.Outcome]int{recording.Unrecorded: 1})
+						wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Unrecorded: 1})
 						return
 					}
-					wantCounted(t, since, map[recording.Outcome]int{recording.Recorded: 1})
+					wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Recorded: 1})
 					if _, output, _ := events(t, taken(t, recorder).Bytes()); output != "hello alice" {
 						t.Errorf("recorded was %q", output)
 					}
@@ -821,7 +821,7 @@ func TestRecorderIsLostInTheMidst(t *testing.T) {
 							}
 							more.Wait()
 							sh.leave()
-							wantCounted(t, since, map[recording.Outcome]int{recording.Lost: 1})
+							wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Lost: 1})
 							return
 						}
 						shown, status := sh.end(t)
@@ -838,7 +838,7 @@ func TestRecorderIsLostInTheMidst(t *testing.T) {
 						}
 						sh.leave()
 						more.Wait()
-						wantCounted(t, since, map[recording.Outcome]int{recording.Ended: 1})
+						wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Ended: 1})
 					})
 				}
 			}
@@ -865,7 +865,7 @@ func TestRecorderIsLostWhileThePodIsBusy(t *testing.T) {
 		_, err = sh.conn.Write(block)
 	}
 	recorder.Cut()
-	wantCounted(t, since, map[recording.Outcome]int{recording.Ended: 1})
+	wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Ended: 1})
 }
 
 // Caddy says over a WebSocket that it closes it, and waits until that is written,
@@ -993,7 +993,7 @@ func TestDataOnAnUnknownStreamEndsTheSession(t *testing.T) {
 		if shown, status := sh.end(t); !strings.Contains(shown, "unknown channel 7") || !strings.Contains(status, "unknown channel 7") {
 			t.Errorf("shown was %q, with status %s", shown, status)
 		}
-		wantCounted(t, since, map[recording.Outcome]int{recording.Ended: 1})
+		wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Ended: 1})
 		taken(t, recorder)
 	}
 }
@@ -1030,7 +1030,7 @@ func TestFilesAreKept(t *testing.T) {
 			time.Sleep(10 * time.Millisecond) // between two looks
 		}
 		sh.leave()
-		wantCounted(t, since, map[recording.Outcome]int{recording.Recorded: 1})
+		wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Recorded: 1})
 		file := onlyFile(t, dir, ".cast")
 		info, err := os.Stat(file)
 		if err != nil {
@@ -1070,7 +1070,7 @@ func onlyFile(t *testing.T, dir, suffix string) string {
 // A directory that is given by what is not set would be none, and nothing recorded.
 func TestADirectoryThatIsNotSetIsAConfigError(t *testing.T) {
 	h := &Handler{Config: caddyfile.Config{Record: "{env.NO_SUCH_VARIABLE}"}, logger: zap.NewNop()}
-	if err := h.setUp(new(recheck.Config), nil); err == nil || !strings.Contains(err.Error(), "NO_SUCH_VARIABLE") {
+	if err := h.setUp(new(revocation.Config), nil); err == nil || !strings.Contains(err.Error(), "NO_SUCH_VARIABLE") {
 		t.Errorf("got error %v; want one that names the variable", err)
 	}
 }
@@ -1104,7 +1104,7 @@ func TestARefusedSessionLeavesNothing(t *testing.T) {
 	if b := taken(t, recorder).Bytes(); len(b) > 0 {
 		t.Errorf("the recorder holds %q", b)
 	}
-	wantCounted(t, since, map[recording.Outcome]int{})
+	wantCounted(t, since, map[sessionrecording.Outcome]int{})
 }
 
 // A session that the API server has been asked for, and has not answered, may have
@@ -1122,8 +1122,8 @@ func TestASessionThatIsNotAnsweredIsKept(t *testing.T) {
 			_ = upstream.Close()
 		}},
 		{"the access is withdrawn", func(net.Conn, net.Conn) {
-			for _, c := range recheck.Callers() {
-				recheck.Drop(c.Remote, c.Local, c.Identity.Node, "operator")
+			for _, c := range revocation.Callers() {
+				revocation.Drop(c.Remote, c.Local, c.Identity.Node, "operator")
 			}
 		}},
 	} {
@@ -1147,7 +1147,7 @@ func TestASessionThatIsNotAnsweredIsKept(t *testing.T) {
 				}
 				defer upstream.Close()
 				tt.cause(client, upstream)
-				wantCounted(t, since, map[recording.Outcome]int{recording.Ended: 1})
+				wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Ended: 1})
 				files, err := filepath.Glob(filepath.Join(dir, "*.cast"))
 				if err != nil || len(files) != 1 {
 					t.Fatalf("the directory holds %q, %v; want a recording", files, err)
@@ -1179,7 +1179,7 @@ func TestASessionThatCannotBeSentLeavesNothing(t *testing.T) {
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
 		t.Errorf("the directory holds %v, %v", entries, err)
 	}
-	wantCounted(t, since, map[recording.Outcome]int{})
+	wantCounted(t, since, map[sessionrecording.Outcome]int{})
 }
 
 // 200 sessions at once, in the course of which the recorder is lost to the half.
@@ -1230,14 +1230,14 @@ func TestManySessionsLeaveNothingBehind(t *testing.T) {
 	for _, sh := range all[:sessions/2] {
 		sh.leave()
 	}
-	wantCounted(t, since, map[recording.Outcome]int{recording.Recorded: sessions / 2})
+	wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Recorded: sessions / 2})
 	recorder.Cut()
 	for _, sh := range all[sessions/2:] {
 		sh.say(t, "after")
 		sh.hear(t, "after")
 		sh.leave()
 	}
-	wantCounted(t, since, map[recording.Outcome]int{recording.Recorded: sessions / 2, recording.Lost: sessions / 2})
+	wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Recorded: sessions / 2, sessionrecording.Lost: sessions / 2})
 
 	seen := make(map[string]bool)
 	for _, r := range recorder.Take() {
@@ -1288,7 +1288,7 @@ func TestAClientThatDoesNotReadIsNotWaitedFor(t *testing.T) {
 		time.Sleep(300 * time.Millisecond) // in which more would have arrived
 	}
 	recorder.Cut()
-	wantCounted(t, since, map[recording.Outcome]int{recording.Ended: 1})
+	wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Ended: 1})
 	sh.leave()
 	typing.Wait()
 }
@@ -1313,17 +1313,17 @@ func TestGoingAwayDoesNotSwitchRecordingOff(t *testing.T) {
 		}
 		<-asked
 		_ = conn.Close()
-		outcome := recording.Unrecorded
+		outcome := sessionrecording.Unrecorded
 		if rule == enforced {
-			outcome = recording.Refused
+			outcome = sessionrecording.Refused
 		}
-		wantCounted(t, since, map[recording.Outcome]int{outcome: 1})
+		wantCounted(t, since, map[sessionrecording.Outcome]int{outcome: 1})
 		node.DialPeer = dial
 		since = counted()
 		sh := mustOpen(t, openWebSocket, s)
 		sh.hear(t, "hello ")
 		sh.leave()
-		wantCounted(t, since, map[recording.Outcome]int{recording.Recorded: 1})
+		wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Recorded: 1})
 		taken(t, recorder)
 	}
 }
@@ -1348,7 +1348,7 @@ func TestAProtocolThatWasNotOfferedIsNotSpoken(t *testing.T) {
 			if _, err := io.WriteString(conn, upgradeRequest("GET", execTarget, "websocket", wsV5)); err != nil {
 				t.Fatal(err)
 			}
-			wantCounted(t, since, map[recording.Outcome]int{recording.Ended: 1})
+			wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Ended: 1})
 			_ = conn.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
 			if b, _ := io.ReadAll(conn); strings.Contains(string(b), "secret") {
 				t.Errorf("the client has read %q", b)
@@ -1381,7 +1381,7 @@ func TestAFileIsNoRecorder(t *testing.T) {
 		}
 		sh.hear(t, "hello ")
 		sh.leave()
-		wantCounted(t, since, map[recording.Outcome]int{recording.Lost: 1})
+		wantCounted(t, since, map[sessionrecording.Outcome]int{sessionrecording.Lost: 1})
 		onlyFile(t, dir, ".cast")
 	}
 }

@@ -15,9 +15,9 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recheck"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording/recordertest"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 const (
@@ -172,7 +172,7 @@ func TestRequestsAreLoggedWithoutARecorder(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			core, logs := observer.New(zap.InfoLevel)
 			h := &Handler{Config: tt.config, logger: zap.New(core)}
-			if err := h.setUp(new(recheck.Config), []string{t.Name()}); err != nil {
+			if err := h.setUp(new(revocation.Config), []string{t.Name()}); err != nil {
 				t.Fatal(err)
 			}
 			h.setReady(tailnet.Nodes{aliceNode()})

@@ -12,7 +12,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/transport"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/transport"
 )
 
 // streamCloseDelay is how long exec, attach and port-forward may go on after a

@@ -18,7 +18,7 @@ import (
 	"tailscale.com/client/tailscale/apitype"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 // malloryAddr is mallory's phone.

@@ -24,7 +24,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/matcher"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/matcher"
 )
 
 // failing is a next handler that fails as reverse_proxy does.

@@ -7,8 +7,8 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/whoami"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
 
 // serveWhoami answers a caller that asks who it is taken for. It passes the checks
@@ -32,7 +32,7 @@ func (h *Handler) whois(r *http.Request) (*whoami.Facts, *apierrors.StatusError)
 		return nil, refused
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		return nil, refusal.Because(refusal.Method, refusal.MethodNotAllowed("method %s is not supported for %s", r.Method, h.Whoami))
+		return nil, apistatus.MethodNotAllowed(apistatus.Method, "method %s is not supported for %s", r.Method, h.Whoami)
 	}
 	// A link on another site's page leads here as it should: what opens is a page
 	// of this site, which that site can neither read nor frame.

@@ -22,9 +22,8 @@ import (
 	"tailscale.com/paths"
 	"tailscale.com/tailcfg"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/guard"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 // What Config.ClientImpersonation can be.
@@ -161,7 +160,7 @@ type Config struct {
 	// Default: `false`.
 	EventSecretBodies bool `json:"event_secret_bodies,omitempty"`
 
-	guard.Rails
+	impersonate.Limits
 }
 
 // What the options stand for without an argument.
@@ -248,7 +247,7 @@ func (c *Config) Validate() error {
 	if limit := c.BodyLimit(); limit < 0 || limit > maxEventBodyLimit {
 		return fmt.Errorf("event_body_limit %d: must be between 0 and %d bytes", limit, maxEventBodyLimit)
 	}
-	if err := c.Rails.Validate(); err != nil {
+	if err := c.Limits.Validate(); err != nil {
 		return err
 	}
 	for _, origin := range c.AllowOrigins {

@@ -119,7 +119,7 @@ const unanswered = "kubectl --as needs transport kubernetes\x00"
 // may have more rights than it wanted to use, nor as the other. With what is
 // written then it cannot be sent at all.
 func (id *Identity) SetHeaders(h http.Header) {
-	if id.Wish != nil {
+	if id.ActAs != nil {
 		h[transport.ImpersonateUIDHeader] = []string{unanswered}
 		return
 	}
@@ -149,7 +149,7 @@ func (id *Identity) SetHeaders(h http.Header) {
 func (id *Identity) RemoveHeaders(h http.Header) {
 	delete(h, transport.ImpersonateUserHeader)
 	delete(h, transport.ImpersonateGroupHeader)
-	if id.UID != "" || id.Wish != nil {
+	if id.UID != "" || id.ActAs != nil {
 		delete(h, transport.ImpersonateUIDHeader)
 	}
 	for key := range id.Extra {

@@ -46,11 +46,11 @@ type Identity struct {
 	// the API server's audit log. Empty where the API server is to choose, and in
 	// every identity that is shared among requests.
 	RequestID string
-	// Wish is the caller's to act as somebody else, for the one request that the
+	// ActAs asks to act as somebody else, for the one request that the
 	// identity is used for. As long as nobody has found out whether it may, the
 	// identity cannot be sent: [Identity.SetHeaders] sees to that. Nil if there is
 	// none.
-	Wish *Wish
+	ActAs *ActAsRequest
 	// Source says where Groups came from.
 	Source Source
 	// Node is the tailnet name of the device that the caller used.

@@ -23,7 +23,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/cluster"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/headscale"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/rbac"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/rbac"
 )
 
 // What the lab's parts are called.

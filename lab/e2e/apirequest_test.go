@@ -18,7 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"k8s.io/client-go/rest"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apirequest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
 // The parser has to say what the API server's audit log says, about every spelling,
@@ -27,13 +27,13 @@ func TestTheParserSaysWhatTheAuditLogSays(t *testing.T) {
 	const (
 		ns          = "/api/v1/namespaces/default"
 		pod         = ns + "/pods/web"
-		ordinary    = apirequest.Ordinary
-		interactive = apirequest.Interactive
-		ambiguous   = apirequest.Ambiguous
+		ordinary    = requestinfo.Ordinary
+		interactive = requestinfo.Interactive
+		ambiguous   = requestinfo.Ambiguous
 	)
 	for i, tt := range []struct {
 		method, target string
-		class          apirequest.Class
+		class          requestinfo.Class
 		status         int
 	}{
 		{"GET", "/version", ordinary, 200},
@@ -101,7 +101,7 @@ func TestTheParserSaysWhatTheAuditLogSays(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			info := apirequest.Parse(r)
+			info := requestinfo.Parse(r)
 			if got := info.Class(); got != tt.class {
 				t.Errorf("got class %s; want %s", got, tt.class)
 			}

@@ -22,9 +22,9 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/rbac"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/transport"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/rbac"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/transport"
 )
 
 // documents returns the texts of all documents for users, by their path.
@@ -401,7 +401,7 @@ func TestSentencesOfTroubleshootingAreInTheCode(t *testing.T) {
 		}
 	}
 	// And every reason is explained.
-	for _, reason := range refusal.Reasons {
+	for _, reason := range apistatus.Reasons {
 		if !strings.Contains(text, "| `"+string(reason)+"` |") {
 			t.Errorf("docs/troubleshooting.md does not explain the reason %s", reason)
 		}

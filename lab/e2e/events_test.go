@@ -13,7 +13,7 @@ import (
 	"tailscale.com/sessionrecording"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording/recordertest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
 )
 
 const mustBeRecorded = "the request has to be recorded, and no recorder takes that"

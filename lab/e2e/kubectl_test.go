@@ -18,8 +18,8 @@ import (
 	"k8s.io/client-go/tools/clientcmd/api"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/refusal"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 func TestKubectlReadsAndWritesAsItsUser(t *testing.T) {
@@ -157,7 +157,7 @@ func TestKubectlSaysWithin15SecondsWhyItWaits(t *testing.T) {
 	const reason = "tailnet node k8s does not say who 100.64.0.7 is"
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		<-time.After(tailnet.WhoIsTimeout) // the longest that a stuck node holds a request up
-		if err := refusal.Write(w, refusal.TryAgain("%s", reason)); err != nil {
+		if err := apistatus.Write(w, apistatus.TryAgain(apistatus.Other, "%s", reason)); err != nil {
 			t.Error(err)
 		}
 	}))

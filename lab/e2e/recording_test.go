@@ -27,7 +27,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	sessionrecorder "github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording/recordertest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
 )
 
 // absentRecorder is an address of the tailnet that nobody has.

@@ -19,7 +19,7 @@ import (
 	"tailscale.com/tsnet"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording/recordertest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
 )
 
 const (

@@ -27,9 +27,9 @@ import (
 	"k8s.io/apiserver/pkg/endpoints/filters/impersonation"
 	"k8s.io/apiserver/pkg/endpoints/request"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/apirequest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/review"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/accessreview"
 )
 
 var caller = &impersonate.Identity{User: "alice@example.com", Groups: []string{"readers"}, Node: "laptop.example.ts.net"}
@@ -69,7 +69,7 @@ func (r *rights) authorizer(t *testing.T) authorizer.UnconditionalAuthorizer {
 }
 
 // ask has subject access reviews go by them.
-func (r *rights) ask(t *testing.T) review.Ask {
+func (r *rights) ask(t *testing.T) accessreview.Ask {
 	return func(_ context.Context, sar *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
 		spec := sar.Spec
 		if spec.User != caller.User || !slices.Equal(spec.Groups, []string{"system:authenticated", "readers"}) {
@@ -184,19 +184,19 @@ func TestDecisionsAreThoseOfTheAPIServer(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%v: %v", r.Header, err)
 		}
-		reviewer, err := review.NewReviewer()
+		reviewer, err := accessreview.NewReviewer()
 		if err != nil {
 			t.Fatal(err)
 		}
-		id, refusal := reviewer.Authorize(t.Context(), rights.ask(t), review.Question{Caller: caller, Target: target, Request: apirequest.Parse(r), Since: time.Now()})
+		id, refusal := reviewer.Authorize(t.Context(), rights.ask(t), accessreview.Question{Caller: caller, Target: target, Request: requestinfo.Parse(r), Since: time.Now()})
 		if (refusal == nil) != (wantWho != nil) {
 			t.Fatalf("%s %s as %v with %v: got %v; the API server says %v %q", r.Method, r.URL, r.Header, rights.known, refusal, wantWho, wantMessage)
 		}
 		if refusal != nil {
 			refused++
 			// In which order extra fields are asked about is left to chance.
-			if len(target.Extra) < 2 && !strings.Contains(refusal.ErrStatus.Message, wantMessage) {
-				t.Fatalf("%s %s as %v: got %q; want it to say %q", r.Method, r.URL, r.Header, refusal.ErrStatus.Message, wantMessage)
+			if len(target.Extra) < 2 && !strings.Contains(apistatus.ErrStatus.Message, wantMessage) {
+				t.Fatalf("%s %s as %v: got %q; want it to say %q", r.Method, r.URL, r.Header, apistatus.ErrStatus.Message, wantMessage)
 			}
 			continue
 		}

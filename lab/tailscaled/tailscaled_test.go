@@ -29,7 +29,7 @@ import (
 	"tailscale.com/tsnet"
 
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate"
-	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/cli"
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/cli"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/headscale"

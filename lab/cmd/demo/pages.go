@@ -13,7 +13,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/whoami"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
 
 // printPages prints what the whoami page tells two of the callers, and how each of

@@ -16,7 +16,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recording/recordertest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
 )
 
 // lastLines is how many lines of the recording are played back.

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package accessreview
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	authorizationv1 "k8s.io/api/authorization/v1"
+	"k8s.io/apimachinery/pkg/util/validation"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+	"k8s.io/apiserver/pkg/authentication/user"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+)
+
+// form is one way in which the right to act as a target can be had: all of its
+// steps have to be passed.
+type form struct {
+	steps []step
+	// groups are those that the target is in by this form.
+	groups []string
+}
+
+// step is passed if wildcard is allowed, or else every one of each is.
+type step struct {
+	wildcard *permission // nil if there is none that would do
+	each     []permission
+	// never is why nobody passes, whatever is allowed. Empty if somebody may.
+	never string
+}
+
+// permission is to use a verb on a resource, or on a path.
+type permission struct {
+	resource *authorizationv1.ResourceAttributes
+	path     *authorizationv1.NonResourceAttributes
+}
+
+// forms returns the ways in which the right to act as t in a request can be had, in
+// the order in which the API server tries them.
+//
+// The constrained form for the node that a service account runs on
+// (associated-node) is left out: no caller is a service account.
+func forms(t *impersonate.Target, request requestinfo.Info) []form {
+	legacy := attributes{verb: "impersonate", users: "users"}
+	constrained, name := attributes{verb: "impersonate:user-info", group: authenticationv1.GroupName, users: "users", constrained: true}, "user-info"
+	groups := t.Groups
+	if _, ok := t.NodeName(); ok {
+		constrained.verb, constrained.users, name = "impersonate:arbitrary-node", "nodes", "arbitrary-node"
+	}
+	if _, _, ok := t.ServiceAccount(); ok {
+		constrained.verb, constrained.users, name = "impersonate:serviceaccount", "serviceaccounts", "serviceaccount"
+		legacy.users = "serviceaccounts"
+		if len(groups) == 0 {
+			groups = t.OwnGroups()
+		}
+	}
+	all := []form{{steps: legacy.steps(t), groups: groups}}
+	// Service accounts and nodes are what they are.
+	if name != "user-info" && !t.OnlyUser() {
+		return all
+	}
+	return slices.Insert(all, 0, form{
+		steps:  append([]step{{each: []permission{to("impersonate-on:"+name+":", request)}}}, constrained.steps(t)...),
+		groups: slices.Concat(t.Groups, t.OwnGroups()),
+	})
+}
+
+// to returns the permission that a request needs by itself, with prefix in front of
+// the verb.
+func to(prefix string, request requestinfo.Info) permission {
+	if !request.IsResourceRequest {
+		return permission{path: &authorizationv1.NonResourceAttributes{Verb: prefix + request.Verb, Path: request.Path}}
+	}
+	return permission{resource: &authorizationv1.ResourceAttributes{
+		Verb:        prefix + request.Verb,
+		Group:       request.APIGroup,
+		Version:     request.APIVersion,
+		Resource:    request.Resource,
+		Subresource: request.Subresource,
+		Namespace:   request.Namespace,
+		Name:        request.Name,
+	}}
+}
+
+// attributes says how the right to be what a target consists of is called.
+type attributes struct {
+	verb string
+	// group is the API group of users and groups, users is what users are called.
+	group, users string
+	// constrained is whether the API server is as strict and as thrifty as it is
+	// in the newer form.
+	constrained bool
+}
+
+// wildcardFrom is from how many values on the API server first asks about all at
+// once, in the newer form.
+const wildcardFrom = 4
+
+// steps returns what is needed for t, in the order in which the API server asks.
+func (a attributes) steps(t *impersonate.Target) []step {
+	steps := []step{{each: []permission{a.user(t)}}}
+	if t.UID != "" {
+		steps = append(steps, step{each: []permission{a.permission(authenticationv1.GroupName, "uids", "", t.UID)}})
+	}
+	if len(t.Groups) > 0 {
+		steps = append(steps, a.groups(t))
+	}
+	if len(t.Extra) > 0 {
+		steps = append(steps, a.extra(t))
+	}
+	return steps
+}
+
+func (a attributes) user(t *impersonate.Target) permission {
+	p := a.permission(a.group, a.users, "", t.User)
+	switch a.users {
+	case "serviceaccounts":
+		p.resource.Namespace, p.resource.Name, _ = t.ServiceAccount()
+	case "nodes":
+		p.resource.Name, _ = t.NodeName()
+	}
+	return p
+}
+
+func (a attributes) groups(t *impersonate.Target) step {
+	var s step
+	for _, group := range t.Groups {
+		s.each = append(s.each, a.permission(a.group, "groups", "", group))
+	}
+	if !a.constrained {
+		return s
+	}
+	if slices.Contains(t.Groups, user.SystemPrivilegedGroup) {
+		return step{
+			each:  []permission{a.permission(a.group, "groups", "", user.SystemPrivilegedGroup)},
+			never: "impersonating the system:masters group is not allowed",
+		}
+	}
+	if len(t.Groups) >= wildcardFrom {
+		all := a.permission(a.group, "groups", "", "*")
+		s.wildcard = &all
+	}
+	return s
+}
+
+func (a attributes) extra(t *impersonate.Target) step {
+	var s step
+	for _, key := range slices.Sorted(maps.Keys(t.Extra)) {
+		for _, value := range t.Extra[key] {
+			s.each = append(s.each, a.permission(authenticationv1.GroupName, "userextras", key, value))
+		}
+	}
+	if !a.constrained {
+		return s
+	}
+	for key := range t.Extra {
+		if err := checkKey(key); err != nil {
+			return step{each: []permission{a.permission(authenticationv1.GroupName, "userextras", "", "")}, never: err.Error()}
+		}
+	}
+	if len(s.each) >= wildcardFrom {
+		all := a.permission(authenticationv1.GroupName, "userextras", "*", "*")
+		s.wildcard = &all
+	}
+	return s
+}
+
+func (a attributes) permission(group, resource, subresource, name string) permission {
+	return permission{resource: &authorizationv1.ResourceAttributes{
+		Verb:        a.verb,
+		Group:       group,
+		Version:     "v1",
+		Resource:    resource,
+		Subresource: subresource,
+		Name:        name,
+	}}
+}
+
+// checkKey returns an error unless the newer form takes key for that of an extra
+// field.
+func checkKey(key string) error {
+	if err := validation.IsDomainPrefixedPath(field.NewPath("extra", "key"), key).ToAggregate(); err != nil {
+		return fmt.Errorf("impersonating an invalid key in extra is not allowed: %w", err)
+	}
+	if key != strings.ToLower(key) {
+		return fmt.Errorf("impersonating a non-lowercase key in extra is not allowed: %q", key)
+	}
+	return nil
+}

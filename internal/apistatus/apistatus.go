@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package apistatus answers requests that are not forwarded to the API server.
+//
+// A refusal is a Kubernetes Status object, because kubectl and client-go print the
+// message of one; they report anything else as "an error on the server has prevented
+// the request from succeeding". A Warning header repeats the message: the discovery
+// requests of kubectl discard the Status, but not the warning.
+package apistatus
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
+)
+
+// Prefix starts every message, so that the reader can tell a refusal by the proxy
+// from one by the API server.
+const Prefix = "tailscale_impersonate: "
+
+// Forbidden returns a 403: this caller may not do this.
+func Forbidden(because Reason, format string, args ...any) error {
+	return refuse(because, http.StatusForbidden, metav1.StatusReasonForbidden, format, args...)
+}
+
+// BadRequest returns a 400: nobody may do this.
+func BadRequest(because Reason, format string, args ...any) error {
+	return refuse(because, http.StatusBadRequest, metav1.StatusReasonBadRequest, format, args...)
+}
+
+// MethodNotAllowed returns a 405.
+func MethodNotAllowed(because Reason, format string, args ...any) error {
+	return refuse(because, http.StatusMethodNotAllowed, metav1.StatusReasonMethodNotAllowed, format, args...)
+}
+
+// Misdirected returns a 421, which makes a client retry over another connection.
+func Misdirected(because Reason, format string, args ...any) error {
+	return refuse(because, http.StatusMisdirectedRequest, "MisdirectedRequest", format, args...)
+}
+
+// Unavailable returns a 503: the proxy cannot do its part until an operator acts.
+func Unavailable(because Reason, format string, args ...any) error {
+	return refuse(because, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, format, args...)
+}
+
+// TryAgain returns a 503 that asks for a retry after one second. client-go retries
+// ten times before it reports the message.
+func TryAgain(because Reason, format string, args ...any) error {
+	err := refuse(because, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, format, args...)
+	err.ErrStatus.Details.RetryAfterSeconds = 1
+	return err
+}
+
+func refuse(because Reason, code int32, reason metav1.StatusReason, format string, args ...any) *apierrors.StatusError {
+	return &apierrors.StatusError{ErrStatus: metav1.Status{
+		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"},
+		Status:   metav1.StatusFailure,
+		Code:     code,
+		Reason:   reason,
+		Message:  Prefix + fmt.Sprintf(format, args...),
+		Details:  &metav1.StatusDetails{Causes: []metav1.StatusCause{{Type: metav1.CauseType(because)}}},
+	}}
+}
+
+// body counts err and returns its Status object, with the JSON of that. Any other
+// error becomes a 500 that does not repeat it: its text is for the log.
+func body(err error) (*metav1.Status, []byte, error) {
+	refusals.With(ReasonOf(err)).Inc()
+	status, ok := From(err)
+	if !ok {
+		status = &refuse(Other, http.StatusInternalServerError, metav1.StatusReasonInternalError, "the proxy failed; its log says why").ErrStatus
+	}
+	encoded, jsonErr := json.Marshal(status)
+	if jsonErr != nil {
+		return nil, nil, fmt.Errorf("encoding a refusal: %w", jsonErr)
+	}
+	return status, encoded, nil
+}
+
+// Write writes the Status object of err, or a 500 if it has none.
+func Write(w http.ResponseWriter, err error) error {
+	status, encoded, err := body(err)
+	if err != nil {
+		return err
+	}
+	setHeaders(w.Header(), status, len(encoded))
+	w.WriteHeader(int(status.Code))
+	_, err = w.Write(encoded)
+	return err
+}
+
+// Response returns the response to r for an [http.RoundTripper]: the Status object of
+// err, or a 500 if it has none.
+func Response(r *http.Request, err error) (*http.Response, error) {
+	if r.Body != nil {
+		_ = r.Body.Close() // as the contract of RoundTripper demands
+	}
+	status, encoded, err := body(err)
+	if err != nil {
+		return nil, err
+	}
+	code := int(status.Code)
+	resp := &http.Response{
+		Status:        strconv.Itoa(code) + " " + http.StatusText(code),
+		StatusCode:    code,
+		Proto:         "HTTP/1.1",
+		ProtoMajor:    1,
+		ProtoMinor:    1,
+		Header:        make(http.Header),
+		Body:          io.NopCloser(bytes.NewReader(encoded)),
+		ContentLength: int64(len(encoded)),
+		Request:       r,
+	}
+	setHeaders(resp.Header, status, len(encoded))
+	return resp, nil
+}
+
+func setHeaders(h http.Header, status *metav1.Status, length int) {
+	h.Set("Content-Type", "application/json")
+	h.Set("Content-Length", strconv.Itoa(length))
+	h.Set("Cache-Control", "no-cache, private")
+	// The API server's own warnings have code 299. A message that is not valid in a
+	// header is in the body all the same.
+	if warning, err := utilnet.NewWarningHeader(299, "-", status.Message); err == nil {
+		h.Set("Warning", warning)
+	}
+	if d := status.Details; d != nil && d.RetryAfterSeconds > 0 {
+		h.Set("Retry-After", strconv.Itoa(int(d.RetryAfterSeconds)))
+	}
+}

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package apistatus_test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/net/http/httpguts"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/client-go/rest"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+)
+
+// Every kind of refusal, and how the client's libraries tell it from others.
+var refusals = []struct {
+	name       string
+	err        *apierrors.StatusError
+	code       int
+	is         func(error) bool
+	retryAfter string
+}{
+	{"Forbidden", apistatus.Forbidden(apistatus.Other, "%q may not", "alice"), 403, apierrors.IsForbidden, ""},
+	{"BadRequest", apistatus.BadRequest(apistatus.Other, "%q may not", "alice"), 400, apierrors.IsBadRequest, ""},
+	{"MethodNotAllowed", apistatus.MethodNotAllowed(apistatus.Other, "%q may not", "alice"), 405, apierrors.IsMethodNotSupported, ""},
+	{"Misdirected", apistatus.Misdirected(apistatus.Other, "%q may not", "alice"), 421, func(err error) bool {
+		return apierrors.ReasonForError(err) == "MisdirectedRequest"
+	}, ""},
+	{"Unavailable", apistatus.Unavailable(apistatus.Other, "%q may not", "alice"), 503, apierrors.IsServiceUnavailable, ""},
+	{"TryAgain", apistatus.TryAgain(apistatus.Other, "%q may not", "alice"), 503, func(err error) bool {
+		seconds, ok := apierrors.SuggestsClientDelay(err)
+		return apierrors.IsServiceUnavailable(err) && ok && seconds == 1
+	}, "1"},
+}
+
+const message = `tailscale_impersonate: "alice" may not`
+
+// check fails t unless code, header and body answer a request with the refusal.
+func check(t *testing.T, code int, header http.Header, body []byte, wantCode int, wantRetryAfter string) {
+	t.Helper()
+	if code != wantCode {
+		t.Errorf("got code %d; want %d", code, wantCode)
+	}
+	want := http.Header{
+		"Content-Type":   {"application/json"},
+		"Content-Length": {strconv.Itoa(len(body))},
+		"Cache-Control":  {"no-cache, private"},
+		"Warning":        {`299 - "tailscale_impersonate: \"alice\" may not"`},
+	}
+	if wantRetryAfter != "" {
+		want["Retry-After"] = []string{wantRetryAfter}
+	}
+	if diff := cmp.Diff(want, header); diff != "" {
+		t.Errorf("headers (-want +got):\n%s", diff)
+	}
+	var status metav1.Status
+	if err := json.Unmarshal(body, &status); err != nil {
+		t.Fatalf("body %s: %v", body, err)
+	}
+	if got, want := status.TypeMeta, (metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}); got != want {
+		t.Errorf("got type %v; want %v", got, want)
+	}
+	if status.Status != metav1.StatusFailure || int(status.Code) != wantCode || status.Message != message {
+		t.Errorf("got status %+v; want a failure %d with the message %q", status, wantCode, message)
+	}
+}
+
+func TestWriteAnswersWithStatus(t *testing.T) {
+	for _, tt := range refusals {
+		t.Run(tt.name, func(t *testing.T) {
+			w := httptest.NewRecorder()
+			if err := apistatus.Write(w, tt.err); err != nil {
+				t.Fatal(err)
+			}
+			check(t, w.Code, w.Header(), w.Body.Bytes(), tt.code, tt.retryAfter)
+		})
+	}
+}
+
+func TestResponseAnswersWithStatus(t *testing.T) {
+	for _, tt := range refusals {
+		t.Run(tt.name, func(t *testing.T) {
+			r := httptest.NewRequest(http.MethodGet, "/api/v1/pods", nil)
+			resp, err := apistatus.Response(r, tt.err)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, err := io.ReadAll(resp.Body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := resp.Body.Close(); err != nil {
+				t.Fatal(err)
+			}
+			check(t, resp.StatusCode, resp.Header, body, tt.code, tt.retryAfter)
+			if got, want := resp.ContentLength, int64(len(body)); got != want {
+				t.Errorf("got content length %d; want %d", got, want)
+			}
+			if got, want := resp.Status, fmt.Sprintf("%d %s", tt.code, http.StatusText(tt.code)); got != want {
+				t.Errorf("got status line %q; want %q", got, want)
+			}
+			if resp.Request != r {
+				t.Error("the response is not for the request")
+			}
+		})
+	}
+}
+
+// closing is a request's body that knows whether it was closed.
+type closing struct {
+	io.Reader
+	closed bool
+}
+
+func (c *closing) Close() error {
+	c.closed = true
+	return errors.New("closing failed")
+}
+
+func TestResponseClosesTheRequestsBody(t *testing.T) {
+	body := &closing{Reader: strings.NewReader("{}")}
+	r := httptest.NewRequest(http.MethodPost, "/api/v1/pods", body)
+	r.Body = body
+	if _, err := apistatus.Response(r, apistatus.Forbidden(apistatus.Other, "no")); err != nil {
+		t.Fatal(err)
+	}
+	if !body.closed {
+		t.Error("the body is still open; want it closed")
+	}
+	// A client's request can have none.
+	r.Body = nil
+	if _, err := apistatus.Response(r, apistatus.Forbidden(apistatus.Other, "no")); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// client-go is what kubectl reads answers with.
+func TestClientGoReadsTheReason(t *testing.T) {
+	for _, tt := range refusals {
+		t.Run(tt.name, func(t *testing.T) {
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				if err := apistatus.Write(w, tt.err); err != nil {
+					t.Error(err)
+				}
+			}))
+			defer server.Close()
+			var warned warnings
+			err := client(t, server.URL).Get().AbsPath("/api/v1/pods").WarningHandler(&warned).MaxRetries(0).Do(t.Context()).Error()
+			if !tt.is(err) {
+				t.Errorf("got error %#v; want one of its kind", err)
+			}
+			if err == nil || err.Error() != message {
+				t.Errorf("got error %v; want %s", err, message)
+			}
+			if diff := cmp.Diff(warnings{message}, warned); diff != "" {
+				t.Errorf("warnings (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// warnings are those that kubectl would print.
+type warnings []string
+
+func (w *warnings) HandleWarningHeader(code int, _, text string) {
+	if code == 299 {
+		*w = append(*w, text)
+	}
+}
+
+// What a client wrote stands in messages, and must not become a header.
+func TestWarningDoesNotSplitHeaders(t *testing.T) {
+	const hostile = "no\r\nSet-Cookie: a=b\x00\x7f\xff"
+	w := httptest.NewRecorder()
+	if err := apistatus.Write(w, apistatus.Forbidden(apistatus.Other, "%s", hostile)); err != nil {
+		t.Fatal(err)
+	}
+	for _, warning := range w.Header()["Warning"] {
+		if !httpguts.ValidHeaderFieldValue(warning) {
+			t.Errorf("got warning %q, which no header can hold", warning)
+		}
+	}
+	var status metav1.Status
+	if err := json.Unmarshal(w.Body.Bytes(), &status); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasPrefix(status.Message, "tailscale_impersonate: no\r\nSet-Cookie") {
+		t.Errorf("got message %q; want all of it", status.Message)
+	}
+}
+
+func TestClientGoTriesAgainOnlyWhenAskedTo(t *testing.T) {
+	for _, tt := range refusals {
+		t.Run(tt.name, func(t *testing.T) {
+			requests := 0
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				requests++
+				if requests > 1 {
+					w.WriteHeader(http.StatusOK)
+					return
+				}
+				if err := apistatus.Write(w, tt.err); err != nil {
+					t.Error(err)
+				}
+			}))
+			defer server.Close()
+			err := client(t, server.URL).Get().AbsPath("/api/v1/pods").Do(t.Context()).Error()
+			want := 1
+			if tt.retryAfter != "" {
+				want = 2
+			}
+			if requests != want || (err == nil) != (want == 2) {
+				t.Errorf("got %d requests and error %v; want %d requests", requests, err, want)
+			}
+		})
+	}
+}
+
+func client(t *testing.T, url string) rest.Interface {
+	t.Helper()
+	v1 := schema.GroupVersion{Version: "v1"}
+	scheme := runtime.NewScheme()
+	metav1.AddToGroupVersion(scheme, v1)
+	client, err := rest.RESTClientFor(&rest.Config{
+		Host: url,
+		ContentConfig: rest.ContentConfig{
+			GroupVersion:         &v1,
+			NegotiatedSerializer: serializer.NewCodecFactory(scheme).WithoutConversion(),
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
+type failing struct{ http.ResponseWriter }
+
+func (failing) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
+
+func TestWriteReportsThatTheClientIsGone(t *testing.T) {
+	if err := apistatus.Write(failing{httptest.NewRecorder()}, apistatus.Forbidden(apistatus.Other, "no")); !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("got error %v; want %v", err, io.ErrClosedPipe)
+	}
+}
+
+// What a client wrote stands in messages, and must not be read as a format.
+func TestMessageIsNotAFormat(t *testing.T) {
+	err := apistatus.Forbidden(apistatus.Other, "host %q", "%s%d\r\n\x00{env.SECRET}")
+	if got, want := err.Error(), `tailscale_impersonate: host "%s%d\r\n\x00{env.SECRET}"`; got != want {
+		t.Errorf("got message %s; want %s", got, want)
+	}
+}

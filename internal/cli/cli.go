@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package cli adds the command tailscale-impersonate to Caddy's own, for people who
+// set the plugin up.
+package cli
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"os"
+
+	"github.com/caddyserver/caddy/v2"
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+	"github.com/spf13/cobra"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/kubeconfig"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/rbac"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
+)
+
+func init() {
+	caddycmd.RegisterCommand(caddycmd.Command{
+		Name:  "tailscale-impersonate",
+		Usage: "<command>",
+		Short: "Sets up access to Kubernetes over a tailnet",
+		Long: `
+Sets up access to a Kubernetes API server by way of the tailscale_impersonate
+handler, and explains what it decides.`,
+		CobraFunc: func(cmd *cobra.Command) {
+			cmd.AddCommand(kubeconfigCommand(), explainCommand(), rbacCommand())
+		},
+	})
+}
+
+func kubeconfigCommand() *cobra.Command {
+	var server, context string
+	var merge bool
+	cmd := &cobra.Command{
+		Use:   "kubeconfig --server <url> [--context <name>] [--merge]",
+		Short: "Writes a kubeconfig for the API server behind a Caddy",
+		Long: `
+Writes a kubeconfig to standard output. It holds no secret: who somebody is, the
+tailnet says.
+
+With --merge, it is added to the files that kubectl reads by default instead, those
+in KUBECONFIG or ~/.kube/config. Entries that are there stay, and so does the current
+context if there is one.`,
+		Example: "  caddy tailscale-impersonate kubeconfig --server https://k8s.example.ts.net --merge",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			config, err := kubeconfig.New(server, context)
+			if err != nil {
+				return err
+			}
+			if !merge {
+				text, err := kubeconfig.Write(config)
+				if err != nil {
+					return err
+				}
+				_, err = cmd.OutOrStdout().Write(text)
+				return err
+			}
+			name := config.CurrentContext
+			current, err := kubeconfig.Merge(config)
+			if err != nil {
+				return err
+			}
+			if current != name {
+				fmt.Fprintf(cmd.OutOrStdout(), "The context %s is there by now, and %s is still the current one. To change that:\n\n  kubectl config use-context %s\n", name, current, name)
+				return nil
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "The current context is %s.\n", name)
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&server, "server", "", "the URL of the Caddy, such as https://k8s.example.ts.net")
+	cmd.Flags().StringVar(&context, "context", "", "what to call the context (default: the host in the URL)")
+	cmd.Flags().BoolVar(&merge, "merge", false, "add it to the files that kubectl reads by default")
+	mustRequire(cmd, "server")
+	return cmd
+}
+
+func explainCommand() *cobra.Command {
+	var peer, address string
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "explain --peer <node or address> [--address <admin>] [--json]",
+		Short: "Says who a tailnet peer is to the cluster, and why",
+		Long: `
+Asks a running Caddy, through its admin API, who a peer of the tailnet is to the
+cluster, and prints from which value of which grant each of its groups comes. The
+peer is named by its tailnet name, its address or its node ID, and need not have
+called.`,
+		Example: "  caddy tailscale-impersonate explain --peer laptop",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			resp, err := caddycmd.AdminAPIRequest(address, http.MethodGet, "/tailscale_impersonate/peers/"+url.PathEscape(peer), nil, nil)
+			if err != nil {
+				return err
+			}
+			defer resp.Body.Close()
+			var answer struct {
+				Peers []*whoami.Facts `json:"peers"`
+			}
+			if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil {
+				return fmt.Errorf("reading the admin API's answer: %w", err)
+			}
+			if asJSON {
+				encoder := json.NewEncoder(cmd.OutOrStdout())
+				encoder.SetIndent("", "  ")
+				return encoder.Encode(answer)
+			}
+			for i, facts := range answer.Peers {
+				if i > 0 {
+					fmt.Fprintln(cmd.OutOrStdout())
+				}
+				if err := facts.WriteText(cmd.OutOrStdout()); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&peer, "peer", "", "the peer's tailnet name, address or node ID")
+	cmd.Flags().StringVar(&address, "address", caddy.DefaultAdminListen, "the address of Caddy's admin API")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	mustRequire(cmd, "peer")
+	return cmd
+}
+
+func rbacCommand() *cobra.Command {
+	var policy string
+	options := rbac.Defaults()
+	cmd := &cobra.Command{
+		Use:   "rbac --policy <file> [--constrained] [--audit]",
+		Short: "Writes the least RBAC that the proxy needs for a tailnet policy file",
+		Long: `
+Writes a ClusterRole and its binding with which the proxy's service account may
+impersonate the groups that a tailnet policy file names, in its grants and as its
+tags, and no others. Run it again when those change.`,
+		Example: "  caddy tailscale-impersonate rbac --policy policy.hujson | kubectl apply -f -",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			text, err := os.ReadFile(policy)
+			if err != nil {
+				return err
+			}
+			manifest, err := rbac.FromPolicy(text, options)
+			if err != nil {
+				return fmt.Errorf("%s: %w", policy, err)
+			}
+			_, err = cmd.OutOrStdout().Write(manifest)
+			return err
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&policy, "policy", "", "the tailnet policy file")
+	f.BoolVar(&options.Constrained, "constrained", false, "for servers with constrained impersonation (Kubernetes 1.36 and later)")
+	f.BoolVar(&options.Audit, "audit", false, "for a handler with the option audit")
+	f.StringVar(&options.Capability, "capability", "", "the handler's option capability, if it has that")
+	f.StringVar(&options.GroupPrefix, "group-prefix", "", "the handler's option group_prefix, if it has that")
+	f.StringVar(&options.Name, "name", options.Name, "what to call the ClusterRole and its binding")
+	f.StringVar(&options.Namespace, "namespace", options.Namespace, "the namespace of the proxy's service account")
+	f.StringVar(&options.ServiceAccount, "service-account", options.ServiceAccount, "the name of the proxy's service account")
+	mustRequire(cmd, "policy")
+	return cmd
+}
+
+// mustRequire has cmd insist on a flag that it has.
+func mustRequire(cmd *cobra.Command, flag string) {
+	if err := cmd.MarkFlagRequired(flag); err != nil {
+		panic(errors.Join(errors.New("[unexpected]"), err))
+	}
+}

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package pattern matches names with patterns, in which `*` stands for any
+// characters, none included, and everything else for itself.
+package glob
+
+import (
+	"slices"
+	"strings"
+)
+
+// Any reports whether one of the patterns matches all of name.
+func Any(patterns []string, name string) bool {
+	return slices.ContainsFunc(patterns, func(pattern string) bool { return Match(pattern, name) })
+}
+
+// Match reports whether pattern matches all of name.
+func Match(pattern, name string) bool {
+	first, rest, wildcard := strings.Cut(pattern, "*")
+	if !wildcard {
+		return name == pattern
+	}
+	parts := strings.Split(rest, "*")
+	last := parts[len(parts)-1]
+	if len(name) < len(first)+len(last) || !strings.HasPrefix(name, first) || !strings.HasSuffix(name, last) {
+		return false
+	}
+	name = name[len(first) : len(name)-len(last)]
+	for _, part := range parts[:len(parts)-1] {
+		_, after, found := strings.Cut(name, part)
+		if !found {
+			return false
+		}
+		name = after
+	}
+	return true
+}

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kubeconfig_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/tools/clientcmd/api"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/kubeconfig"
+)
+
+const server = "https://k8s.example.ts.net"
+
+// newConfig returns a kubeconfig for the URL, and fails the test if there is none.
+func newConfig(t *testing.T, url, name string) *api.Config {
+	t.Helper()
+	config, err := kubeconfig.New(url, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return config
+}
+
+func TestAKubeconfigLeadsToTheServer(t *testing.T) {
+	for _, tt := range []struct{ url, name, wantName, wantServer string }{
+		{server, "", "k8s.example.ts.net", server},
+		{server + "/", "prod", "prod", server},
+		{"http://k8s:8080", "", "k8s", "http://k8s:8080"},
+		{"https://[fd7a:115c:a1e0::1]:6443", "", "fd7a:115c:a1e0::1", "https://[fd7a:115c:a1e0::1]:6443"},
+	} {
+		text, err := kubeconfig.Write(newConfig(t, tt.url, tt.name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		client, err := clientcmd.NewClientConfigFromBytes(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		config, err := client.ClientConfig()
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := client.RawConfig()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if user := raw.AuthInfos[tt.wantName]; config.Host != tt.wantServer || raw.CurrentContext != tt.wantName || user == nil || user.Token == "" {
+			t.Errorf("%s: got server %s and context %s with user %v; want %s, %s and any token, or kubectl asks for a password", tt.url, config.Host, raw.CurrentContext, user, tt.wantServer, tt.wantName)
+		}
+	}
+	for _, url := range []string{"", "k8s.example.ts.net", "ftp://k8s", "https://", "https://k8s/path", "https://k8s?a=b", "https://user@k8s", "https://k8s#a", "https://%"} {
+		if _, err := kubeconfig.New(url, ""); err == nil {
+			t.Errorf("server %q was taken", url)
+		}
+	}
+}
+
+// mine is a kubeconfig that somebody has, in two files as KUBECONFIG can name them.
+const mine = `apiVersion: v1
+kind: Config
+current-context: work
+clusters:
+- name: work
+  cluster: {server: "https://work.example.com", certificate-authority: ca.crt, extensions: [{name: x, extension: {a: b}}]}
+contexts:
+- name: work
+  context: {cluster: work, user: me, namespace: team}
+users:
+- name: me
+  user: {exec: {apiVersion: client.authentication.k8s.io/v1, command: login, interactiveMode: Never}}
+preferences: {colors: true}
+`
+
+// setKubeconfig has kubectl read files of that content.
+func setKubeconfig(t *testing.T, contents ...string) (files []string) {
+	t.Helper()
+	dir := t.TempDir()
+	for i, content := range contents {
+		file := filepath.Join(dir, string(rune('a'+i)))
+		if content != "" {
+			if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		files = append(files, file)
+	}
+	t.Setenv("KUBECONFIG", strings.Join(files, string(filepath.ListSeparator)))
+	return files
+}
+
+func load(t *testing.T) *api.Config {
+	t.Helper()
+	config, err := clientcmd.NewDefaultPathOptions().GetStartingConfig()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return config
+}
+
+func TestMergeLosesNothing(t *testing.T) {
+	const second = "apiVersion: v1\nkind: Config\nclusters:\n- name: lab\n  cluster: {server: https://lab.example.com}\n"
+	files := setKubeconfig(t, mine, second)
+	before := load(t)
+	for range 2 { // as it may be run again
+		current, err := kubeconfig.Merge(newConfig(t, server, ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if current != "work" {
+			t.Errorf("the current context is %q; want it unchanged", current)
+		}
+	}
+	after := load(t)
+	for name, want := range before.Clusters {
+		if diff := cmp.Diff(want, after.Clusters[name]); diff != "" {
+			t.Errorf("cluster %s changed:\n%s", name, diff)
+		}
+		delete(after.Clusters, name)
+	}
+	for name, want := range before.AuthInfos {
+		want, got := want.DeepCopy(), after.AuthInfos[name]
+		if diff := cmp.Diff(want.Exec.Command, got.Exec.Command); diff != "" {
+			t.Errorf("user %s changed:\n%s", name, diff)
+		}
+	}
+	if diff := cmp.Diff(before.Contexts["work"], after.Contexts["work"]); diff != "" {
+		t.Errorf("the context changed:\n%s", diff)
+	}
+	if len(after.Clusters) != 1 || after.Clusters["k8s.example.ts.net"].Server != server || after.Contexts["k8s.example.ts.net"] == nil {
+		t.Errorf("the new cluster is not there: %v", after.Clusters)
+	}
+	for _, file := range files {
+		if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v, %v; want it readable by its owner alone", file, info, err)
+		}
+	}
+}
+
+func TestMergeStartsAFile(t *testing.T) {
+	files := setKubeconfig(t, "")
+	current, err := kubeconfig.Merge(newConfig(t, server, "prod"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if current != "prod" || load(t).Contexts["prod"] == nil {
+		t.Errorf("the current context is %q; want prod, as there is no other", current)
+	}
+	if info, err := os.Stat(files[0]); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v; want a file that only its owner reads", info, err)
+	}
+}
+
+// A name that stands for something else is neither overwritten nor quietly shared.
+func TestMergeDoesNotOverwrite(t *testing.T) {
+	files := setKubeconfig(t, mine)
+	for _, name := range []string{"work", "me"} {
+		if _, err := kubeconfig.Merge(newConfig(t, server, name)); !errors.Is(err, kubeconfig.ErrTaken) {
+			t.Errorf("%s: got error %v; want %v", name, err, kubeconfig.ErrTaken)
+		}
+	}
+	if got, err := os.ReadFile(files[0]); err != nil || string(got) != mine {
+		t.Errorf("the file has changed: %v\n%s", err, got)
+	}
+}

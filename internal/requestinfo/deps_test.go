@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package requestinfo_test
+
+import (
+	"strings"
+	"testing"
+
+	"tailscale.com/tstest/deptest"
+)
+
+func TestDependsOnTheParserAndLittleElse(t *testing.T) {
+	const why = "what a request asks for follows from the request alone; " +
+		"and of the API server's code, what users build is the parser and not the server"
+	parser := false
+	deptest.DepChecker{
+		OnDep: func(dep string) {
+			switch {
+			case dep == "k8s.io/apiserver/pkg/endpoints/request":
+				parser = true
+			case dep == "k8s.io/apiserver/pkg/authentication/user":
+			case strings.HasPrefix(dep, "k8s.io/apiserver/"), strings.HasPrefix(dep, "github.com/caddyserver/"), strings.HasPrefix(dep, "github.com/tailscale-impersonate/"):
+				t.Errorf("package apirequest depends on %s; reason against it: %s", dep, why)
+			}
+		},
+	}.Check(t)
+	if !parser {
+		t.Error("got no dependency on the API server's parser; the check saw nothing")
+	}
+}

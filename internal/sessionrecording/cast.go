@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sessionrecording
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"github.com/go-json-experiment/json/jsontext"
+	"tailscale.com/sessionrecording"
+)
+
+const (
+	asciicastVersion = 2
+	// The size of a terminal that has not said its own.
+	defaultWidth, defaultHeight = 80, 24
+)
+
+// cast writes a session down as asciicast v2: a header, then one line for each
+// event.
+type cast struct {
+	sinks []*sink
+
+	mu     sync.Mutex
+	header sessionrecording.CastHeader
+	start  time.Time
+	begun  bool // the header has been written
+	// tails are the starts of characters whose ends have not been printed yet.
+	tails map[stream][]byte
+	line  []byte // for use by write
+}
+
+// newCast returns a cast that starts now.
+func newCast(header sessionrecording.CastHeader, sinks ...*sink) *cast {
+	now := time.Now()
+	header.Version = asciicastVersion
+	header.Timestamp = now.Unix()
+	header.Width, header.Height = defaultWidth, defaultHeight
+	if header.Env == nil {
+		header.Env = map[string]string{} // an object, for those who read it
+	}
+	return &cast{sinks: sinks, header: header, start: now, tails: make(map[stream][]byte)}
+}
+
+// resize notes that the terminal has this size.
+func (c *cast) resize(width, height uint16) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.begun {
+		c.header.Width, c.header.Height = int(width), int(height)
+		return c.begin()
+	}
+	return c.event("r", fmt.Appendf(nil, "%dx%d", width, height))
+}
+
+// output notes what was printed on a stream.
+func (c *cast) output(s stream, p []byte) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.begin(); err != nil {
+		return err
+	}
+	if tail := c.tails[s]; len(tail) > 0 {
+		p = append(tail, p...)
+		c.tails[s] = nil
+	}
+	if whole := wholeRunes(p); whole < len(p) {
+		c.tails[s] = bytes.Clone(p[whole:])
+		p = p[:whole]
+	}
+	if len(p) == 0 {
+		return nil
+	}
+	return c.event("o", p)
+}
+
+// wholeRunes returns the length of p without the start of a character at its end.
+func wholeRunes(p []byte) int {
+	for i := len(p) - 1; i >= 0 && i > len(p)-utf8.UTFMax; i-- {
+		if utf8.RuneStart(p[i]) {
+			if !utf8.FullRune(p[i:]) {
+				return i
+			}
+			break
+		}
+	}
+	return len(p)
+}
+
+// open writes the header, unless that has been done.
+func (c *cast) open() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.begin()
+}
+
+// begin is open with c.mu held.
+func (c *cast) begin() error {
+	if c.begun {
+		return nil
+	}
+	c.begun = true
+	header, err := json.Marshal(c.header)
+	if err != nil {
+		return err
+	}
+	return c.write(append(header, '\n'))
+}
+
+// event writes an event that happens now.
+func (c *cast) event(kind string, data []byte) error {
+	c.line = append(c.line[:0], '[')
+	c.line = strconv.AppendFloat(c.line, time.Since(c.start).Seconds(), 'f', 6, 64)
+	c.line = append(c.line, `, "`+kind+`", `...)
+	// Its error is that there are bytes which are no text. It has marked them.
+	c.line, _ = jsontext.AppendQuote(c.line, data)
+	c.line = append(c.line, "]\n"...)
+	return c.write(c.line)
+}
+
+// write hands a line to the sinks. One that is not required has said so itself when
+// it failed.
+func (c *cast) write(line []byte) error {
+	for _, s := range c.sinks {
+		if err := s.write(line); err != nil && s.required != nil {
+			return s.required
+		}
+	}
+	return nil
+}
+
+// finish writes down what is left of characters that were never completed.
+func (c *cast) finish() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.begin(); err != nil {
+		return err
+	}
+	for s, tail := range c.tails {
+		if len(tail) > 0 {
+			c.tails[s] = nil
+			if err := c.event("o", tail); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package transport
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"time"
+
+	authorizationv1 "k8s.io/api/authorization/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/accessreview"
+)
+
+// actAs returns the identity that caller wants to be sent as in r, if the API server
+// that r is for says that it may.
+func (t *Transport) actAs(r *http.Request, caller *impersonate.Identity) (*impersonate.Identity, *apierrors.StatusError) {
+	wish, host, agent := caller.ActAs, r.URL.Host, userAgent
+	if caller.RequestID != "" {
+		// For the audit log, where a request that is refused appears in no other way.
+		agent += " (request " + caller.RequestID + ")"
+	}
+	question := accessreview.Question{
+		Caller:  caller,
+		Target:  wish.Target,
+		Request: requestinfo.Parse(r),
+		Since:   time.Now().Add(-wish.MaxAge),
+	}
+	ask := func(ctx context.Context, review *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
+		return t.cluster.review(ctx, host, agent, review)
+	}
+	id, refused := t.reviewer.Authorize(r.Context(), ask, question)
+	if refused != nil {
+		return nil, apistatus.Because(apistatus.Impersonation, refused)
+	}
+	if wish.Granted != nil {
+		wish.Granted(func(ctx context.Context, caller *impersonate.Identity, since time.Time) error {
+			again := question
+			again.Caller, again.Since = caller, since
+			if _, refused := t.reviewer.Authorize(ctx, ask, again); refused != nil {
+				return refused
+			}
+			return nil
+		})
+	}
+	return id, nil
+}
+
+// userAgent is what the proxy calls itself where it asks the API server something.
+const userAgent = "caddy-tailscale-impersonate"
+
+// maxReview is how long an API server's answer to a review may be, in bytes.
+const maxReview = 1 << 20
+
+// review asks the API server at host to review whether somebody may do something,
+// as the proxy itself, which calls itself agent.
+func (c *cluster) review(ctx context.Context, host, agent string, review *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
+	review.TypeMeta = metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: "SubjectAccessReview"}
+	body, err := json.Marshal(review)
+	if err != nil {
+		return nil, fmt.Errorf("encoding a subject access review: %w", err)
+	}
+	authorization, _, err := c.authorization()
+	if err != nil {
+		return nil, fmt.Errorf("no credentials for the cluster: %w", err)
+	}
+	at := url.URL{Scheme: c.base.Scheme, Host: host, Path: "/apis/" + review.APIVersion + "/subjectaccessreviews"}
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, at.String(), bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	r.Header.Set("Content-Type", "application/json")
+	r.Header.Set("Accept", "application/json")
+	r.Header.Set("User-Agent", agent)
+	if authorization != "" {
+		r.Header.Set("Authorization", authorization)
+	}
+	resp, err := c.send(c.request(r))
+	if err != nil {
+		return nil, fmt.Errorf("the API server does not answer: %w", err)
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxReview))
+	if err != nil {
+		return nil, fmt.Errorf("reading the API server's answer: %w", err)
+	}
+	if resp.StatusCode != http.StatusCreated {
+		if resp.StatusCode == http.StatusUnauthorized {
+			c.renew()
+		}
+		var status metav1.Status
+		if json.Unmarshal(answer, &status) != nil || status.Message == "" {
+			return nil, fmt.Errorf("the API server answers %s to a subject access review", resp.Status)
+		}
+		return nil, fmt.Errorf("the API server refuses the proxy a subject access review: %s", status.Message)
+	}
+	var out authorizationv1.SubjectAccessReview
+	if err := json.Unmarshal(answer, &out); err != nil {
+		return nil, fmt.Errorf("reading the API server's answer: %w", err)
+	}
+	return &out.Status, nil
+}

@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+	"go.uber.org/zap"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
+)
+
+// errNotInPod is returned by inCluster outside of a pod that has a service
+// account.
+var errNotInPod = errors.New("not in a pod with a service account")
+
+// clusterConfig is a cluster configuration as client-go reads it, except that a
+// file with a bearer token is left to us: client-go uses a token from memory
+// when the file is gone, and does not tell.
+type clusterConfig struct {
+	rest *rest.Config
+	// tokenFile is the path of the bearer token's file, empty if there is none.
+	tokenFile string
+	// userErr is why the credentials cannot be used to impersonate anybody.
+	userErr error
+}
+
+// inCluster returns the configuration of the cluster whose pod this is.
+func inCluster() (clusterConfig, error) {
+	config, err := rest.InClusterConfig()
+	if errors.Is(err, rest.ErrNotInCluster) || errors.Is(err, os.ErrNotExist) {
+		return clusterConfig{}, fmt.Errorf("%w (%w); outside of a pod, say kubeconfig <path>", errNotInPod, err)
+	}
+	if err != nil {
+		return clusterConfig{}, fmt.Errorf("in_cluster: %w", err)
+	}
+	return ofServiceAccount(config)
+}
+
+// ofServiceAccount returns the configuration that client-go found in a pod.
+func ofServiceAccount(config *rest.Config) (clusterConfig, error) {
+	if config.CAFile == "" {
+		return clusterConfig{}, errors.New("in_cluster: the service account has no readable ca.crt, without which nothing proves that the API server is the cluster's")
+	}
+	tokenFile := config.BearerTokenFile
+	config.BearerToken, config.BearerTokenFile = "", ""
+	return clusterConfig{rest: config, tokenFile: tokenFile}, nil
+}
+
+// fromKubeconfig returns the configuration of a context of the kubeconfig file at
+// path, or of its current context if none is named. It is an error if the
+// configuration does not say who the proxy is, or says so twice.
+func fromKubeconfig(path, contextName string) (clusterConfig, error) {
+	fail := func(err error) (clusterConfig, error) {
+		return clusterConfig{}, fmt.Errorf("kubeconfig %s: %w", path, err)
+	}
+	rules := &clientcmd.ClientConfigLoadingRules{ExplicitPath: path}
+	raw, err := rules.Load()
+	if err != nil {
+		return fail(err)
+	}
+	if contextName == "" {
+		contextName = raw.CurrentContext
+	}
+	if contextName == "" {
+		return fail(errors.New("it has no current context, and none is named"))
+	}
+	kubeContext, ok := raw.Contexts[contextName]
+	if !ok {
+		return fail(fmt.Errorf("it has no context %q", contextName))
+	}
+	user, ok := raw.AuthInfos[kubeContext.AuthInfo]
+	if !ok {
+		return fail(fmt.Errorf("it has no user %q, whom context %q names", kubeContext.AuthInfo, contextName))
+	}
+	impersonates := user.Impersonate != "" || user.ImpersonateUID != "" || len(user.ImpersonateGroups) > 0 || len(user.ImpersonateUserExtra) > 0
+	user.Impersonate, user.ImpersonateUID, user.ImpersonateGroups, user.ImpersonateUserExtra = "", "", nil, nil
+	tokenFile := user.TokenFile
+	user.TokenFile = ""
+	config, err := clientcmd.NewNonInteractiveClientConfig(*raw, contextName, &clientcmd.ConfigOverrides{}, nil).ClientConfig()
+	if err != nil {
+		return fail(err)
+	}
+	config.BearerToken = strings.TrimSpace(config.BearerToken)
+	out := clusterConfig{rest: config, tokenFile: tokenFile}
+	if impersonates {
+		out.userErr = errors.New("it impersonates (as:), and a request can impersonate only one identity: the caller's")
+	} else {
+		out.userErr = checkCredentials(config, tokenFile)
+	}
+	if out.userErr != nil {
+		out.userErr = fmt.Errorf("kubeconfig %s: user %q: %w", path, kubeContext.AuthInfo, out.userErr)
+	}
+	return out, nil
+}
+
+// warnIfInsecure warns of a cluster that anybody can pretend to be.
+func (c clusterConfig) warnIfInsecure(logger *zap.Logger) {
+	if c.rest.Insecure {
+		logger.Warn("the cluster configuration says insecure-skip-tls-verify: whoever answers at the cluster's address is given the credentials", zap.String("cluster", c.rest.Host))
+	}
+}
+
+// checkUser returns an error if the credentials in c cannot be used to impersonate
+// callers.
+func (c clusterConfig) checkUser() error { return c.userErr }
+
+// anonymous returns the configuration of the same cluster without any credentials.
+func (c clusterConfig) anonymous() clusterConfig {
+	return clusterConfig{rest: rest.AnonymousClientConfig(c.rest)}
+}
+
+// checkCredentials returns an error unless config holds credentials of exactly
+// one kind. The API server would settle for one of several, a client certificate
+// before a token, and not say which.
+func checkCredentials(config *rest.Config, tokenFile string) error {
+	var kinds []string
+	for _, c := range []struct {
+		kind    string
+		present bool
+	}{
+		{"a client certificate", config.CertFile != "" || len(config.CertData) > 0},
+		{"a token", config.BearerToken != "" || tokenFile != ""},
+		{"a user name and password", config.Username != ""},
+		{"an exec plugin", config.ExecProvider != nil},
+		{"an auth provider", config.AuthProvider != nil},
+	} {
+		if c.present {
+			kinds = append(kinds, c.kind)
+		}
+	}
+	switch len(kinds) {
+	case 0:
+		return errors.New("it has no credentials, which the proxy needs to impersonate anybody")
+	case 1:
+		return nil
+	}
+	return fmt.Errorf("it has %s, of which the API server would pick one", strings.Join(kinds, " and "))
+}
+
+// cluster is an API server, or several behind one name, that requests can be sent
+// to.
+type cluster struct {
+	// base is the URL of the cluster configuration.
+	base *url.URL
+	// token is the bearer token's file, nil if there is none. Other
+	// credentials are attached by the pools.
+	token *tokenFile
+	// bearer is a bearer token that never changes, empty if there is none.
+	bearer string
+	// http2 speaks HTTP/2 where the server does, http1, for upgrades, never.
+	http1, http2 http.RoundTripper
+}
+
+// The pools of connections.
+const (
+	// idleConns is how many unused connections to one API server are kept:
+	// as many as there may be callers at once without dialling anew.
+	idleConns = 512
+	// idleTimeout is how long an unused connection is kept. It is below the 90
+	// seconds after which the API server closes it, so that it is not closed
+	// just when a request is on its way.
+	idleTimeout = 60 * time.Second
+)
+
+// base returns the URL of the API server.
+func (c clusterConfig) base() (*url.URL, error) {
+	base, _, err := rest.DefaultServerUrlFor(c.rest)
+	if err != nil {
+		return nil, fmt.Errorf("cluster address %q: %w", c.rest.Host, err)
+	}
+	if base.Scheme != "https" {
+		return nil, fmt.Errorf("cluster address %q: must be https, as credentials go there", c.rest.Host)
+	}
+	base.Path = strings.TrimSuffix(base.Path, "/")
+	base.RawPath = ""
+	return base, nil
+}
+
+// connect returns the cluster that c configures. It opens no connection.
+func (c clusterConfig) connect(logger *zap.Logger) (*cluster, error) {
+	base, err := c.base()
+	if err != nil {
+		return nil, err
+	}
+	out := &cluster{base: base, bearer: c.rest.BearerToken}
+	if c.tokenFile != "" {
+		out.token = &tokenFile{path: c.tokenFile, logger: logger}
+	}
+	config := rest.CopyConfig(c.rest)
+	config.BearerToken = ""
+	config.Dial = dial
+	config.DisableCompression = true // answers are passed on as they come
+	if config.ServerName == "" {
+		// The upstream that is dialled may be any address of the cluster; the
+		// name it has to prove is the cluster's.
+		config.ServerName = base.Hostname()
+	}
+	if out.http2, err = newPool(config); err != nil {
+		return nil, fmt.Errorf("cluster %s: %w", base, err)
+	}
+	config.NextProtos = []string{"http/1.1"}
+	if out.http1, err = newPool(config); err != nil {
+		return nil, fmt.Errorf("cluster %s: %w", base, err)
+	}
+	return out, nil
+}
+
+// newPool returns a pool of connections for config.
+func newPool(config *rest.Config) (http.RoundTripper, error) {
+	pool, err := rest.TransportFor(config)
+	if err != nil {
+		return nil, err
+	}
+	// client-go offers no other way to these two than to look below what it
+	// wraps around the connections. They are set before the first request, and on
+	// nobody else's connections: client-go shares those of equal configurations
+	// only, and each of ours has a Dial of its own.
+	for layer := pool; ; {
+		switch l := layer.(type) {
+		case *http.Transport:
+			l.MaxIdleConnsPerHost = idleConns
+			l.IdleConnTimeout = idleTimeout
+			return pool, nil
+		case utilnet.RoundTripperWrapper:
+			layer = l.WrappedRoundTripper()
+		default:
+			return nil, fmt.Errorf("[unexpected] no http.Transport below a %T", layer)
+		}
+	}
+}
+
+// request returns a copy of r, which reverse_proxy has directed at an upstream,
+// that is for the cluster. Its headers can be changed without changing r's.
+func (c *cluster) request(r *http.Request) *http.Request {
+	out := r.WithContext(r.Context())
+	u := *r.URL
+	u.Scheme = c.base.Scheme
+	if c.base.Path != "" {
+		if u.RawPath != "" {
+			u.RawPath = c.base.EscapedPath() + u.RawPath
+		}
+		u.Path = c.base.Path + u.Path
+	}
+	out.URL = &u
+	out.Host = c.base.Host
+	out.Trailer = nil
+	out.Header = r.Header.Clone()
+	// A config can set Connection as well as a client can. What it names is removed
+	// by whatever stands between here and the API server.
+	impersonate.ReduceConnection(out.Header)
+	return out
+}
+
+// send sends a request over the connections that suit it.
+//
+// Nearly all share a few HTTP/2 connections. That is what watches need, of which a
+// thousand would hold as many connections otherwise, and it costs less under load:
+// what several callers send at once goes out together. An upgrade needs HTTP/1.1:
+// neither SPDY nor a WebSocket can ride on HTTP/2.
+func (c *cluster) send(r *http.Request) (*http.Response, error) {
+	if r.Header["Connection"] == nil {
+		return c.http2.RoundTrip(r)
+	}
+	resp, err := c.http1.RoundTrip(r)
+	if err == nil {
+		upgrade.Server(resp)
+	}
+	return resp, err
+}
+
+// dial connects to an upstream that reverse_proxy has chosen. Its errors tell
+// reverse_proxy that nothing has been sent yet.
+func dial(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext(ctx, network, address)
+	if err != nil {
+		return nil, reverseproxy.NewDialError(err)
+	}
+	return conn, nil
+}
+
+// authorization returns the value of the Authorization header, empty if the
+// proxy's credentials are not sent in that header by us. stale is why the value
+// could not be renewed, if it could not; err is why there is none.
+func (c *cluster) authorization() (value string, stale, err error) {
+	token := c.bearer
+	if c.token != nil {
+		token, stale, err = c.token.get()
+		if err != nil {
+			return "", nil, err
+		}
+	}
+	if token == "" {
+		return "", nil, nil
+	}
+	return "Bearer " + token, stale, nil
+}
+
+// renew makes the next request read the token's file, if there is one.
+func (c *cluster) renew() {
+	if c.token != nil {
+		c.token.expire()
+	}
+}
+
+// close closes the connections that no request uses.
+func (c *cluster) close() {
+	utilnet.CloseIdleConnectionsFor(c.http1)
+	utilnet.CloseIdleConnectionsFor(c.http2)
+}

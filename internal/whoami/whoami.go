@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package whoami tells callers who they are taken for, and why: as a page for a
+// browser, or as JSON. The page is one file without scripts, and nothing on it is
+// loaded from anywhere.
+package whoami
+
+import (
+	"bytes"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"html/template"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/kubeconfig"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+)
+
+// Facts are all that there is to say about a caller.
+type Facts struct {
+	// User and Groups are the Kubernetes user and groups: empty if the caller is
+	// refused. Source says where the groups come from: grants, tags or none.
+	User   string  `json:"user,omitempty"`
+	Groups []Group `json:"groups,omitempty"`
+	Source string  `json:"source,omitempty"`
+
+	// Refused is why the caller is refused, empty if it is not. Reason is the same
+	// in a word.
+	Refused string `json:"refused,omitempty"`
+	Reason  string `json:"reason,omitempty"`
+
+	// ID, Device, Address, Login, Tags and Shared are what the tailnet says about
+	// the caller's device.
+	ID      string   `json:"id,omitempty"`
+	Device  string   `json:"device,omitempty"`
+	Address string   `json:"address,omitempty"`
+	Login   string   `json:"login,omitempty"`
+	Tags    []string `json:"tags,omitempty"`
+	Shared  bool     `json:"shared,omitempty"`
+
+	// Capability is the name under which the policy file's grants were found, and
+	// Grants are their values. LooksFor is the name under which they are looked
+	// for first.
+	Capability string  `json:"capability,omitempty"`
+	Grants     []Grant `json:"grants,omitempty"`
+	LooksFor   string  `json:"looks_for,omitempty"`
+	// Cut are the groups that are granted and that nobody may have here.
+	Cut []Cut `json:"cut,omitempty"`
+
+	Recording Recording `json:"recording"`
+
+	// Proxy is the tailnet node that was asked, Listen what its server listens on,
+	// Server the URL under which the caller reached it.
+	Proxy  string   `json:"proxy,omitempty"`
+	Listen []string `json:"listen,omitempty"`
+	Server string   `json:"server,omitempty"`
+	// Kubeconfig is a kubeconfig for Server.
+	Kubeconfig string `json:"kubeconfig,omitempty"`
+}
+
+// Group is a Kubernetes group of the caller.
+type Group struct {
+	Name string `json:"name"`
+	// Grants are the numbers, from 1, of the grants that give it: none if it is a
+	// tag of the device.
+	Grants []int `json:"grants,omitempty"`
+}
+
+// Grant is a value that the policy file's grants have for the caller.
+type Grant struct {
+	Value  json.RawMessage `json:"value"`
+	Groups []string        `json:"groups,omitempty"`
+}
+
+// Cut is a group that is granted and that nobody may have.
+type Cut struct {
+	Name string `json:"name"`
+	// Option is the one that says so.
+	Option string `json:"option"`
+	Grants []int  `json:"grants,omitempty"`
+}
+
+// Recording says whether the caller's sessions are recorded, by recorders or in
+// files that the proxy keeps.
+type Recording struct {
+	Wanted    bool     `json:"wanted"`
+	Files     bool     `json:"files,omitempty"`
+	Enforced  bool     `json:"enforced,omitempty"`
+	Requests  bool     `json:"requests,omitempty"`
+	Recorders []string `json:"recorders,omitempty"`
+}
+
+//go:embed page.html
+var pageHTML string
+
+//go:embed page.css
+var pageCSS string
+
+var page = template.Must(template.New("page").Funcs(template.FuncMap{
+	"css":     func() template.CSS { return template.CSS(pageCSS) }, //nolint:gosec // it is ours
+	"indent":  indented,
+	"next":    func(i int) int { return i + 1 },
+	"numbers": numbers,
+	// Whose refusal it is, need not be said on a page of the proxy's own.
+	"sentence": func(refused string) string { return strings.TrimPrefix(refused, apistatus.Prefix) },
+}).Parse(pageHTML))
+
+// policy is the content security policy: nothing but the page's own style.
+var policy = func() string {
+	sum := sha256.Sum256([]byte(pageCSS))
+	return "default-src 'none'; style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) +
+		"'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+}()
+
+// Serve answers r with f: as JSON if that is what it accepts, as a kubeconfig if its
+// query is kubeconfig, and as a page otherwise. f's Server must be set.
+func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
+	config, err := kubeconfig.New(f.Server, "")
+	if err != nil {
+		return fmt.Errorf("making a kubeconfig: %w", err)
+	}
+	text, err := kubeconfig.Write(config)
+	if err != nil {
+		return fmt.Errorf("making a kubeconfig: %w", err)
+	}
+	f.Kubeconfig = string(text)
+
+	header := w.Header()
+	header.Set("Cache-Control", "no-store")
+	header.Set("Content-Security-Policy", policy)
+	header.Set("Cross-Origin-Opener-Policy", "same-origin")
+	header.Set("Cross-Origin-Resource-Policy", "same-origin")
+	header.Set("Referrer-Policy", "no-referrer")
+	header.Set("Vary", "Accept")
+	header.Set("X-Content-Type-Options", "nosniff")
+	header.Set("X-Frame-Options", "DENY")
+
+	var body bytes.Buffer
+	code := http.StatusOK
+	switch {
+	case r.URL.RawQuery == "kubeconfig":
+		header.Set("Content-Type", "application/yaml")
+		header.Set("Content-Disposition", `attachment; filename="`+filename(f.Server)+`"`)
+		body.WriteString(f.Kubeconfig)
+	case wantsJSON(r):
+		header.Set("Content-Type", "application/json")
+		encoder := json.NewEncoder(&body)
+		encoder.SetIndent("", "  ")
+		err = encoder.Encode(f)
+	default:
+		header.Set("Content-Type", "text/html; charset=utf-8")
+		err = page.Execute(&body, f)
+	}
+	if err != nil {
+		return fmt.Errorf("saying who the caller is: %w", err)
+	}
+	if f.Refused != "" && header.Get("Content-Disposition") == "" {
+		code = http.StatusForbidden
+	}
+	header.Set("Content-Length", strconv.Itoa(body.Len()))
+	w.WriteHeader(code)
+	if r.Method == http.MethodHead {
+		return nil
+	}
+	_, err = w.Write(body.Bytes())
+	return err
+}
+
+// wantsJSON reports whether r asks for JSON rather than for a page.
+func wantsJSON(r *http.Request) bool {
+	accept := strings.Join(r.Header["Accept"], ",")
+	return strings.Contains(accept, "application/json") && !strings.Contains(accept, "text/html")
+}
+
+// filename is what a kubeconfig for server is saved as.
+func filename(server string) string {
+	name := "cluster"
+	if u, err := url.Parse(server); err == nil && u.Hostname() != "" {
+		name = strings.Map(func(c rune) rune {
+			if strings.ContainsRune("abcdefghijklmnopqrstuvwxyz0123456789-.", c) {
+				return c
+			}
+			return '-'
+		}, strings.ToLower(u.Hostname()))
+	}
+	return name + ".kubeconfig"
+}
+
+// lineLength is how long JSON may be on one line.
+const lineLength = 72
+
+// indented returns JSON as people read it.
+func indented(value json.RawMessage) string {
+	var out bytes.Buffer
+	if err := json.Compact(&out, value); err == nil && out.Len() <= lineLength {
+		return out.String()
+	}
+	out.Reset()
+	if err := json.Indent(&out, value, "", "  "); err != nil {
+		return string(value)
+	}
+	return out.String()
+}
+
+// numbers returns "grant 1" or "grants 1 and 3".
+func numbers(grants []int) string {
+	switch len(grants) {
+	case 0:
+		return "a tag of this device"
+	case 1:
+		return "grant " + strconv.Itoa(grants[0])
+	}
+	words := make([]string, len(grants))
+	for i, n := range grants {
+		words[i] = strconv.Itoa(n)
+	}
+	return "grants " + strings.Join(words[:len(words)-1], ", ") + " and " + words[len(words)-1]
+}

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package whoami_test
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"html"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
+)
+
+// alice are the facts about somebody who has some of everything.
+func alice() *whoami.Facts {
+	return &whoami.Facts{
+		User: "alice@example.com", Source: "grants",
+		Groups: []whoami.Group{{Name: "readers", Grants: []int{1, 2, 3}}, {Name: "editors", Grants: []int{1}}, {Name: "tag:k8s"}},
+		Cut:    []whoami.Cut{{Name: "system:masters", Option: "deny_groups", Grants: []int{2}}},
+		ID:     "nABC", Device: "laptop.example.ts.net", Address: "100.64.0.2", Login: "alice@example.com",
+		Capability: "tailscale.com/cap/kubernetes", LooksFor: "tailscale.com/cap/kubernetes",
+		Grants: []whoami.Grant{
+			{Value: json.RawMessage(`{"impersonate":{"groups":["readers","editors"]}}`), Groups: []string{"readers", "editors"}},
+			{Value: json.RawMessage(`{"impersonate":{"groups":["system:masters","readers"]}}`), Groups: []string{"system:masters", "readers"}},
+			{Value: json.RawMessage(`{"impersonate":{"groups":["readers"]}}`), Groups: []string{"readers"}},
+		},
+		Recording: whoami.Recording{Wanted: true, Recorders: []string{"100.64.0.9:80"}},
+		Proxy:     "k8s", Server: "https://k8s.example.ts.net",
+	}
+}
+
+func dave() *whoami.Facts {
+	return &whoami.Facts{
+		Refused: `tailscale_impersonate: dave@example.com on phone.example.ts.net may not use this server`, Reason: "no_groups",
+		Device: "phone.example.ts.net", Address: "100.64.0.3", Login: "dave@example.com",
+		LooksFor: "tailscale.com/cap/kubernetes", Proxy: "k8s", Server: "https://k8s.example.ts.net",
+	}
+}
+
+// get returns the answer to a request with that target and Accept.
+func get(t *testing.T, f *whoami.Facts, method, target, accept string) (*http.Response, string) {
+	t.Helper()
+	r := httptest.NewRequest(method, target, nil)
+	if accept != "" {
+		r.Header.Set("Accept", accept)
+	}
+	rec := httptest.NewRecorder()
+	if err := whoami.Serve(rec, r, f); err != nil {
+		t.Fatal(err)
+	}
+	resp := rec.Result()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp, string(body)
+}
+
+const browser = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8,application/json"
+
+func TestThePageTellsEverything(t *testing.T) {
+	resp, body := get(t, alice(), "GET", "/whoami", browser)
+	if resp.StatusCode != http.StatusOK || !strings.HasPrefix(resp.Header.Get("Content-Type"), "text/html") {
+		t.Errorf("answered %s as %s", resp.Status, resp.Header.Get("Content-Type"))
+	}
+	text := html.UnescapeString(body)
+	for _, want := range []string{
+		"alice@example.com", "laptop.example.ts.net", "100.64.0.2",
+		"from grants 1, 2 and 3", "from grant 1", "from a tag of this device",
+		"tailscale.com/cap/kubernetes", `"system:masters"`, "deny_groups",
+		"Your sessions are recorded", "100.64.0.9:80", "goes on if no recorder",
+		"server: https://k8s.example.ts.net", `href="?kubeconfig"`,
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the page does not say %q", want)
+		}
+	}
+}
+
+func TestThePageTellsOfFilesThatTheProxyKeeps(t *testing.T) {
+	f := alice()
+	f.Recording = whoami.Recording{Wanted: true, Files: true}
+	_, body := get(t, f, "GET", "/whoami", browser)
+	if !strings.Contains(body, "The proxy keeps the recordings of all sessions") || strings.Contains(body, "goes on if no recorder") {
+		t.Errorf("the page does not say what becomes of sessions:\n%s", body)
+	}
+}
+
+func TestARefusedCallersPageSaysWhy(t *testing.T) {
+	resp, body := get(t, dave(), "GET", "/whoami", browser)
+	if resp.StatusCode != http.StatusForbidden {
+		t.Errorf("answered %s; want 403", resp.Status)
+	}
+	for _, want := range []string{"You are refused", "dave@example.com on phone.example.ts.net may not use this server"} {
+		if !strings.Contains(body, want) {
+			t.Errorf("the page does not say %q", want)
+		}
+	}
+	for _, not := range []string{"You are known", "not recorded", "kubeconfig"} {
+		if strings.Contains(body, not) {
+			t.Errorf("the page says %q to somebody who is refused", not)
+		}
+	}
+}
+
+// The page is all there is: no script, nothing that is loaded, and a policy that
+// would allow neither. The style is the one that the policy names.
+func TestThePageIsSelfContained(t *testing.T) {
+	for name, f := range map[string]*whoami.Facts{"known": alice(), "refused": dave()} {
+		resp, body := get(t, f, "GET", "/whoami", browser)
+		if m := regexp.MustCompile(`(?i)<script|<iframe|<form|\son[a-z]+=|javascript:|src=|@import|url\(|style=`).FindString(body); m != "" {
+			t.Errorf("%s: the page holds %q", name, m)
+		}
+		for _, link := range regexp.MustCompile(`href="([^"]*)"`).FindAllStringSubmatch(body, -1) {
+			if link[1] != "?kubeconfig" && link[1] != "data:," {
+				t.Errorf("%s: the page links to %q", name, link[1])
+			}
+		}
+		styles := regexp.MustCompile(`(?s)<style>(.*?)</style>`).FindAllStringSubmatch(body, -1)
+		if len(styles) != 1 {
+			t.Fatalf("%s: got %d styles; want 1", name, len(styles))
+		}
+		sum := sha256.Sum256([]byte(styles[0][1]))
+		want := http.Header{
+			"Cache-Control":                {"no-store"},
+			"Content-Security-Policy":      {"default-src 'none'; style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"},
+			"Cross-Origin-Opener-Policy":   {"same-origin"},
+			"Cross-Origin-Resource-Policy": {"same-origin"},
+			"Referrer-Policy":              {"no-referrer"},
+			"X-Content-Type-Options":       {"nosniff"},
+			"X-Frame-Options":              {"DENY"},
+			"Vary":                         {"Accept"},
+		}
+		got := resp.Header.Clone()
+		got.Del("Content-Type")
+		got.Del("Content-Length")
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: headers (-want +got):\n%s", name, diff)
+		}
+	}
+}
+
+// Names on a tailnet are chosen by people.
+func TestNamesAreNotMarkup(t *testing.T) {
+	const evil = `"><img src=x onerror=alert(1)></style><script>alert(1)</script>`
+	f := alice()
+	f.User, f.Device, f.Login, f.Proxy, f.Address = evil, evil, evil, evil, evil
+	f.Groups = []whoami.Group{{Name: evil}}
+	f.Cut = []whoami.Cut{{Name: evil, Option: evil}}
+	f.Grants = []whoami.Grant{{Value: json.RawMessage(`"` + strings.ReplaceAll(evil, `"`, `\"`) + `"`)}, {Value: json.RawMessage(evil)}}
+	f.Recording.Recorders = []string{evil}
+	_, body := get(t, f, "GET", "/whoami", browser)
+	if strings.Contains(body, "<img") || strings.Contains(body, "<script") || strings.Count(body, "</style>") != 1 {
+		t.Errorf("a name became markup:\n%s", body)
+	}
+}
+
+// Names and grants are whatever the control server says they are.
+func TestNamesAreNoCommandsToATerminal(t *testing.T) {
+	const evil = "\x1b]0;owned\x07\u009b2J\x7f"
+	f := whoami.Facts{Login: evil, Device: evil, Refused: evil, Tags: []string{evil}, Grants: []whoami.Grant{{Value: json.RawMessage(`"` + "\u009b2J\x7f" + `"`)}}}
+	var out strings.Builder
+	if err := f.WriteText(&out); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range out.String() {
+		if r != '\n' && !strconv.IsPrint(r) {
+			t.Fatalf("%q has the character %q", out.String(), r)
+		}
+	}
+	if !strings.Contains(out.String(), "owned") {
+		t.Errorf("%q does not have what can be printed", out.String())
+	}
+}
+
+func TestJSONHoldsTheSameFacts(t *testing.T) {
+	for name, want := range map[string]*whoami.Facts{"known": alice(), "refused": dave()} {
+		resp, body := get(t, want, "GET", "/whoami", "application/json")
+		var got whoami.Facts
+		if err := json.Unmarshal([]byte(body), &got); err != nil {
+			t.Fatalf("%s: %v\n%s", name, err, body)
+		}
+		for i := range got.Grants { // laid out by now
+			var compact bytes.Buffer
+			if err := json.Compact(&compact, got.Grants[i].Value); err != nil {
+				t.Fatal(err)
+			}
+			got.Grants[i].Value = compact.Bytes()
+		}
+		if diff := cmp.Diff(want, &got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+		if resp.Header.Get("Content-Type") != "application/json" || (resp.StatusCode == http.StatusOK) != (want.Refused == "") {
+			t.Errorf("%s: answered %s as %s", name, resp.Status, resp.Header.Get("Content-Type"))
+		}
+		if got.Kubeconfig == "" {
+			t.Errorf("%s: no kubeconfig", name)
+		}
+	}
+}
+
+func TestKubeconfigDownload(t *testing.T) {
+	resp, body := get(t, alice(), "GET", "/whoami?kubeconfig", browser)
+	if got, want := resp.Header.Get("Content-Disposition"), `attachment; filename="k8s.example.ts.net.kubeconfig"`; got != want {
+		t.Errorf("got Content-Disposition %q; want %q", got, want)
+	}
+	config, err := clientcmd.RESTConfigFromKubeConfig([]byte(body))
+	if err != nil {
+		t.Fatalf("%v\n%s", err, body)
+	}
+	if config.Host != "https://k8s.example.ts.net" {
+		t.Errorf("got server %s", config.Host)
+	}
+
+	// The name is the client's to say, and may end the one that stands here.
+	f := alice()
+	f.Server = `https://a".exe;x="b`
+	resp, _ = get(t, f, "GET", "/whoami?kubeconfig", browser)
+	if got, want := resp.Header.Get("Content-Disposition"), `attachment; filename="a-.exe-x--b.kubeconfig"`; got != want {
+		t.Errorf("got Content-Disposition %q; want %q", got, want)
+	}
+}
+
+// Clients say what they take in many ways; a browser gets the page.
+func TestWhoGetsJSON(t *testing.T) {
+	for accept, want := range map[string]string{
+		"":                       "text/html; charset=utf-8",
+		"*/*":                    "text/html; charset=utf-8",
+		browser:                  "text/html; charset=utf-8",
+		"application/json":       "application/json",
+		"application/json, */*":  "application/json",
+		"text/html":              "text/html; charset=utf-8",
+		"application/json;q=0.9": "application/json",
+	} {
+		if resp, _ := get(t, alice(), "GET", "/whoami", accept); resp.Header.Get("Content-Type") != want {
+			t.Errorf("Accept %q: got %s; want %s", accept, resp.Header.Get("Content-Type"), want)
+		}
+	}
+	if resp, body := get(t, alice(), "HEAD", "/whoami", browser); body != "" || resp.Header.Get("Content-Length") == "0" {
+		t.Errorf("HEAD: got a body of %d bytes, and the length %s", len(body), resp.Header.Get("Content-Length"))
+	}
+}

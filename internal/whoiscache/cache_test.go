@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package whoiscache
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+)
+
+// asker counts the questions and answers each with its number.
+type asker struct {
+	questions atomic.Int32
+	// takes is how long an answer takes, err what it is.
+	takes time.Duration
+	err   error
+}
+
+func (a *asker) find(ctx context.Context, _ Key) (string, error) {
+	n := a.questions.Add(1)
+	select {
+	case <-time.After(a.takes):
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+	return strconv.Itoa(int(n)), a.err
+}
+
+func newCache(t *testing.T, ttl time.Duration, a *asker) *Cache[string] {
+	t.Helper()
+	c, err := New(ttl, a.find)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+var (
+	node  = &tailnet.Node{Name: "k8s"}
+	alice = Key{node, netip.MustParseAddr("100.64.0.2"), netip.MustParseAddr("100.64.0.1")}
+)
+
+// want fails t unless key's answer is want. asked after since.
+func want(t *testing.T, c *Cache[string], key Key, since time.Time, want string) {
+	t.Helper()
+	got, err := c.Get(t.Context(), key, since)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != want {
+		t.Errorf("got answer %s; want %s", got, want)
+	}
+}
+
+func TestAnAnswerIsUsedUntilItExpires(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache(t, time.Second, new(asker))
+		accepted := time.Now()
+		want(t, c, alice, accepted, "1")
+		time.Sleep(time.Second - time.Nanosecond)
+		want(t, c, alice, accepted, "1")
+		time.Sleep(time.Nanosecond)
+		want(t, c, alice, accepted, "2")
+	})
+}
+
+// The address may have been another peer's before.
+func TestAnAnswerFromBeforeTheConnectionIsNotUsed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache(t, time.Second, new(asker))
+		first := time.Now()
+		want(t, c, alice, first, "1")
+		time.Sleep(time.Millisecond)
+		want(t, c, alice, time.Now(), "2")
+		want(t, c, alice, first, "2")
+	})
+}
+
+// Nor is one that was on its way when the connection was accepted.
+func TestAnAnswerAskedForBeforeTheConnectionIsNotUsed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache(t, time.Second, &asker{takes: 100 * time.Millisecond})
+		first := time.Now()
+		go func() { _, _ = c.Get(t.Context(), alice, first) }()
+		time.Sleep(50 * time.Millisecond)
+		want(t, c, alice, time.Now(), "2")
+	})
+}
+
+func TestWithoutATTLEveryRequestAsks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache(t, 0, new(asker))
+		accepted := time.Now()
+		for _, answer := range []string{"1", "2", "3"} {
+			want(t, c, alice, accepted, answer)
+			time.Sleep(time.Nanosecond) // or it is the same moment
+		}
+	})
+}
+
+// Nor does it wait for an answer that another request, on the same connection, asked
+// for before.
+func TestWithoutATTLNoEarlierQuestionIsWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache(t, 0, &asker{takes: 100 * time.Millisecond})
+		accepted := time.Now()
+		go func() { _, _ = c.Get(t.Context(), alice, accepted) }()
+		time.Sleep(50 * time.Millisecond)
+		want(t, c, alice, accepted, "2")
+	})
+}
+
+func TestCallersThatDifferInAnyWayAreAskedAboutApart(t *testing.T) {
+	c := newCache(t, time.Hour, new(asker))
+	accepted := time.Now()
+	want(t, c, alice, accepted, "1")
+	for i, other := range []Key{
+		{&tailnet.Node{Name: "k8s"}, alice.Remote, alice.Local},
+		{node, netip.MustParseAddr("100.64.0.3"), alice.Local},
+		{node, alice.Remote, netip.MustParseAddr("fd7a:115c:a1e0::1")},
+	} {
+		want(t, c, other, accepted, strconv.Itoa(i+2))
+	}
+	want(t, c, alice, accepted, "1")
+}
+
+func TestConcurrentQuestionsAreOne(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &asker{takes: 100 * time.Millisecond}
+		c := newCache(t, time.Second, a)
+		accepted := time.Now()
+		var wg sync.WaitGroup
+		for range 100 {
+			wg.Go(func() { want(t, c, alice, accepted, "1") })
+		}
+		wg.Wait()
+		if got := a.questions.Load(); got != 1 {
+			t.Errorf("%d questions were asked; want 1", got)
+		}
+	})
+}
+
+// The request that asks first may be gone before the answer comes.
+func TestTheQuestionOutlivesWhoeverAskedFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &asker{takes: 100 * time.Millisecond}
+		c := newCache(t, time.Second, a)
+		accepted := time.Now()
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() {
+			time.Sleep(10 * time.Millisecond)
+			cancel()
+		}()
+		go func() {
+			if _, err := c.Get(ctx, alice, accepted); !errors.Is(err, context.Canceled) {
+				t.Errorf("who has gone got error %v; want %v", err, context.Canceled)
+			}
+		}()
+		synctest.Wait()
+		want(t, c, alice, accepted, "1")
+		if got := a.questions.Load(); got != 1 {
+			t.Errorf("%d questions were asked; want 1", got)
+		}
+	})
+}
+
+// An old answer does not help out when there is no new one.
+func TestAnExpiredAnswerIsNotUsedWhenAskingFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := new(asker)
+		c := newCache(t, time.Second, a)
+		accepted := time.Now()
+		want(t, c, alice, accepted, "1")
+		time.Sleep(time.Second)
+		a.err = errors.New("no answer")
+		if got, err := c.Get(t.Context(), alice, accepted); !errors.Is(err, a.err) {
+			t.Errorf("got answer %q, error %v; want error %v", got, err, a.err)
+		}
+	})
+}
+
+// What was found out later counts, also for those that might have used the old.
+func TestAnErrorTakesThePlaceOfTheAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := new(asker)
+		c := newCache(t, time.Second, a)
+		first := time.Now()
+		want(t, c, alice, first, "1")
+		time.Sleep(time.Millisecond)
+		a.err = errors.New("unknown by now")
+		for _, since := range []time.Time{time.Now(), first} {
+			if got, err := c.Get(t.Context(), alice, since); !errors.Is(err, a.err) {
+				t.Errorf("got answer %q, error %v; want error %v", got, err, a.err)
+			}
+		}
+		a.err = nil
+		want(t, c, alice, first, "4")
+	})
+}
+
+func TestSilenceIsAnErrorInTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache(t, time.Second, &asker{takes: time.Hour})
+		began := time.Now()
+		go func() { _, _ = c.Get(t.Context(), alice, began) }()
+		time.Sleep(tailnet.WhoIsTimeout / 2)
+		// This one has to wait for the first before it can ask by itself.
+		asked := time.Now()
+		if got, err := c.Get(t.Context(), alice, asked); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got answer %q, error %v; want error %v", got, err, context.DeadlineExceeded)
+		}
+		if took := time.Since(asked); took > tailnet.WhoIsTimeout {
+			t.Errorf("it took %v; want at most %v", took, tailnet.WhoIsTimeout)
+		}
+		synctest.Wait()
+		time.Sleep(tailnet.WhoIsTimeout) // for the question that nobody waits for
+	})
+}
+
+func TestTheCacheIsBounded(t *testing.T) {
+	a := new(asker)
+	c := newCache(t, time.Hour, a)
+	accepted := time.Now()
+	key := alice
+	for range size + 100 {
+		key.Remote = key.Remote.Next()
+		if _, err := c.Get(t.Context(), key, accepted); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := c.entries.Len(); got != size {
+		t.Errorf("the cache holds %d answers; want %d", got, size)
+	}
+}
+
+// What is forgotten is asked about anew, and only that.
+func TestForgottenAnswersAreAskedForAnew(t *testing.T) {
+	asked := make(map[Key]int)
+	c, err := New(time.Hour, func(_ context.Context, key Key) (int, error) {
+		asked[key]++
+		return asked[key], nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := Key{Remote: netip.MustParseAddr("100.64.0.2")}, Key{Remote: netip.MustParseAddr("100.64.0.3")}
+	for _, key := range []Key{a, b, a, b} {
+		if _, err := c.Get(t.Context(), key, time.Time{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Forget(a)
+	known := make(map[Key]int)
+	c.All(func(key Key, value int) { known[key] = value })
+	if len(known) != 1 || known[b] != 1 {
+		t.Errorf("remembered are %v; want the other one's first answer", known)
+	}
+	for _, key := range []Key{a, b} {
+		if _, err := c.Get(t.Context(), key, time.Time{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if asked[a] != 2 || asked[b] != 1 {
+		t.Errorf("asked %d and %d times; want 2 and 1", asked[a], asked[b])
+	}
+}
+
+// What was asked before a caller was forgotten is not known about it afterwards.
+func TestWhatIsForgottenMeanwhileIsNotRemembered(t *testing.T) {
+	asked, answers := make(chan bool), make(chan int)
+	c, err := New(time.Hour, func(context.Context, Key) (int, error) {
+		asked <- true
+		return <-answers, nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan int)
+	get := func() {
+		value, err := c.Get(t.Context(), Key{}, time.Time{})
+		if err != nil {
+			t.Error(err)
+		}
+		got <- value
+	}
+	go get()
+	<-asked
+	c.Forget(Key{})
+	go get()
+	select {
+	case <-asked: // anew
+	case <-time.After(10 * time.Second):
+		t.Fatal("who comes later waits for the answer that is under way")
+	}
+	answers <- 1
+	answers <- 1
+	<-got
+	<-got
+	c.Forget(Key{})
+	go get()
+	<-asked
+	c.Forget(Key{})
+	answers <- 2
+	if value := <-got; value != 2 {
+		t.Errorf("who waits got %d; want 2", value)
+	}
+	c.All(func(_ Key, value int) { t.Errorf("%d is remembered", value) })
+}
+
+func TestHitsAndMissesAreCounted(t *testing.T) {
+	c, err := New(time.Hour, func(context.Context, Key) (int, error) { return 1, nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	hits, misses := testutil.ToFloat64(metrics.CacheHits), testutil.ToFloat64(metrics.CacheMisses)
+	for range 3 {
+		if _, err := c.Get(t.Context(), Key{}, time.Time{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if hits, misses = testutil.ToFloat64(metrics.CacheHits)-hits, testutil.ToFloat64(metrics.CacheMisses)-misses; hits != 2 || misses != 1 {
+		t.Errorf("got %v hits and %v misses; want 2 and 1", hits, misses)
+	}
+}
