@@ -118,7 +118,7 @@ func TestAsKeepsWhoItReallyIs(t *testing.T) {
 	caller := &impersonate.Identity{
 		User: "alice@example.com", Groups: []string{"readers"}, UID: "42", Node: "laptop.example.ts.net", Source: impersonate.SourceGrants, RequestID: "f00",
 		Extra: map[string][]string{impersonate.ExtraAddress: {"100.64.0.2"}, impersonate.ExtraNode: {"laptop.example.ts.net"}},
-		ActAs:  &impersonate.ActAsRequest{},
+		ActAs: &impersonate.ActAsRequest{},
 	}
 	// No request makes a target with the address in it, and if one did, it would not count.
 	target := &impersonate.Target{User: "bob", UID: "7", Extra: map[string][]string{"scopes": {"x"}, impersonate.ExtraAddress: {"100.64.0.9"}}}

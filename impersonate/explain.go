@@ -8,14 +8,12 @@ import (
 	"tailscale.com/tailcfg"
 )
 
-// Explanation says where the groups of an [Identity] come from. It is written by
-// the code that decides ([Peer.Explain]), so that the two cannot disagree.
+// Explanation says where the groups of an [Identity] come from. [Peer.Identity]
+// records it while it decides, so that the two cannot disagree.
 type Explanation struct {
-	// Capability is the name under which grants were found, empty if there are
-	// none.
+	// Capability is the name under which the peer has grants, empty if it has none.
 	Capability tailcfg.PeerCapability
-	// Grants are the values that the policy file's grants have under that name,
-	// in their order.
+	// Grants are the values of that capability, in the order of the policy file.
 	Grants []Grant
 }
 
@@ -23,26 +21,24 @@ type Explanation struct {
 type Grant struct {
 	// Value is the value as the tailnet node reports it, in JSON.
 	Value tailcfg.RawMessage
-	// Groups are the groups that it gives, those that another one gives as well
-	// included.
+	// Groups are the groups that it gives, including those that another grant gives
+	// as well.
 	Groups []string
 }
 
-// found notes what grants there are, if anybody wants to know.
-func (e *Explanation) found(name tailcfg.PeerCapability, values []tailcfg.RawMessage) {
-	if e == nil {
-		return
-	}
-	e.Capability = name
-	e.Grants = make([]Grant, len(values))
-	for i, value := range values {
-		e.Grants[i].Value = value
+// add records that g gives group.
+func (g *Grant) add(group string) {
+	if !slices.Contains(g.Groups, group) {
+		g.Groups = append(g.Groups, group)
 	}
 }
 
-// gives notes that a grant gives a group, if anybody wants to know.
-func (e *Explanation) gives(i int, group string) {
-	if e != nil && !slices.Contains(e.Grants[i].Groups, group) {
-		e.Grants[i].Groups = append(e.Grants[i].Groups, group)
+// GivenBy returns the numbers, from 1, of the grants that give group.
+func (e *Explanation) GivenBy(group string) (numbers []int) {
+	for i, grant := range e.Grants {
+		if slices.Contains(grant.Groups, group) {
+			numbers = append(numbers, i+1)
+		}
 	}
+	return numbers
 }

@@ -22,8 +22,7 @@ func explained(name tailcfg.PeerCapability, values ...string) Peer {
 func TestExplanationsSayWhereGroupsComeFrom(t *testing.T) {
 	const both, one, none = `{"impersonate":{"groups":["a","b","a"]}}`, `{"impersonate":{"groups":["b"]}}`, `{"recorder":["tag:r"]}`
 	for _, name := range Capabilities {
-		var why Explanation
-		id, err := explained(name, both, none, one).Explain(Capabilities, &why)
+		id, why, err := explained(name, both, none, one).Identity(Capabilities)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -48,8 +47,7 @@ func TestExplanationsOfErrors(t *testing.T) {
 		{`{"impersonate":{"groups":["a",""]}}`},
 		{`{"impersonate":{"groups":["a"]}}`, `{"impersonate":"everybody"}`},
 	} {
-		var why Explanation
-		id, err := explained(name, values...).Explain(Capabilities, &why)
+		id, why, err := explained(name, values...).Identity(Capabilities)
 		if err == nil || !cmp.Equal(id, Identity{}) {
 			t.Errorf("%q: got %+v, %v; want an error", values, id, err)
 		}
@@ -60,8 +58,8 @@ func TestExplanationsOfErrors(t *testing.T) {
 }
 
 func TestExplanationWithoutGrants(t *testing.T) {
-	var why Explanation
-	if _, err := (Peer{Node: "ci.example.ts.net", Tags: []string{"tag:ci"}}).Explain(Capabilities, &why); err != nil {
+	_, why, err := Peer{Node: "ci.example.ts.net", Tags: []string{"tag:ci"}}.Identity(Capabilities)
+	if err != nil {
 		t.Fatal(err)
 	}
 	if why.Capability != "" || len(why.Grants) > 0 {

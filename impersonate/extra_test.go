@@ -26,7 +26,7 @@ func audited(who *apitype.WhoIsResponse) (impersonate.Identity, error) {
 	if err != nil {
 		return impersonate.Identity{}, err
 	}
-	id, err := peer.Identity(impersonate.Capabilities)
+	id, _, err := peer.Identity(impersonate.Capabilities)
 	if err != nil {
 		return impersonate.Identity{}, err
 	}

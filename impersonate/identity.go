@@ -59,7 +59,8 @@ type Identity struct {
 	Recording Recording
 }
 
-// Identity returns who the API server is to be told that p is.
+// Identity returns who the API server is to be told that p is, and where its groups
+// come from.
 //
 //	device   groups in grants   user         groups
 //	user's   none               login name   none
@@ -67,55 +68,53 @@ type Identity struct {
 //	tagged   none               node name    the tags
 //	tagged   some               node name    those
 //
-// Grants are read from the first of capabilities that p has. It is an error,
-// with a zero Identity, if they cannot be read, or if the user or a group is not
-// a name that can be impersonated.
-func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, error) {
-	return p.Explain(capabilities, nil)
-}
-
-// Explain is [Peer.Identity] and says in why, if that is not nil, where each group
-// comes from. What was found until an error stays in it.
-func (p Peer) Explain(capabilities []tailcfg.PeerCapability, why *Explanation) (Identity, error) {
+// It reads the grants under the first of capabilities that p has. It returns an
+// error, with a zero Identity and the Explanation found so far, if the grants cannot
+// be read, or if the user or a group is not a name that can be impersonated.
+func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, Explanation, error) {
+	var why Explanation
 	id := Identity{User: p.user(), Source: SourceNone, Node: p.Node}
 	if err := checkUser(id.User); err != nil {
-		return Identity{}, err
+		return Identity{}, why, err
 	}
 	name, rules, err := p.rules(capabilities)
-	why.found(name, p.Capabilities[name])
+	why.Capability = name
+	for _, value := range p.Capabilities[name] {
+		why.Grants = append(why.Grants, Grant{Value: value})
+	}
 	if err != nil {
-		return Identity{}, err
+		return Identity{}, why, err
 	}
 	for i, rule := range rules {
 		if err := id.Recording.add(rule); err != nil {
-			return Identity{}, fmt.Errorf("the grants of %s cannot be read: %w", p, err)
+			return Identity{}, why, fmt.Errorf("the grants of %s cannot be read: %w", p, err)
 		}
 		if rule.Impersonate == nil {
 			continue
 		}
 		for _, group := range rule.Impersonate.Groups {
 			if err := checkName("group", group); err != nil {
-				return Identity{}, err
+				return Identity{}, why, err
 			}
-			why.gives(i, group)
+			why.Grants[i].add(group)
 			if !slices.Contains(id.Groups, group) {
 				id.Groups = append(id.Groups, group)
 				id.Source = SourceGrants
 			}
 		}
 	}
-	// The tags of a device shared in from another tailnet were given there, by
-	// people who have no say in this one.
+	// The owners of another tailnet chose the tags of a device shared in from there;
+	// they have no say in this one.
 	if id.Source == SourceNone && p.Tagged() && !p.Shared {
 		for _, tag := range p.Tags {
 			if err := checkTag(tag); err != nil {
-				return Identity{}, err
+				return Identity{}, why, err
 			}
 		}
 		id.Groups = p.Tags
 		id.Source = SourceTags
 	}
-	return id, nil
+	return id, why, nil
 }
 
 // rules returns the peer's grants under the first of capabilities that it has,
@@ -134,9 +133,9 @@ func (p Peer) rules(capabilities []tailcfg.PeerCapability) (tailcfg.PeerCapabili
 	return "", nil, nil
 }
 
-// checkUser reports whether user may be impersonated as a user. The names that
-// start with "system:" are the cluster's own components, among them
-// system:admin, and no tailnet has a say in who they are.
+// checkUser returns an error unless user may be impersonated. Names that start with
+// "system:", such as system:admin, belong to the cluster's own components, and no
+// tailnet may use them.
 func checkUser(user string) error {
 	if err := checkName("user", user); err != nil {
 		return err
@@ -147,31 +146,35 @@ func checkUser(user string) error {
 	return nil
 }
 
-// checkTag reports whether tag may be impersonated as a group. Its prefix is what
+// checkTag returns an error unless tag may be impersonated as a group. The prefix
 // keeps a tag from being called system:masters.
 func checkTag(tag string) error {
 	if err := checkName("tag", tag); err != nil {
 		return err
 	}
 	if !strings.HasPrefix(tag, "tag:") {
-		return fmt.Errorf("tag %q lacks the prefix tag: of one", tag)
+		return fmt.Errorf("tag %q does not start with tag:", tag)
 	}
 	return nil
 }
 
-// checkName returns an error unless name is a non-empty string of printable
-// ASCII without blanks at its ends: what a header carries unaltered.
+// checkName returns an error unless a header carries name unaltered: name is not
+// empty, holds printable ASCII only and has no blank at its ends, as HTTP trims these.
 func checkName(kind, name string) error {
 	if name == "" {
 		return fmt.Errorf("the %s is empty", kind)
 	}
-	for _, b := range []byte(name) {
-		if b < ' ' || b > '~' {
-			return fmt.Errorf("%s %q holds a character that is not printable ASCII", kind, name)
-		}
+	if !PrintableASCII(name) {
+		return fmt.Errorf("%s %q holds a character that is not printable ASCII", kind, name)
 	}
 	if strings.Trim(name, " ") != name {
 		return fmt.Errorf("%s %q starts or ends with a blank", kind, name)
 	}
 	return nil
+}
+
+// PrintableASCII reports whether s holds printable ASCII characters only, blanks
+// included. Names with other characters cannot be impersonated.
+func PrintableASCII(s string) bool {
+	return !strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' })
 }

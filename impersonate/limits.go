@@ -1,8 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package guard holds the limits that a cluster's operators set, whatever the
-// tailnet's policy file grants: which devices may call, which groups they may have,
-// and how their names differ from those of other authenticators.
 package impersonate
 
 import (
@@ -235,9 +232,9 @@ func checkPrefix(prefix string) error {
 }
 
 // checkCharacters returns an error unless s is printable ASCII, as all names are, and
-// what it says.
+// holds no placeholder.
 func checkCharacters(s string) error {
-	if strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' }) {
+	if !PrintableASCII(s) {
 		return errors.New("names hold printable ASCII characters only")
 	}
 	if _, behind, ok := strings.Cut(s, "{"); ok && strings.Contains(behind, "}") {

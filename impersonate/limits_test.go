@@ -7,7 +7,6 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
 )
 
 func groups(names ...string) []string { return names }
@@ -15,11 +14,11 @@ func groups(names ...string) []string { return names }
 func TestLimit(t *testing.T) {
 	granted := Identity{User: "alice@example.com", Groups: groups("system:masters", "team:a", "team:b"), Source: SourceGrants, Node: "laptop.example.ts.net"}
 	for _, tt := range []struct {
-		name  string
+		name   string
 		limits Limits
-		user  string
-		left  []string
-		cut   []string
+		user   string
+		left   []string
+		cut    []string
 	}{
 		{"no limits", Limits{}, "alice@example.com", granted.Groups, nil},
 		{"denied", Limits{DenyGroups: groups("system:masters")}, "alice@example.com", groups("team:a", "team:b"), groups("system:masters")},
@@ -53,10 +52,10 @@ func TestLimit(t *testing.T) {
 
 func TestLimitRefuses(t *testing.T) {
 	for _, tt := range []struct {
-		name  string
+		name   string
 		limits Limits
-		id    Identity
-		words []string
+		id     Identity
+		words  []string
 	}{
 		{"no group is granted", Limits{RequireGroups: true}, Identity{User: "alice@example.com"}, []string{"require_groups", "no group is granted"}},
 		{
@@ -89,10 +88,10 @@ func TestCheck(t *testing.T) {
 	foreign := Peer{Node: "ci", Tags: []string{"tag:ci", "tag:k8s"}, Shared: true}
 	shared := Peer{Node: "guest", Login: "guest@example.org", Shared: true}
 	for _, tt := range []struct {
-		name  string
+		name   string
 		limits Limits
-		peer  Peer
-		error string // empty if there is to be none
+		peer   Peer
+		error  string // empty if there is to be none
 	}{
 		{"no limits, a user's device", Limits{}, users, ""},
 		{"no limits, a tagged device", Limits{}, tagged, ""},
@@ -127,7 +126,7 @@ func TestCheckTarget(t *testing.T) {
 	const account, node = "system:serviceaccount:ns:sa", "system:node:n1"
 	for _, tt := range []struct {
 		name   string
-		limits  Limits
+		limits Limits
 		target *Target
 		error  string // empty if there is to be none
 	}{
@@ -170,7 +169,7 @@ func TestValidate(t *testing.T) {
 	}
 	for _, tt := range []struct {
 		limits Limits
-		want  string
+		want   string
 	}{
 		{Limits{AllowGroups: groups("")}, "allow_groups"},
 		{Limits{DenyGroups: groups(" a")}, "deny_groups"},

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package pattern matches names with patterns, in which `*` stands for any
-// characters, none included, and everything else for itself.
+// Package glob matches names against patterns. In a pattern, `*` stands for any number
+// of characters, including none, and every other character stands for itself.
 package glob
 
 import (

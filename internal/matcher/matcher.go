@@ -16,6 +16,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/glob"
@@ -163,7 +164,7 @@ func checkSegment(p string) error {
 	if strings.Contains(p, "/") {
 		return errors.New("holds no slash, so it matches nothing; resource and subresource are options of their own")
 	}
-	if strings.ContainsFunc(p, func(c rune) bool { return c <= ' ' || c > '~' }) {
+	if !impersonate.PrintableASCII(p) || strings.Contains(p, " ") {
 		return errors.New("holds a character that is not in any name, so it matches nothing")
 	}
 	return nil

@@ -214,7 +214,7 @@ func groupsOf(policy []byte, o Options) ([]string, error) {
 		switch {
 		case group == "":
 			return nil, errors.New("a grant names a group without a name")
-		case strings.ContainsFunc(group, func(c rune) bool { return c < ' ' || c > '~' }):
+		case !impersonate.PrintableASCII(group):
 			// The proxy takes none, and in a comment it would be read as YAML.
 			return nil, fmt.Errorf("group %q holds a character that is not printable ASCII, and is nobody's", group)
 		}
