@@ -3,11 +3,7 @@
 package tailscaleimpersonate
 
 import (
-	"encoding/json"
-	"errors"
 	"net/http"
-	"slices"
-	"strings"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -83,47 +79,4 @@ func (h *Handler) checkAsked(r *http.Request, asked, user string) *apierrors.Sta
 		return nil
 	}
 	return apistatus.Forbidden(apistatus.Impersonation, "%s may not act as somebody else: the request asks for it with the header %s, as kubectl --as does", user, asked)
-}
-
-// checkTransports returns an error if a route of tailscale_impersonate leads to
-// nothing but transports that cannot find out who may act as whom. It sees the
-// routes as they are configured, and not those that they invoke; a request that
-// reaches another transport nevertheless cannot be sent, see
-// [impersonate.Identity.SetHeaders].
-func checkTransports(server *caddyhttp.Server) error {
-	for _, route := range server.Routes {
-		var config any
-		raw, err := json.Marshal(route.HandlersRaw)
-		if err != nil || json.Unmarshal(raw, &config) != nil {
-			continue // Caddy says what is wrong with it
-		}
-		authorizes, proxies, reviews, more := false, false, false, false
-		objects(config, func(o map[string]any) {
-			switch o["handler"] {
-			case "tailscale_impersonate":
-				authorizes = authorizes || o["client_impersonation"] == caddyfile.Authorize
-			case "reverse_proxy":
-				proxies = true
-				transport, _ := o["transport"].(map[string]any)
-				reviews = reviews || transport["protocol"] == "kubernetes"
-			case "invoke":
-				more = true
-			}
-		})
-		if authorizes && proxies && !reviews && !more {
-			return errors.New("client_impersonation authorize needs transport kubernetes in reverse_proxy, as its account asks the API server who may act as whom")
-		}
-	}
-	return nil
-}
-
-// noteDroppedFields logs that Caddy drops what clients ask for in headers with a dot
-// in their name, unless the server is told of some. The handler never sees them.
-func (h *Handler) noteDroppedFields(server *caddyhttp.Server) {
-	if slices.ContainsFunc(server.ExpectedDotHeaders, func(name string) bool {
-		return strings.HasPrefix(strings.ToLower(name), "impersonate-extra-")
-	}) {
-		return
-	}
-	h.logger.Info("extra fields that clients ask for with kubectl --as are dropped by Caddy if their key has a dot; name them in expected_dot_headers of the servers option if you use them")
 }

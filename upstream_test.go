@@ -3,7 +3,6 @@
 package tailscaleimpersonate
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -116,36 +115,6 @@ func TestOtherErrorsAreCaddys(t *testing.T) {
 		if err := h.ServeHTTP(rec, newRequest("GET", "https://k8s/api"), failing(want)); !errors.Is(err, want) {
 			t.Errorf("got error %v; want %v", err, want)
 		}
-	}
-}
-
-func TestBuffersInTheWayOfStreamsAreWarnedAbout(t *testing.T) {
-	const ours, proxy = `{"handler":"tailscale_impersonate"}`, `{"handler":"reverse_proxy"}`
-	for _, tt := range []struct{ name, handlers, want string }{
-		{"nothing in the way", `[` + ours + `,` + proxy + `]`, ""},
-		{"encode", `[` + ours + `,{"handler":"encode"},` + proxy + `]`, "encode"},
-		{"encode around a subroute", `[{"handler":"encode"},{"handler":"subroute","routes":[{"handle":[` + ours + `,` + proxy + `]}]}]`, "encode"},
-		{"response buffers", `[` + ours + `,{"handler":"reverse_proxy","response_buffers":1024}]`, "response_buffers of reverse_proxy"},
-		{"request buffers", `[` + ours + `,{"handler":"subroute","routes":[{"handle":[{"handler":"reverse_proxy","request_buffers":-1}]}]}]`, "request_buffers of reverse_proxy"},
-		{"another route's business", `[{"handler":"encode"},` + proxy + `]`, ""},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			var handlers []json.RawMessage
-			if err := json.Unmarshal([]byte(tt.handlers), &handlers); err != nil {
-				t.Fatal(err)
-			}
-			core, logs := observer.New(zap.WarnLevel)
-			warnOfBuffers(zap.New(core), &caddyhttp.Server{Routes: caddyhttp.RouteList{{HandlersRaw: handlers}}})
-			got := ""
-			for _, entry := range logs.All() {
-				for _, cause := range entry.ContextMap()["because_of"].([]any) {
-					got += cause.(string)
-				}
-			}
-			if got != tt.want {
-				t.Errorf("warned because of %q; want %q", got, tt.want)
-			}
-		})
 	}
 }
 

@@ -194,7 +194,7 @@ func TestWhatIsNoPolicyFileIsAnError(t *testing.T) {
 
 // The example manifests hold what is written for the example policy file.
 func TestTheExampleIsWhatIsWritten(t *testing.T) {
-	policy, err := os.ReadFile(filepath.Join("..", "examples", "policy.hujson"))
+	policy, err := os.ReadFile(filepath.Join("..", "..", "examples", "policy.hujson"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -202,7 +202,7 @@ func TestTheExampleIsWhatIsWritten(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := os.ReadFile(filepath.Join("..", "examples", "kubernetes", "10-impersonator.yaml"))
+	got, err := os.ReadFile(filepath.Join("..", "..", "examples", "kubernetes", "10-impersonator.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}

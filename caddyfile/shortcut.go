@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package tailscaleimpersonate
+package caddyfile
 
 import (
 	"encoding/json"
@@ -16,17 +16,17 @@ import (
 )
 
 // streamCloseDelay is how long exec, attach and port-forward may go on after a
-// config reload: about a working day.
+// config reload, unless the config says otherwise: about a working day.
 const streamCloseDelay = 8 * time.Hour
 
 func init() {
 	httpcaddyfile.RegisterDirective("tailscale_kubernetes", parseShortcut)
-	// It ends a request, as reverse_proxy does.
+	// It answers requests, as reverse_proxy does.
 	httpcaddyfile.RegisterDirectiveOrder("tailscale_kubernetes", httpcaddyfile.After, "reverse_proxy")
 }
 
-// parseShortcut parses the tailscale_kubernetes directive, which is all that a
-// site in front of an API server needs besides its listener. Syntax:
+// parseShortcut parses the tailscale_kubernetes directive. A site in front of an API
+// server needs nothing else besides its listener. Syntax:
 //
 //	tailscale_kubernetes [<matcher>] {
 //	    in_cluster
@@ -35,9 +35,9 @@ func init() {
 //	    <options of tailscale_impersonate>
 //	}
 //
-// All options may be left out, and the block with them. The first two are those of
-// transport kubernetes. stream_close_delay is reverse_proxy's: how long exec, attach and port-forward go
-// on after a config reload. Default: 8h. It expands to:
+// All options are optional, and so is the block. The first two are those of transport
+// kubernetes. stream_close_delay is the option of reverse_proxy: how long exec, attach
+// and port-forward go on after a config reload. Default: 8h. It expands to:
 //
 //	route [<matcher>] {
 //	    tailscale_impersonate {
@@ -70,11 +70,11 @@ func parseShortcut(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, er
 		return nil, d.Errf("unexpected argument %q: options go into a block", d.Val())
 	}
 
-	var handler Handler
+	var config Config
 	var source transport.Source
 	var closeDelay caddy.Duration
 	for d.NextBlock(0) {
-		known, err := handler.UnmarshalOption(d)
+		known, err := config.UnmarshalOption(d)
 		if !known && err == nil {
 			known, err = source.UnmarshalOption(d)
 		}
@@ -104,7 +104,7 @@ func parseShortcut(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, er
 			return nil, d.Errf("unknown option %q", option)
 		}
 	}
-	if err := handler.Validate(); err != nil {
+	if err := config.Validate(); err != nil {
 		return nil, d.WrapErr(err)
 	}
 	if err := source.Validate(); err != nil {
@@ -114,14 +114,14 @@ func parseShortcut(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, er
 		closeDelay = caddy.Duration(streamCloseDelay)
 	}
 
-	var proxy = reverseproxy.Handler{
+	proxy := reverseproxy.Handler{
 		DynamicUpstreamsRaw: caddyconfig.JSONModuleObject(transport.Upstreams{Source: source}, "source", "kubernetes", nil),
 		TransportRaw:        caddyconfig.JSONModuleObject(transport.Transport{Source: source}, "protocol", "kubernetes", nil),
 		FlushInterval:       -1,
 		StreamCloseDelay:    closeDelay,
 	}
 	route := caddyhttp.Route{HandlersRaw: []json.RawMessage{
-		caddyconfig.JSONModuleObject(&handler, "handler", "tailscale_impersonate", nil),
+		caddyconfig.JSONModuleObject(&config, "handler", "tailscale_impersonate", nil),
 		caddyconfig.JSONModuleObject(proxy, "handler", "reverse_proxy", nil),
 	}}
 	if matchers != nil {

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package caddyfile_test
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
+)
+
+// serverWith returns a server with a route of these handlers, in JSON.
+func serverWith(t *testing.T, handlers string) *caddyhttp.Server {
+	t.Helper()
+	var raw []json.RawMessage
+	if err := json.Unmarshal([]byte(handlers), &raw); err != nil {
+		t.Fatal(err)
+	}
+	return &caddyhttp.Server{Routes: caddyhttp.RouteList{{HandlersRaw: raw}}}
+}
+
+func TestCheckRoutes_WarnsOfBuffers(t *testing.T) {
+	const ours, proxy = `{"handler":"tailscale_impersonate"}`, `{"handler":"reverse_proxy"}`
+	for _, tt := range []struct{ name, handlers, want string }{
+		{"no buffer", `[` + ours + `,` + proxy + `]`, ""},
+		{"encode", `[` + ours + `,{"handler":"encode"},` + proxy + `]`, "encode"},
+		{"encode around a subroute", `[{"handler":"encode"},{"handler":"subroute","routes":[{"handle":[` + ours + `,` + proxy + `]}]}]`, "encode"},
+		{"encode twice", `[{"handler":"encode"},{"handler":"encode"},` + ours + `,` + proxy + `]`, "encode"},
+		{"response buffers", `[` + ours + `,{"handler":"reverse_proxy","response_buffers":1024}]`, "response_buffers of reverse_proxy"},
+		{"request buffers", `[` + ours + `,{"handler":"subroute","routes":[{"handle":[{"handler":"reverse_proxy","request_buffers":-1}]}]}]`, "request_buffers of reverse_proxy"},
+		{"encode in a route without the handler", `[{"handler":"encode"},` + proxy + `]`, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			core, logs := observer.New(zap.WarnLevel)
+			if err := new(caddyfile.Config).CheckRoutes(zap.New(core), serverWith(t, tt.handlers)); err != nil {
+				t.Fatal(err)
+			}
+			got := ""
+			for _, entry := range logs.All() {
+				for _, cause := range entry.ContextMap()["because_of"].([]any) {
+					got += cause.(string)
+				}
+			}
+			if got != tt.want {
+				t.Errorf("warned because of %q; want %q", got, tt.want)
+			}
+		})
+	}
+}
+
+func TestCheckRoutes_AuthorizeNeedsTransportKubernetes(t *testing.T) {
+	const (
+		authorizes = `{"handler":"tailscale_impersonate","client_impersonation":"authorize"}`
+		rejects    = `{"handler":"tailscale_impersonate"}`
+		plain      = `{"handler":"reverse_proxy","transport":{"protocol":"http"}}`
+		kubernetes = `{"handler":"reverse_proxy","transport":{"protocol":"kubernetes"}}`
+		invoke     = `{"handler":"invoke","name":"elsewhere"}`
+	)
+	for _, tt := range []struct {
+		name, handlers string
+		ok             bool
+	}{
+		{"default transport", `[` + authorizes + `,{"handler":"reverse_proxy"}]`, false},
+		{"transport http", `[` + authorizes + `,` + plain + `]`, false},
+		{"transport http in a subroute", `[` + authorizes + `,{"handler":"subroute","routes":[{"handle":[` + plain + `]}]}]`, false},
+		{"transport http, in a route of another handler", `[` + rejects + `,` + plain + `]`, true},
+		{"transport kubernetes", `[` + authorizes + `,` + kubernetes + `]`, true},
+		{"transport kubernetes beside another", `[` + authorizes + `,` + kubernetes + `,` + plain + `]`, true},
+		{"transport http and an invoked route", `[` + authorizes + `,` + plain + `,` + invoke + `]`, true},
+		{"no reverse_proxy", `[` + authorizes + `]`, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := caddyfile.Config{ClientImpersonation: caddyfile.Authorize}
+			err := c.CheckRoutes(zap.NewNop(), serverWith(t, tt.handlers))
+			if (err == nil) != tt.ok || (err != nil && !strings.Contains(err.Error(), "client_impersonation authorize needs transport kubernetes")) {
+				t.Errorf("got error %v; want none: %t", err, tt.ok)
+			}
+		})
+	}
+}
+
+func TestCheckRoutes_NotesDroppedDotHeaders(t *testing.T) {
+	for _, tt := range []struct {
+		name      string
+		config    caddyfile.Config
+		expecting []string
+		want      int
+	}{
+		{"reject", caddyfile.Config{}, nil, 0},
+		{"authorize", caddyfile.Config{ClientImpersonation: caddyfile.Authorize}, nil, 1},
+		{"authorize, another header is expected", caddyfile.Config{ClientImpersonation: caddyfile.Authorize}, []string{"x-example.com"}, 1},
+		{"authorize, the header is expected", caddyfile.Config{ClientImpersonation: caddyfile.Authorize}, []string{"Impersonate-Extra-example.com*"}, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			core, logs := observer.New(zap.InfoLevel)
+			if err := tt.config.CheckRoutes(zap.New(core), &caddyhttp.Server{ExpectedDotHeaders: tt.expecting}); err != nil {
+				t.Fatal(err)
+			}
+			if got := logs.FilterMessageSnippet("expected_dot_headers").Len(); got != tt.want {
+				t.Errorf("got %d notes; want %d", got, tt.want)
+			}
+		})
+	}
+}
