@@ -1,46 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package decided ties the request that is sent to the API server to the one that
-// was decided about.
+// Package pin ensures that the request sent to the API server is the one that was
+// decided about.
 //
-// Between a matcher that lets a request through and the transport that sends it,
-// a config can rewrite it: handle_path, uri, method, reverse_proxy's own rewrite.
-// What the matcher said would then be about another request. So whoever decides by
-// what a request asks for gets that from here, where it is written down, and
-// transport kubernetes reads the request again before it leaves: if that asks for
-// anything else, it is not sent.
+// Between a matcher that lets a request through and the transport that sends it, a
+// config can rewrite it: handle_path, uri, method, reverse_proxy's own rewrite. The
+// matcher's decision would then be about another request. So whoever decides by what a
+// request asks for records a condition here, and transport kubernetes sends the request
+// only if it meets every condition.
 package pin
 
 import (
 	"net/http"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
 
-// varKey is the name among a request's variables, which travel with it whatever
-// handlers make of its URL.
+// varKey is the key of the record among a request's variables. These stay with the
+// request whatever handlers do to its URL.
 const varKey = "tailscale_impersonate.decided"
 
-// record is what was decided about a request. Its server's goroutine alone uses
-// it.
+// record is what was decided about a request. Only the goroutine that serves the
+// request uses it.
 type record struct {
-	about   []decision
-	refused bool
-	events  []event
+	conditions []func(out *http.Request) error
+	parsed     []parsed // what On has returned
 }
 
-// event is what a recorder was told of a request besides what it asks for.
-type event struct {
-	query string
-	body  bool // there is one
-}
-
-// decision is that a request that was spelled so asks for that.
-type decision struct {
+// parsed is what a request asks for, and how it was spelled.
+type parsed struct {
 	spelling spelling
 	info     requestinfo.Info
 }
@@ -52,22 +44,34 @@ type spelling struct {
 }
 
 func spellingOf(r *http.Request) spelling {
-	return spelling{r.Method, r.URL.Opaque, r.URL.Path, r.URL.RawPath, r.URL.RawQuery, requestinfo.AsksForUpgrade(r.Header)}
+	return spelling{r.Method, r.URL.Opaque, r.URL.Path, r.URL.RawPath, r.URL.RawQuery, upgrade.Requested(r.Header)}
 }
 
-// info returns what r asks for. It is parsed only once.
+// info returns what r asks for. It parses each spelling that On has seen only once.
 func (rec *record) info(r *http.Request) requestinfo.Info {
 	s := spellingOf(r)
-	for _, d := range rec.about {
-		if d.spelling == s {
-			return d.info
+	for _, p := range rec.parsed {
+		if p.spelling == s {
+			return p.info
 		}
 	}
 	return requestinfo.Parse(r)
 }
 
-// On returns what r asks for, and has [Check] see to it that nothing else is sent.
-// It is ambiguous if that cannot be written down.
+// Require makes [Check] return the error that holds returns for the request that is
+// about to be sent in place of r, if any. It returns false if it cannot record holds:
+// then refuse r.
+func Require(r *http.Request, holds func(out *http.Request) error) bool {
+	rec := recordOf(r)
+	if rec == nil {
+		return false
+	}
+	rec.conditions = append(rec.conditions, holds)
+	return true
+}
+
+// On returns what r asks for, and requires that the request that is sent asks for the
+// same. The result is ambiguous if that cannot be recorded.
 func On(r *http.Request) requestinfo.Info {
 	rec := recordOf(r)
 	if rec == nil {
@@ -76,39 +80,49 @@ func On(r *http.Request) requestinfo.Info {
 		return info
 	}
 	info := rec.info(r)
-	for _, d := range rec.about {
-		if d.info == info {
+	for _, p := range rec.parsed {
+		if p.info == info {
 			return info
 		}
 	}
-	rec.about = append(rec.about, decision{spellingOf(r), info})
+	rec.parsed = append(rec.parsed, parsed{spellingOf(r), info})
+	decided := info // so that info itself stays off the heap
+	Require(r, func(out *http.Request) error {
+		sent := rec.info(out)
+		if sent != decided {
+			return apistatus.Forbidden(apistatus.Rewritten, "a matcher has decided about %v, and what would be sent is %v: the config rewrites requests behind the matcher", decided, sent)
+		}
+		return nil
+	})
 	return info
 }
 
-// Recorded has [Check] see to it that r is sent with the query that it has, and, if
-// body is set, not without a body: an event says so to a recorder. [On] must have
-// been called.
+// Recorded requires that r is sent with the query that it has, and, if body is set,
+// with a body: an event tells a recorder both. Call [On] first, and refuse r if that
+// could not record its condition.
 func Recorded(r *http.Request, body bool) {
-	if rec := recordOf(r); rec != nil {
-		rec.events = append(rec.events, event{r.URL.RawQuery, body})
-	}
+	query := r.URL.RawQuery
+	Require(r, func(out *http.Request) error {
+		if query != out.URL.RawQuery || body && (out.Body == nil || out.Body == http.NoBody) {
+			return apistatus.Forbidden(apistatus.Rewritten, "a recorder was told of another query or body than what would be sent: the config rewrites requests behind tailscale_impersonate")
+		}
+		return nil
+	})
 }
 
-// Refuse returns the answer to r, about which something has to be decided and
-// which is ambiguous. Should whoever gets the answer not give it, Check does.
-func Refuse(r *http.Request) *apierrors.StatusError {
-	if rec := recordOf(r); rec != nil {
-		rec.refused = true
-	}
+// Refuse returns the refusal of r, which is ambiguous while something has to be decided
+// about it. Check refuses r as well, in case a config ignores the refusal.
+func Refuse(r *http.Request) error {
+	Require(r, refuseAmbiguous)
 	return refuseAmbiguous(r)
 }
 
-func refuseAmbiguous(r *http.Request) *apierrors.StatusError {
+func refuseAmbiguous(r *http.Request) error {
 	return apistatus.BadRequest(apistatus.AmbiguousPath, "the path %q can be understood in more than one way: it has empty segments, dot segments or encoded slashes, or ends early", r.URL.EscapedPath())
 }
 
-// recordOf returns the record of r, a new one if there is none, and nil if there
-// can be none, because r has no variables or a config has taken that one.
+// recordOf returns the record of r, and makes one if there is none. It returns nil if r
+// has no variables or a config has set this one.
 func recordOf(r *http.Request) *record {
 	if _, ok := r.Context().Value(caddyhttp.VarsCtxKey).(map[string]any); !ok {
 		return nil
@@ -122,31 +136,21 @@ func recordOf(r *http.Request) *record {
 	return rec
 }
 
-// Check returns the answer to out, a request that is about to be sent to the API
-// server, if it must not be: because it does not ask for what was decided on, or
-// because nothing could be decided. A request about which nothing had to be decided
-// may be sent.
-func Check(out *http.Request) *apierrors.StatusError {
+// Check returns why out, a request that is about to be sent to the API server, must not
+// be sent: it does not meet every condition that was required of it. A request without
+// conditions may be sent.
+func Check(out *http.Request) error {
 	value := caddyhttp.GetVar(out.Context(), varKey)
 	if value == nil {
 		return nil
 	}
 	rec, ok := value.(*record)
-	switch {
-	case !ok:
+	if !ok {
 		return apistatus.Forbidden(apistatus.Rewritten, "the variable %s is not for a config to set", varKey)
-	case rec.refused:
-		return refuseAmbiguous(out)
 	}
-	sent := rec.info(out)
-	for _, d := range rec.about {
-		if d.info != sent {
-			return apistatus.Forbidden(apistatus.Rewritten, "a matcher has decided about %v, and what would be sent is %v: the config rewrites requests behind the matcher", d.info, sent)
-		}
-	}
-	for _, e := range rec.events {
-		if e.query != out.URL.RawQuery || e.body && (out.Body == nil || out.Body == http.NoBody) {
-			return apistatus.Forbidden(apistatus.Rewritten, "a recorder was told of another query or body than what would be sent: the config rewrites requests behind tailscale_impersonate")
+	for _, holds := range rec.conditions {
+		if err := holds(out); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -4,6 +4,7 @@ package pin_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -12,16 +13,17 @@ import (
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 )
 
-// newRequest returns a request with variables, as Caddy's server makes it.
+// newRequest returns a request with variables, as Caddy's server adds them.
 func newRequest(method, target string) *http.Request {
 	r := httptest.NewRequest(method, target, nil)
 	return r.WithContext(context.WithValue(r.Context(), caddyhttp.VarsCtxKey, make(map[string]any)))
 }
 
-func TestWhatIsSentHasToBeWhatWasDecidedAbout(t *testing.T) {
+func TestCheck_SentRequestMatchesDecision(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
 		rewrite func(*http.Request)
@@ -57,28 +59,30 @@ func TestWhatIsSentHasToBeWhatWasDecidedAbout(t *testing.T) {
 			if (err != nil) != tt.refused {
 				t.Fatalf("got error %v; want one: %v", err, tt.refused)
 			}
-			if err != nil && (err.ErrStatus.Code != http.StatusForbidden || !strings.Contains(err.ErrStatus.Message, `get "/api/v1/namespaces/a/pods/p" (ordinary)`)) {
-				t.Errorf("got %+v; want a 403 that says what was decided about", err.ErrStatus)
+			if err == nil {
+				return
+			}
+			if status, ok := apistatus.From(err); !ok || status.Code != http.StatusForbidden || !strings.Contains(status.Message, `get "/api/v1/namespaces/a/pods/p" (ordinary)`) {
+				t.Errorf("got %v; want a 403 that says what was decided about", err)
 			}
 		})
 	}
 }
 
-// A list becomes a watch by its query.
-func TestTheQueryCountsWhereItSaysWhatIsAskedFor(t *testing.T) {
+// The query makes a watch of a list.
+func TestCheck_QueryThatChangesVerb(t *testing.T) {
 	r := newRequest("GET", "/api/v1/pods")
 	if got := pin.On(r).Verb; got != "list" {
 		t.Fatalf("got verb %s; want list", got)
 	}
 	r.URL.RawQuery = "watch=1"
 	if pin.Check(r) == nil {
-		t.Error("a watch would be sent, where a list was decided about")
+		t.Error("got no error for a watch; a list was decided about")
 	}
 }
 
-// An event has the query and the body, which decide what happens: a dry run is one by
-// either.
-func TestWhatARecorderWasToldIsSent(t *testing.T) {
+// An event contains the query and the body. Either can make the request a dry run.
+func TestRecorded_QueryAndBodyAreSent(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		body   bool
@@ -99,16 +103,16 @@ func TestWhatARecorderWasToldIsSent(t *testing.T) {
 			tt.change(r)
 			err := pin.Check(r)
 			if (err == nil) != tt.sent {
-				t.Fatalf("got %v; want that it is sent: %v", err, tt.sent)
+				t.Fatalf("got %v; want it to be sent: %v", err, tt.sent)
 			}
-			if err != nil && !strings.Contains(err.ErrStatus.Message, "recorder") {
-				t.Errorf("got %q; want that it says who was told", err.ErrStatus.Message)
+			if err != nil && !strings.Contains(err.Error(), "recorder") {
+				t.Errorf("got %q; want it to mention the recorder", err)
 			}
 		})
 	}
 }
 
-func TestEveryDecisionCounts(t *testing.T) {
+func TestOn_EveryDecisionCounts(t *testing.T) {
 	r := newRequest("GET", "/cluster/api/v1/pods")
 	pin.On(r)
 	r.URL.Path = "/api/v1/pods"
@@ -116,43 +120,45 @@ func TestEveryDecisionCounts(t *testing.T) {
 		t.Fatalf("got resource %q; want pods", got)
 	}
 	if pin.Check(r) == nil {
-		t.Error("the request would be sent, and is not the one that the first decision was about")
+		t.Error("got no error; the request is not the one that the first decision was about")
 	}
-	// Not even after the first path was put back.
+	// Nor is it after the first path is restored.
 	r.URL.Path = "/cluster/api/v1/pods"
 	if pin.Check(r) == nil {
-		t.Error("the request would be sent, and is not the one that the second decision was about")
+		t.Error("got no error; the request is not the one that the second decision was about")
 	}
 }
 
-func TestARefusalIsKeptThatNobodyGave(t *testing.T) {
+func TestRefuse_IsKept(t *testing.T) {
 	r := newRequest("GET", "/api/v1//pods")
 	if !pin.On(r).Ambiguous {
 		t.Fatal("got an unambiguous request")
 	}
 	if err := pin.Check(r); err != nil {
-		t.Errorf("somebody asked and did not mind that it is ambiguous: %v", err)
+		t.Errorf("got %v before it was refused; want no error", err)
 	}
-	answer := pin.Refuse(r)
-	if answer.ErrStatus.Code != http.StatusBadRequest || !strings.Contains(answer.ErrStatus.Message, `"/api/v1//pods"`) {
-		t.Errorf("got %+v; want a 400 that names the path", answer.ErrStatus)
+	err := pin.Refuse(r)
+	if status, ok := apistatus.From(err); !ok || status.Code != http.StatusBadRequest || !strings.Contains(status.Message, `"/api/v1//pods"`) {
+		t.Errorf("got %v; want a 400 that names the path", err)
 	}
 	if pin.Check(r) == nil {
-		t.Error("the request would be sent as it is after it was refused")
+		t.Error("got no error for the refused request")
 	}
-	// Not even after it was made a better one.
+	// It stays refused with an unambiguous path.
 	r.URL.Path = "/api/v1/pods"
 	if pin.Check(r) == nil {
-		t.Error("the request would be sent after it was refused")
+		t.Error("got no error for the refused request with another path")
 	}
 }
 
-func TestWhatCannotBeWrittenDownIsAmbiguous(t *testing.T) {
+func TestOn_AmbiguousIfNotRecorded(t *testing.T) {
 	r := httptest.NewRequest("GET", "/api/v1/pods", nil)
 	if !pin.On(r).Ambiguous {
 		t.Error("without variables: got an unambiguous request")
 	}
-	_ = pin.Refuse(r)
+	if pin.Refuse(r) == nil {
+		t.Error("without variables: got no refusal")
+	}
 
 	r = newRequest("GET", "/api/v1/pods")
 	caddyhttp.SetVar(r.Context(), "tailscale_impersonate.decided", "a config's own")
@@ -160,12 +166,12 @@ func TestWhatCannotBeWrittenDownIsAmbiguous(t *testing.T) {
 		t.Error("with the variable taken: got an unambiguous request")
 	}
 	if pin.Check(r) == nil {
-		t.Error("the request would be sent, with the variable overwritten")
+		t.Error("with the variable overwritten: got no error")
 	}
 }
 
-// Requests about which nobody asks pay a look into a map.
-func TestCheckAllocatesNothing(t *testing.T) {
+// Requests without conditions cost a lookup in a map.
+func TestCheck_AllocatesNothing(t *testing.T) {
 	r := newRequest("GET", "/api/v1/pods")
 	if n := testing.AllocsPerRun(100, func() { _ = pin.Check(r) }); n > 0 {
 		t.Errorf("got %v allocations without a decision; want none", n)
@@ -173,5 +179,45 @@ func TestCheckAllocatesNothing(t *testing.T) {
 	pin.On(r)
 	if n := testing.AllocsPerRun(100, func() { _, _ = pin.On(r), pin.Check(r) }); n > 0 {
 		t.Errorf("got %v allocations where the request has been parsed; want none", n)
+	}
+}
+
+func TestRequire_EveryConditionHolds(t *testing.T) {
+	bad := errors.New("bad")
+	for _, tt := range []struct {
+		results []error
+		want    error
+	}{
+		{[]error{nil, nil}, nil},
+		{[]error{bad, nil}, bad},
+		{[]error{nil, bad}, bad},
+	} {
+		r := newRequest("GET", "/api/v1/pods")
+		for _, result := range tt.results {
+			if !pin.Require(r, func(out *http.Request) error {
+				if out.Method != http.MethodDelete {
+					t.Errorf("got a %s; want the request that is sent", out.Method)
+				}
+				return result
+			}) {
+				t.Fatal("the condition was not recorded")
+			}
+		}
+		r.Method = http.MethodDelete
+		if got := pin.Check(r); got != tt.want {
+			t.Errorf("results %v: got %v; want %v", tt.results, got, tt.want)
+		}
+	}
+}
+
+func TestRequire_ReportsThatNothingWasRecorded(t *testing.T) {
+	holds := func(*http.Request) error { return nil }
+	if pin.Require(httptest.NewRequest("GET", "/", nil), holds) {
+		t.Error("without variables: got true; want false")
+	}
+	r := newRequest("GET", "/")
+	caddyhttp.SetVar(r.Context(), "tailscale_impersonate.decided", "a config's own")
+	if pin.Require(r, holds) {
+		t.Error("with the variable taken: got true; want false")
 	}
 }

@@ -18,9 +18,10 @@ import (
 	"net/url"
 	"strings"
 
-	"golang.org/x/net/http/httpguts"
 	"k8s.io/apimachinery/pkg/util/sets"
 	"k8s.io/apiserver/pkg/endpoints/request"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
 
 // Info is what a request asks for. Two requests ask for the same if their Info is
@@ -113,7 +114,7 @@ func Parse(r *http.Request) Info {
 		IsResourceRequest: parsed.IsResourceRequest,
 		Ambiguous:         err != nil || isAmbiguous(r.URL),
 	}
-	info.Interactive = isInteractive(info, AsksForUpgrade(r.Header))
+	info.Interactive = isInteractive(info, upgrade.Requested(r.Header))
 	return info
 }
 
@@ -138,9 +139,9 @@ func (i Info) PassesOn() bool {
 	return i.Verb == "proxy"
 }
 
-// isInteractive reports whether a request ends in a shell or a tunnel. upgrade is
-// whether it asks to upgrade the connection.
-func isInteractive(i Info, upgrade bool) bool {
+// isInteractive reports whether a request ends in a shell or a tunnel. upgrades is
+// whether it asks for an upgrade of the connection.
+func isInteractive(i Info, upgrades bool) bool {
 	if i.PassesOn() {
 		return true
 	}
@@ -148,21 +149,13 @@ func isInteractive(i Info, upgrade bool) bool {
 		switch {
 		case i.Subresource == "ephemeralcontainers" && i.Verb != "get":
 			return true
-		case i.Verb == "watch" && i.Subresource == "", i.APIGroup == "" && i.Resource == "pods" && i.Subresource == "log":
+		case i.Verb == "watch" && i.Subresource == "", i.isPod() && i.Subresource == "log":
 			// These stream one way, over a WebSocket to a browser.
 			return false
 		}
 	}
 	// The consoles of virtual machines, for one.
-	return upgrade
-}
-
-// AsksForUpgrade reports whether the headers h of a request ask for an upgrade of
-// the connection, in the way in which reverse_proxy passes that on: it goes by the
-// first value of Upgrade, and passes on none if that is empty.
-func AsksForUpgrade(h http.Header) bool {
-	protocols := h["Upgrade"]
-	return len(protocols) > 0 && protocols[0] != "" && httpguts.HeaderValuesContainsToken(h["Connection"], "Upgrade")
+	return upgrades
 }
 
 // IsPath reports whether u asks for a path, as every request to an API server does.
