@@ -26,7 +26,7 @@ func configFrom(t *testing.T, text string) caddyfile.Config {
 	return c
 }
 
-func TestValidConfigs(t *testing.T) {
+func TestConfig_ValidSurvivesJSON(t *testing.T) {
 	for _, text := range []string{
 		`{}`,
 		`{"capability": "example.com/cap/kubernetes-staging"}`,
@@ -52,7 +52,7 @@ func TestValidConfigs(t *testing.T) {
 	}
 }
 
-func TestInvalidConfigsNameOptionAndValue(t *testing.T) {
+func TestConfig_ErrorsNameOptionAndValue(t *testing.T) {
 	for _, tt := range []struct{ text, option, value string }{
 		{`{"capability": "a b"}`, "capability", `"a b"`},
 		{`{"capability": "a\n"}`, "capability", `"a\n"`},
@@ -113,7 +113,7 @@ func TestInvalidConfigsNameOptionAndValue(t *testing.T) {
 	}
 }
 
-func TestCapabilityReplacesBothDefaultNames(t *testing.T) {
+func TestConfig_CapabilityReplacesDefaults(t *testing.T) {
 	for _, tt := range []struct {
 		config caddyfile.Config
 		want   []tailcfg.PeerCapability

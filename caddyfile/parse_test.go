@@ -27,10 +27,10 @@ var update = flag.Bool("update", false, "rewrite the expected part of testdata/*
 // divider is the line between a Caddyfile and what is expected of it.
 const divider = "----------\n"
 
-// TestAdapt adapts the Caddyfile in every testdata/*.caddyfiletest and compares
+// TestAdapt_GoldenFiles adapts the Caddyfile in every testdata/*.caddyfiletest and compares
 // the result, JSON or an error, with what stands below the divider. Files of
 // errors are those named error_*.
-func TestAdapt(t *testing.T) {
+func TestAdapt_GoldenFiles(t *testing.T) {
 	for _, file := range goldenFiles(t, "*") {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".caddyfiletest"), func(t *testing.T) {
 			input, want := readGolden(t, file)
@@ -56,7 +56,7 @@ func TestAdapt(t *testing.T) {
 
 // A reverse_proxy that the handler does not precede would be reached without it.
 // Caddy sorts directives, so where they stand in the Caddyfile says nothing.
-func TestHandlerPrecedesEveryReverseProxy(t *testing.T) {
+func TestAdapt_HandlerPrecedesReverseProxy(t *testing.T) {
 	files := goldenFiles(t, "order_*")
 	if len(files) < 5 {
 		t.Fatalf("got only the files %v; want one for each directive that may hold a reverse_proxy", files)
@@ -80,7 +80,7 @@ func TestHandlerPrecedesEveryReverseProxy(t *testing.T) {
 	}
 }
 
-func TestConfigDoesNotDependOnTheMachine(t *testing.T) {
+func TestAdapt_IndependentOfTheMachine(t *testing.T) {
 	// A pod, where transport kubernetes without options is in_cluster.
 	inPod := func(t *testing.T) {
 		t.Setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")

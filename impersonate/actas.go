@@ -19,16 +19,16 @@ import (
 	"k8s.io/client-go/transport"
 )
 
-// The keys of the extra fields that say who acts as somebody else. ExtraNode is
-// the third of them.
+// The keys of the extra fields that name the caller who acts as another user, besides
+// ExtraNode.
 const (
 	ExtraOriginalUser   = extraDomain + "original-user"
-	ExtraOriginalUID    = extraDomain + "original-uid" // where audit is on
+	ExtraOriginalUID    = extraDomain + "original-uid" // only with audit
 	ExtraOriginalGroups = extraDomain + "original-groups"
 )
 
-// Target is whom a client asks to act as, as `kubectl --as` does. That is what it
-// wants, and nothing more: it is not an [Identity].
+// Target is the user that a client asks to act as, as with kubectl --as. It is only
+// what the client asks for, and not an [Identity].
 type Target struct {
 	User   string
 	UID    string // empty if not asked for
@@ -36,17 +36,17 @@ type Target struct {
 	Extra  map[string][]string
 }
 
-// maxAttributes is how many values a target may consist of. Each of them costs the
-// API server a question, and a client chooses how many there are.
+// maxAttributes is the number of values that a target may have. The client chooses how
+// many it sends, and the API server is asked about each of them.
 const maxAttributes = 64
 
-// ParseTarget returns whom the headers h, as the client sent them, ask to act as:
-// nil if they ask for nobody.
+// ParseTarget returns the target that the headers h, as the client sent them, ask for.
+// It returns nil if they ask for none.
 //
-// It reads them as the API server does, but for what the API server lets pass
-// without a word: a second user where it takes the first, names that it would not
-// know for its own (Impersonate_User), keys that cannot be decoded, and empty
-// values are errors. So are the extra fields that are written here.
+// It reads h as the API server does, but stricter. These are errors although the API
+// server ignores them: a second user, names in another spelling (Impersonate_User),
+// keys that cannot be decoded, and empty values. The extra fields that only this
+// package sets are errors as well.
 func ParseTarget(h http.Header) (*Target, error) {
 	var names []string
 	for name := range h {
@@ -57,7 +57,7 @@ func ParseTarget(h http.Header) (*Target, error) {
 	if len(names) == 0 {
 		return nil, nil
 	}
-	slices.Sort(names) // for the same answer every time
+	slices.Sort(names) // so that the error is the same each time
 	t := &Target{}
 	for _, name := range names {
 		if err := t.parse(name, h[name]); err != nil {
@@ -73,7 +73,7 @@ func ParseTarget(h http.Header) (*Target, error) {
 	return t, nil
 }
 
-// parse sets what one header asks for.
+// parse sets what the header name asks for.
 func (t *Target) parse(name string, values []string) error {
 	if len(values) == 0 {
 		return fmt.Errorf("header %s has no value", name)
@@ -100,7 +100,7 @@ func (t *Target) parse(name string, values []string) error {
 	}
 	encoded, ok := strings.CutPrefix(name, transport.ImpersonateUserExtraHeaderPrefix)
 	if !ok {
-		return fmt.Errorf("header %s is none that the API server knows", name)
+		return fmt.Errorf("unknown impersonation header %s", name)
 	}
 	key, err := url.PathUnescape(strings.ToLower(encoded))
 	if err != nil {
@@ -110,7 +110,7 @@ func (t *Target) parse(name string, values []string) error {
 		return err
 	}
 	if strings.HasPrefix(strings.ToLower(key), extraDomain) {
-		return fmt.Errorf("header %s: extra fields that start with %s are the proxy's to write", name, extraDomain)
+		return fmt.Errorf("header %s: extra fields that start with %s are reserved for the proxy", name, extraDomain)
 	}
 	if _, ok := t.Extra[key]; ok {
 		return fmt.Errorf("header %s: the extra field %s is given twice", name, key)
@@ -122,7 +122,7 @@ func (t *Target) parse(name string, values []string) error {
 	return nil
 }
 
-// attributes returns how many values t consists of.
+// attributes returns the number of values that t has.
 func (t *Target) attributes() int {
 	n := 1 + len(t.Groups)
 	if t.UID != "" {
@@ -134,13 +134,13 @@ func (t *Target) attributes() int {
 	return n
 }
 
-// ServiceAccount returns which service account the target is, if it is one.
+// ServiceAccount returns the service account that t is, if it is one.
 func (t *Target) ServiceAccount() (namespace, name string, ok bool) {
 	namespace, name, err := serviceaccount.SplitUsername(t.User)
 	return namespace, name, err == nil
 }
 
-// NodeName returns which node the target is, if it is one.
+// NodeName returns the name of the node that t is, if it is one.
 func (t *Target) NodeName() (name string, ok bool) {
 	name, ok = strings.CutPrefix(t.User, "system:node:")
 	if !ok || len(validation.NameIsDNSSubdomain(name, false)) > 0 {
@@ -149,11 +149,11 @@ func (t *Target) NodeName() (name string, ok bool) {
 	return name, true
 }
 
-// OnlyUser reports whether the target is a user and nothing else.
+// OnlyUser reports whether t has nothing but a user.
 func (t *Target) OnlyUser() bool { return t.UID == "" && len(t.Groups) == 0 && len(t.Extra) == 0 }
 
-// OwnGroups returns the groups that a service account or a node is in by itself. The
-// API server adds them if the target names none.
+// OwnGroups returns the groups that every service account or node is in. The API
+// server adds them if the target names no groups.
 func (t *Target) OwnGroups() []string {
 	if namespace, _, ok := t.ServiceAccount(); ok {
 		return serviceaccount.MakeGroupNames(namespace)
@@ -164,24 +164,24 @@ func (t *Target) OwnGroups() []string {
 	return nil
 }
 
-// ActAsRequest is a request to act as another user, as kubectl --as makes. Whoever sends the request on has to
-// find out first whether it may.
+// ActAsRequest is an unauthorized request to act as another user, as with kubectl --as.
+// A transport has to ask the API server for authorization before it sends the request.
 type ActAsRequest struct {
 	Target *Target
-	// MaxAge is how old an answer to that may be.
+	// MaxAge is the maximum age of a cached authorization.
 	MaxAge time.Duration
-	// Granted is called once it is known that the caller may, with how to find out
-	// whether it still may.
+	// Granted is called when the API server has authorized the request. Its argument
+	// checks whether it still does.
 	Granted func(StillAllowed)
 }
 
-// StillAllowed returns an error unless caller may act as it does, as found out at since
-// or later. The error is forbidden (apierrors.IsForbidden) if it may not, and
-// any other if nobody could tell.
+// StillAllowed returns an error unless caller may act as the target of its request,
+// according to an authorization that is not older than since. The error is forbidden
+// (apierrors.IsForbidden) if it may not, and another one if that is unknown.
 type StillAllowed func(ctx context.Context, caller *Identity, since time.Time) error
 
-// As returns the identity of target, as which the caller id may act, in groups. The
-// caller is in its extra fields, together with all that was known about it.
+// As returns the identity of target in groups, for the caller id that may act as it.
+// The extra fields name the caller, and keep those that the caller has.
 func (id *Identity) As(target *Target, groups []string) *Identity {
 	out := &Identity{
 		User:      target.User,

@@ -16,8 +16,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
 
-// headers returns the headers given as name, value, name, value, as a server hands
-// them over.
+// headers returns headers from alternating names and values, in canonical form.
 func headers(pairs ...string) http.Header {
 	h := make(http.Header)
 	for i := 0; i < len(pairs); i += 2 {
@@ -26,15 +25,15 @@ func headers(pairs ...string) http.Header {
 	return h
 }
 
-func TestParseTarget(t *testing.T) {
+func TestParseTarget_ReadsWhatTheAPIServerReads(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		h    http.Header
 		want *impersonate.Target
 	}{
-		{"nobody", headers("Accept", "*/*", "X-Impersonate-User", "a"), nil},
+		{"no target", headers("Accept", "*/*", "X-Impersonate-User", "a"), nil},
 		{"a user", headers("Impersonate-User", "bob"), &impersonate.Target{User: "bob"}},
-		{"a user of the cluster's own", headers("Impersonate-User", "system:node:n1"), &impersonate.Target{User: "system:node:n1"}},
+		{"a user of the cluster", headers("Impersonate-User", "system:node:n1"), &impersonate.Target{User: "system:node:n1"}},
 		{
 			"everything", headers("impersonate-user", "bob", "Impersonate-Group", "b", "Impersonate-Group", "a", "Impersonate-Uid", "1", "Impersonate-Extra-Scopes", "x", "Impersonate-Extra-Scopes", "y"),
 			&impersonate.Target{User: "bob", Groups: []string{"b", "a"}, UID: "1", Extra: map[string][]string{"scopes": {"x", "y"}}},
@@ -56,7 +55,7 @@ func TestParseTarget(t *testing.T) {
 	}
 }
 
-func TestTargetsInDoubtAreErrors(t *testing.T) {
+func TestParseTarget_RejectsAmbiguousHeaders(t *testing.T) {
 	many := func(name string, n int, pairs ...string) http.Header {
 		h := headers(append(pairs, "Impersonate-User", "bob")...)
 		for i := range n {
@@ -82,20 +81,20 @@ func TestTargetsInDoubtAreErrors(t *testing.T) {
 		{"a header without values", http.Header{"Impersonate-User": {"bob"}, "Impersonate-Group": nil}, []string{"Impersonate-Group", "no value"}},
 		{"a name not in ASCII", headers("Impersonate-User", "bäb"), []string{"Impersonate-User", "printable"}},
 		{"a name with blanks around it", http.Header{"Impersonate-User": {" bob"}}, []string{"Impersonate-User", "blank"}},
-		{"an unknown header", user("Impersonate-Something-New", "a"), []string{"Impersonate-Something-New", "none that the API server knows"}},
-		{"an alias", user("Impersonate_Group", "a"), []string{"Impersonate_group", "none that the API server knows"}},
-		{"an alias of the user", http.Header{"Impersonate.User": {"bob"}}, []string{"Impersonate.User", "none that the API server knows"}},
-		{"another case", http.Header{"impersonate-user": {"bob"}}, []string{"impersonate-user", "none that the API server knows"}},
+		{"an unknown header", user("Impersonate-Something-New", "a"), []string{"Impersonate-Something-New", "unknown impersonation header"}},
+		{"an alias", user("Impersonate_Group", "a"), []string{"Impersonate_group", "unknown impersonation header"}},
+		{"an alias of the user", http.Header{"Impersonate.User": {"bob"}}, []string{"Impersonate.User", "unknown impersonation header"}},
+		{"another case", http.Header{"impersonate-user": {"bob"}}, []string{"impersonate-user", "unknown impersonation header"}},
 		{"extra without a key", user("Impersonate-Extra-", "a"), []string{"Impersonate-Extra-", "empty"}},
 		{"a key that cannot be decoded", user("Impersonate-Extra-%zz", "a"), []string{"%zz"}},
 		{"a key that is not printable", user("Impersonate-Extra-A%0d%0aB", "a"), []string{"printable"}},
 		{"a key in two spellings", user("Impersonate-Extra-Ab", "a", "Impersonate-Extra-%61b", "b"), []string{"ab", "twice"}},
-		{"a key of ours", user("Impersonate-Extra-Tailscale-Impersonate.github.io%2foriginal-User", "a"), []string{"the proxy's to write"}},
-		{"a key of ours that is not in use", user("Impersonate-Extra-Tailscale-Impersonate%2egithub.io%2fnew", "a"), []string{"the proxy's to write"}},
-		{"a key of ours in upper case", user("Impersonate-Extra-%54ailscale-impersonate.github.io%2fnode", "a"), []string{"the proxy's to write"}},
-		{"more than the API server is to be asked about", many("Impersonate-Group", 64), []string{"65 values", "64"}},
-		{"as many, with a UID", many("Impersonate-Group", 63, "Impersonate-Uid", "1"), []string{"65 values", "64"}},
-		{"as many, of an extra field", many("Impersonate-Extra-A", 64), []string{"65 values", "64"}},
+		{"a key of the proxy", user("Impersonate-Extra-Tailscale-Impersonate.github.io%2foriginal-User", "a"), []string{"reserved for the proxy"}},
+		{"a key of the proxy that is not in use", user("Impersonate-Extra-Tailscale-Impersonate%2egithub.io%2fnew", "a"), []string{"reserved for the proxy"}},
+		{"a key of the proxy in upper case", user("Impersonate-Extra-%54ailscale-impersonate.github.io%2fnode", "a"), []string{"reserved for the proxy"}},
+		{"too many groups", many("Impersonate-Group", 64), []string{"65 values", "64"}},
+		{"too many, with a UID", many("Impersonate-Group", 63, "Impersonate-Uid", "1"), []string{"65 values", "64"}},
+		{"too many values of an extra field", many("Impersonate-Extra-A", 64), []string{"65 values", "64"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := impersonate.ParseTarget(tt.h)
@@ -114,13 +113,13 @@ func TestTargetsInDoubtAreErrors(t *testing.T) {
 	}
 }
 
-func TestAsKeepsWhoItReallyIs(t *testing.T) {
+func TestAs_NamesTheCallerInExtraFields(t *testing.T) {
 	caller := &impersonate.Identity{
 		User: "alice@example.com", Groups: []string{"readers"}, UID: "42", Node: "laptop.example.ts.net", Source: impersonate.SourceGrants, RequestID: "f00",
 		Extra: map[string][]string{impersonate.ExtraAddress: {"100.64.0.2"}, impersonate.ExtraNode: {"laptop.example.ts.net"}},
 		ActAs: &impersonate.ActAsRequest{},
 	}
-	// No request makes a target with the address in it, and if one did, it would not count.
+	// ParseTarget accepts no target with an address. If it did, the caller's would win.
 	target := &impersonate.Target{User: "bob", UID: "7", Extra: map[string][]string{"scopes": {"x"}, impersonate.ExtraAddress: {"100.64.0.9"}}}
 	want := &impersonate.Identity{
 		User: "bob", Groups: []string{"g"}, UID: "7", Node: "laptop.example.ts.net", Source: impersonate.SourceGrants, RequestID: "f00",
@@ -149,7 +148,7 @@ func TestAsKeepsWhoItReallyIs(t *testing.T) {
 	}
 }
 
-func TestOwnGroups(t *testing.T) {
+func TestTarget_OwnGroups(t *testing.T) {
 	for _, tt := range []struct {
 		target impersonate.Target
 		want   []string
@@ -168,9 +167,8 @@ func TestOwnGroups(t *testing.T) {
 	}
 }
 
-// A service account or a node that is anything beside has to be had by the older
-// form of the right.
-func TestOnlyUser(t *testing.T) {
+// Constrained impersonation of a service account or node allows nothing but a user.
+func TestTarget_OnlyUser(t *testing.T) {
 	for _, tt := range []struct {
 		target impersonate.Target
 		want   bool
@@ -187,9 +185,9 @@ func TestOnlyUser(t *testing.T) {
 	}
 }
 
-// Before anybody has found out whether its caller may act as somebody else, a
-// request is sent by nothing that speaks HTTP, neither as one nor as the other.
-func TestAnUnansweredWishCannotBeSent(t *testing.T) {
+// Until the API server has authorized it, no HTTP client sends a request to act as
+// another user: neither as the caller nor as the target.
+func TestSetHeaders_UnauthorizedActAsCannotBeSent(t *testing.T) {
 	id := &impersonate.Identity{User: "alice@example.com", Groups: []string{"system:masters"}, ActAs: &impersonate.ActAsRequest{Target: &impersonate.Target{User: "bob"}}}
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		t.Errorf("a request arrived over %s, with %v", r.Proto, r.Header)
@@ -214,7 +212,7 @@ func TestAnUnansweredWishCannotBeSent(t *testing.T) {
 		if err == nil {
 			_, _ = io.Copy(io.Discard, resp.Body)
 			_ = resp.Body.Close()
-			t.Error("it was sent")
+			t.Error("the request was sent")
 		}
 		id.RemoveHeaders(r.Header)
 		if len(r.Header) > 0 {
@@ -224,8 +222,8 @@ func TestAnUnansweredWishCannotBeSent(t *testing.T) {
 	}
 }
 
-// FuzzParseTarget checks that whatever a client sends, what is understood of it is
-// either an error or what the API server understands of what is sent on.
+// FuzzParseTarget checks that for all headers of clients, ParseTarget returns an error,
+// or the same target that the API server reads from the headers that SetHeaders writes.
 func FuzzParseTarget(f *testing.F) {
 	f.Add("bob", "a\nb", "1", "Scopes", "x\ny")
 	f.Add("system:serviceaccount:ns:sa", "", "", "Example.com%2FRole", "x")

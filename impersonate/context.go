@@ -6,12 +6,11 @@ import "context"
 
 type identityKey struct{}
 
-// Context is a context that carries an identity. What sends a request to the API
-// server takes the identity from there, where neither a client nor a config can
-// reach it, and not from headers.
+// Context is a context that carries an identity. The transport takes the identity from
+// there and not from headers, as neither a client nor a config can change it there.
 type Context struct {
 	context.Context
-	// ID is the identity, which must not change any more.
+	// ID is the identity. It must not be modified.
 	ID *Identity
 }
 
@@ -28,7 +27,8 @@ func NewContext(ctx context.Context, id *Identity) context.Context {
 	return &Context{ctx, id}
 }
 
-// FromContext returns the identity that ctx carries, and whether it carries one.
+// FromContext returns the identity that ctx carries, and whether it carries one. An
+// identity without a user is none.
 func FromContext(ctx context.Context) (*Identity, bool) {
 	id, ok := ctx.Value(identityKey{}).(*Identity)
 	if !ok || id == nil || id.User == "" {

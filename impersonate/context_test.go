@@ -11,7 +11,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
 
-func TestContextCarriesIdentity(t *testing.T) {
+func TestContext_CarriesIdentity(t *testing.T) {
 	want := &impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers"}, Source: impersonate.SourceGrants}
 	ctx := impersonate.NewContext(t.Context(), want)
 	ctx, cancel := context.WithCancel(ctx)
@@ -25,13 +25,13 @@ func TestContextCarriesIdentity(t *testing.T) {
 	}
 }
 
-func TestContextWithoutIdentityCarriesNone(t *testing.T) {
+func TestFromContext_NoIdentity(t *testing.T) {
 	if id, ok := impersonate.FromContext(t.Context()); ok {
 		t.Errorf("got identity %+v; want none", id)
 	}
 }
 
-func TestContextWithIdentityWithoutUserCarriesNone(t *testing.T) {
+func TestFromContext_IdentityWithoutUserIsNone(t *testing.T) {
 	ctx := impersonate.NewContext(t.Context(), &impersonate.Identity{Groups: []string{"system:masters"}})
 	if id, ok := impersonate.FromContext(ctx); ok {
 		t.Errorf("got identity %+v; want none", id)

@@ -10,8 +10,8 @@ import (
 	"tailscale.com/tailcfg"
 )
 
-// explained returns the peer with these values of the capability name.
-func explained(name tailcfg.PeerCapability, values ...string) Peer {
+// granted returns a peer with these values of the capability name.
+func granted(name tailcfg.PeerCapability, values ...string) Peer {
 	p := Peer{Node: "laptop.example.ts.net", Login: "alice@example.com", Capabilities: tailcfg.PeerCapMap{}}
 	for _, value := range values {
 		p.Capabilities[name] = append(p.Capabilities[name], tailcfg.RawMessage(value))
@@ -19,10 +19,10 @@ func explained(name tailcfg.PeerCapability, values ...string) Peer {
 	return p
 }
 
-func TestExplanationsSayWhereGroupsComeFrom(t *testing.T) {
+func TestExplanation_NamesTheGrantsOfEachGroup(t *testing.T) {
 	const both, one, none = `{"impersonate":{"groups":["a","b","a"]}}`, `{"impersonate":{"groups":["b"]}}`, `{"recorder":["tag:r"]}`
 	for _, name := range Capabilities {
-		id, why, err := explained(name, both, none, one).Identity(Capabilities)
+		id, why, err := granted(name, both, none, one).Identity(Capabilities)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -35,19 +35,18 @@ func TestExplanationsSayWhereGroupsComeFrom(t *testing.T) {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
 		}
 		if !slices.Equal(id.Groups, []string{"a", "b"}) {
-			t.Errorf("%s: groups %v; want those that are explained", name, id.Groups)
+			t.Errorf("%s: groups %v; want those of the explanation", name, id.Groups)
 		}
 	}
 }
 
-// What was found until an error is there to explain it.
-func TestExplanationsOfErrors(t *testing.T) {
+func TestExplanation_RecordedUpToAnError(t *testing.T) {
 	name := Capabilities[0]
 	for _, values := range [][]string{
 		{`{"impersonate":{"groups":["a",""]}}`},
 		{`{"impersonate":{"groups":["a"]}}`, `{"impersonate":"everybody"}`},
 	} {
-		id, why, err := explained(name, values...).Identity(Capabilities)
+		id, why, err := granted(name, values...).Identity(Capabilities)
 		if err == nil || !cmp.Equal(id, Identity{}) {
 			t.Errorf("%q: got %+v, %v; want an error", values, id, err)
 		}
@@ -57,7 +56,7 @@ func TestExplanationsOfErrors(t *testing.T) {
 	}
 }
 
-func TestExplanationWithoutGrants(t *testing.T) {
+func TestExplanation_EmptyWithoutGrants(t *testing.T) {
 	_, why, err := Peer{Node: "ci.example.ts.net", Tags: []string{"tag:ci"}}.Identity(Capabilities)
 	if err != nil {
 		t.Fatal(err)

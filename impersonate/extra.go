@@ -14,43 +14,43 @@ import (
 	"k8s.io/client-go/transport"
 )
 
-// extraDomain starts the keys of all extra fields that are written here. Nobody
-// else may write one that starts with it.
+// extraDomain is the prefix of the keys of all extra fields that this package sets.
+// Clients may not set extra fields with this prefix.
 const extraDomain = "tailscale-impersonate.github.io/"
 
-// The keys of the extra fields that say who sent a request. They are in lower
-// case, as the API server reads keys in no other way.
+// The keys of the extra fields that describe the caller. They are in lower case, as
+// the API server converts keys to lower case.
 const (
 	ExtraNode         = extraDomain + "node"          // the tailnet name of the device
 	ExtraNodeID       = extraDomain + "node-id"       // the stable ID of the device
 	ExtraAddress      = extraDomain + "address"       // the device's address on the tailnet
 	ExtraTags         = extraDomain + "tags"          // the device's tags, one value each
-	ExtraGroupsSource = extraDomain + "groups-source" // where the groups came from: a Source
-	ExtraRequestID    = extraDomain + "request-id"    // what the request is called
+	ExtraGroupsSource = extraDomain + "groups-source" // where the groups come from: a Source
+	ExtraRequestID    = extraDomain + "request-id"    // the ID of the request
 )
 
-// AuditExtras are the keys that [Peer.Audited] and a request's ID add up to: those
-// that the proxy's account has to be allowed to impersonate.
+// AuditExtras are the keys that [Peer.Audited] and [Identity.RequestID] set. The proxy's
+// account needs the right to impersonate them.
 var AuditExtras = []string{ExtraNode, ExtraNodeID, ExtraAddress, ExtraTags, ExtraGroupsSource, ExtraRequestID}
 
-// OriginalExtras are the keys that [Identity.As] adds to those.
+// OriginalExtras are the keys that [Identity.As] sets.
 var OriginalExtras = []string{ExtraOriginalUser, ExtraOriginalUID, ExtraOriginalGroups, ExtraNode}
 
-// auditIDHeader names a request in the API server's audit log.
+// auditIDHeader is the ID of a request in the API server's audit log.
 const auditIDHeader = "Audit-Id"
 
-// Audited returns id, which is what p may be called, with what an audit log or an
-// admission policy wants to know about p: as UID that of the user, or of the device
-// where no user has one, and the extra fields. remote is p's address.
+// Audited returns id, the identity of p, with data for audit logs and admission policies:
+// the UID of the user, or of the device if it has no user, and the extra fields. remote
+// is p's address.
 //
-// The tags of a device that was shared in are left out: they were given in another
-// tailnet, and a policy that lets tag:admin do something means this one's.
+// It leaves out the tags of a device that was shared in: another tailnet assigned them,
+// and an admission policy that names tag:admin means the tag of this one.
 //
-// It is an error, with a zero Identity, if p has no name or ID, or if any of it is
-// not what a header carries unaltered.
+// It returns an error, with a zero Identity, if p has no name or ID, or if a header
+// does not carry a value unaltered.
 func (p Peer) Audited(id Identity, remote netip.Addr) (Identity, error) {
 	if p.NodeID == "" {
-		return Identity{}, errors.New("audit is on, and the tailnet node's answer names no ID of the device")
+		return Identity{}, errors.New("audit is on, and the tailnet node's answer has no ID of the device")
 	}
 	id.UID = string(p.NodeID)
 	if !p.UserID.IsZero() {
@@ -83,8 +83,8 @@ func extraHeader(key string) string {
 	return encodeExtraHeader(key)
 }
 
-// ownExtraHeaders are the names of the headers for our own keys, as nearly all that
-// are written are of these.
+// ownExtraHeaders maps the keys that this package sets to the names of their headers.
+// Nearly all extra fields have one of these keys.
 var ownExtraHeaders = func() map[string]string {
 	names := make(map[string]string)
 	for _, key := range slices.Concat(AuditExtras, OriginalExtras) {
@@ -93,12 +93,11 @@ var ownExtraHeaders = func() map[string]string {
 	return names
 }()
 
-// encodeExtraHeader returns the name of the header for an extra field, in
-// canonical form.
+// encodeExtraHeader returns the canonical name of the header for an extra field.
 //
-// The API server puts the name into lower case and then decodes it like a path.
-// So whatever a header's name cannot hold, and letters in upper case, are
-// percent-encoded; the case of the digits makes no difference.
+// The API server converts the name to lower case and then decodes it like a path.
+// So upper-case letters are percent-encoded, and so is what the name of a header
+// cannot hold.
 func encodeExtraHeader(key string) string {
 	var name strings.Builder
 	name.WriteString(transport.ImpersonateUserExtraHeaderPrefix)

@@ -20,7 +20,7 @@ import (
 
 var remote = netip.MustParseAddr("100.64.0.2")
 
-// audited returns the identity of the peer that who describes, for an audit log.
+// audited returns the identity of the peer that who describes, with the fields of audit.
 func audited(who *apitype.WhoIsResponse) (impersonate.Identity, error) {
 	peer, err := impersonate.PeerFrom(who)
 	if err != nil {
@@ -33,7 +33,7 @@ func audited(who *apitype.WhoIsResponse) (impersonate.Identity, error) {
 	return peer.Audited(id, remote)
 }
 
-// withIDs gives who's device and user IDs.
+// withIDs sets the IDs of the device and the user in who.
 func withIDs(who *apitype.WhoIsResponse) *apitype.WhoIsResponse {
 	who.Node.StableID = "nDEVICE"
 	if who.UserProfile != nil {
@@ -42,7 +42,7 @@ func withIDs(who *apitype.WhoIsResponse) *apitype.WhoIsResponse {
 	return who
 }
 
-func TestAudited(t *testing.T) {
+func TestAudited_DescribesTheDevice(t *testing.T) {
 	const readers = `{"impersonate":{"groups":["tailnet-readers"]}}`
 	extra := func(node, source string, tags ...string) map[string][]string {
 		e := map[string][]string{
@@ -53,8 +53,8 @@ func TestAudited(t *testing.T) {
 		}
 		return e
 	}
-	nobodys := withIDs(aUser("alice@example.com"))
-	nobodys.UserProfile.ID = 0
+	withoutUserID := withIDs(aUser("alice@example.com"))
+	withoutUserID.UserProfile.ID = 0
 	for _, tt := range []struct {
 		name  string
 		who   *apitype.WhoIsResponse
@@ -62,10 +62,10 @@ func TestAudited(t *testing.T) {
 		extra map[string][]string
 	}{
 		{"a user's device has the user's ID", withIDs(aUser("alice@example.com", readers)), "42", extra("laptop.example.ts.net", "grants")},
-		{"a tagged device has its own", withIDs(aDevice("ci.example.ts.net.", []string{"tag:ci", "tag:b"})), "nDEVICE", extra("ci.example.ts.net", "tags", "tag:ci", "tag:b")},
+		{"a tagged device has its own ID", withIDs(aDevice("ci.example.ts.net.", []string{"tag:ci", "tag:b"})), "nDEVICE", extra("ci.example.ts.net", "tags", "tag:ci", "tag:b")},
 		{"a tagged device with a grant keeps its tags", withIDs(aDevice("ci.example.ts.net.", []string{"tag:ci"}, readers)), "nDEVICE", extra("ci.example.ts.net", "grants", "tag:ci")},
 		{"tags of another tailnet do not count", withIDs(sharedIn(aDevice("ci.example.ts.net.", []string{"tag:admin"}))), "nDEVICE", extra("ci.example.ts.net", "none")},
-		{"a user without an ID is the device", nobodys, "nDEVICE", extra("laptop.example.ts.net", "none")},
+		{"a user without an ID has the device's", withoutUserID, "nDEVICE", extra("laptop.example.ts.net", "none")},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			plain, err := identityOf(tt.who)
@@ -85,7 +85,7 @@ func TestAudited(t *testing.T) {
 	}
 }
 
-func TestWhatCannotBeAuditedIsNoIdentity(t *testing.T) {
+func TestAudited_RejectsMissingOrUnprintableValues(t *testing.T) {
 	for name, change := range map[string]struct {
 		who   *apitype.WhoIsResponse
 		words []string
@@ -113,9 +113,9 @@ func TestWhatCannotBeAuditedIsNoIdentity(t *testing.T) {
 	}
 }
 
-// The API server demands this of keys in newer forms of impersonation, and reads
-// keys in lower case in all of them.
-func TestExtraKeysAreValid(t *testing.T) {
+// Constrained impersonation accepts only these keys, and the API server converts all
+// keys to lower case.
+func TestExtraKeys_ValidForTheAPIServer(t *testing.T) {
 	for _, key := range slices.Concat(impersonate.AuditExtras, impersonate.OriginalExtras) {
 		if err := validation.IsDomainPrefixedPath(field.NewPath("key"), key).ToAggregate(); err != nil {
 			t.Errorf("key %s: %v", key, err)
@@ -126,13 +126,13 @@ func TestExtraKeysAreValid(t *testing.T) {
 	}
 }
 
-// decodeExtra is how the API server reads the name of a header: it puts it into
-// lower case and then decodes it.
+// decodeExtra returns the key for the name of a header as the API server does: it
+// converts the name to lower case and then decodes it.
 func decodeExtra(t *testing.T, name string) string {
 	t.Helper()
 	encoded, ok := strings.CutPrefix(name, "Impersonate-Extra-")
 	if !ok {
-		t.Fatalf("header %s is not one of extra fields", name)
+		t.Fatalf("header %s is not an extra field", name)
 	}
 	key, err := url.PathUnescape(strings.ToLower(encoded))
 	if err != nil {
@@ -141,7 +141,7 @@ func decodeExtra(t *testing.T, name string) string {
 	return key
 }
 
-func TestExtraIsWrittenAsTheAPIServerReadsIt(t *testing.T) {
+func TestSetHeaders_ExtraDecodesAsTheAPIServerDoes(t *testing.T) {
 	id := impersonate.Identity{User: "alice@example.com", UID: "42", Extra: map[string][]string{}, RequestID: "f00"}
 	for _, key := range append([]string{"scopes", "Scopes", "example.com/a_b", "a%2fb", "ä b:c"}, impersonate.AuditExtras[:5]...) {
 		id.Extra[key] = []string{"1", "2"}
@@ -179,7 +179,7 @@ func TestExtraIsWrittenAsTheAPIServerReadsIt(t *testing.T) {
 	}
 }
 
-func TestWithoutAuditNothingIsAdded(t *testing.T) {
+func TestSetHeaders_NoExtraWithoutAudit(t *testing.T) {
 	id, err := identityOf(withIDs(aUser("alice@example.com")))
 	if err != nil {
 		t.Fatal(err)

@@ -7,19 +7,19 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/net/http/httpguts"
 	"k8s.io/client-go/transport"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
 
-// bearerProtocolPrefix starts the entry of Sec-WebSocket-Protocol in which a
-// browser, which cannot set Authorization on a WebSocket, sends a bearer token.
+// bearerProtocolPrefix is the prefix of the entry of Sec-WebSocket-Protocol in which a
+// browser sends a bearer token, as it cannot set Authorization on a WebSocket.
 const bearerProtocolPrefix = "base64url.bearer.authorization.k8s.io."
 
-// StripProtected removes from h every header that carries identity or
-// credentials to the API server: Impersonate-*, X-Remote-* (front-proxy
-// authentication), Authorization, and the bearer token of
-// Sec-WebSocket-Protocol. It returns the name of an impersonation header that it
-// removed, the first in alphabetical order, empty if there was none.
+// StripProtected removes from h all headers that carry identity or credentials to the
+// API server: Impersonate-*, X-Remote-* (front-proxy authentication), Authorization, and
+// the bearer token in Sec-WebSocket-Protocol. It returns the name of the impersonation
+// header that it removed, the first in alphabetical order, or "" if there was none.
 func StripProtected(h http.Header) (impersonation string) {
 	for name := range h {
 		impersonation = stripProtected(h, name, impersonation)
@@ -27,8 +27,8 @@ func StripProtected(h http.Header) (impersonation string) {
 	return impersonation
 }
 
-// stripProtected does what [StripProtected] does for one header. found is the name
-// that it has to return so far.
+// stripProtected does what [StripProtected] does, for one header. found is the first
+// impersonation header removed so far; it returns the new one.
 func stripProtected(h http.Header, name, found string) (impersonation string) {
 	switch {
 	case foldedPrefix(name, "impersonate-"):
@@ -44,8 +44,8 @@ func stripProtected(h http.Header, name, found string) (impersonation string) {
 	return found
 }
 
-// StripFrontProxy removes X-Remote-* from h, which name a caller to an API server
-// that trusts the sender to have authenticated it.
+// StripFrontProxy removes X-Remote-* from h. An API server that trusts the sender's
+// certificate takes the caller's identity from them.
 func StripFrontProxy(h http.Header) {
 	for name := range h {
 		if foldedPrefix(name, "x-remote-") {
@@ -54,76 +54,71 @@ func StripFrontProxy(h http.Header) {
 	}
 }
 
-// StripClient removes from h, the headers of a request as it was received, what
-// the client may not say: all that [StripProtected] does, and what would end in
-// the API server's audit log as if it were so: X-Real-Ip, Forwarded and
-// X-Forwarded-*, which a proxy writes anew, and Audit-Id. It removes Incremental,
-// with which a client has Caddy drop a body that has been recorded. It reduces
-// Connection to what an upgrade needs: a proxy removes every header that Connection
-// names, and a client may name ours.
+// StripClient removes from h, the headers of a received request, what a client may not
+// set:
 //
-// It returns the name of an impersonation header that the client sent, empty if
-// there was none.
+//   - All that [StripProtected] removes.
+//   - X-Real-Ip, Forwarded, X-Forwarded-* and Audit-Id, as the API server writes them to
+//     its audit log. Proxies set the first three kinds themselves.
+//   - Incremental, which makes Caddy drop a body that was recorded already.
+//   - Connection, except for an upgrade: a proxy removes every header that Connection
+//     names, and a client could name ours.
+//
+// It returns the name of an impersonation header that the client sent, or "" if there
+// was none.
 func StripClient(h http.Header) (impersonation string) {
-	upgrade := false
-	for name, values := range h { // once, as every request comes by here
+	requested := false
+	for name, values := range h { // a single loop, as it runs for every request
 		switch {
 		case foldedEqual(name, "x-real-ip"), foldedPrefix(name, "x-forwarded-"),
 			foldedEqual(name, "forwarded"), foldedEqual(name, "audit-id"), foldedEqual(name, "incremental"):
 			delete(h, name)
 		case foldedEqual(name, "connection"):
-			upgrade = upgrade || asksForUpgrade(values)
+			requested = requested || upgrade.InConnection(values)
 			delete(h, name)
 		default:
 			impersonation = stripProtected(h, name, impersonation)
 		}
 	}
-	setUpgrade(h, upgrade)
+	setUpgrade(h, requested)
 	return impersonation
 }
 
-// ReduceConnection leaves of h's Connection only what asks for an upgrade.
+// ReduceConnection removes everything from h's Connection except for an upgrade.
 func ReduceConnection(h http.Header) {
-	upgrade := false
+	requested := false
 	for name, values := range h {
 		if foldedEqual(name, "connection") {
-			upgrade = upgrade || asksForUpgrade(values)
+			requested = requested || upgrade.InConnection(values)
 			delete(h, name)
 		}
 	}
-	setUpgrade(h, upgrade)
+	setUpgrade(h, requested)
 }
 
-// asksForUpgrade reports whether the values of a Connection header ask for one.
-func asksForUpgrade(values []string) bool {
-	return httpguts.HeaderValuesContainsToken(values, "upgrade")
-}
-
-// setUpgrade writes the one thing that Connection may say.
-func setUpgrade(h http.Header, upgrade bool) {
-	if upgrade {
+// setUpgrade sets h's Connection to Upgrade if an upgrade was requested. Other tokens
+// would remove headers.
+func setUpgrade(h http.Header, requested bool) {
+	if requested {
 		h["Connection"] = []string{"Upgrade"}
 	}
 }
 
-// unanswered is what a request has for a UID, and no user, that must not be sent
-// before it is known whether its caller may act as somebody else. No header can
-// hold it, so that Go's HTTP clients, which reverse_proxy sends with, refuse to send
-// it. What would send it nevertheless is refused by the API server.
-const unanswered = "kubectl --as needs transport kubernetes\x00"
+// unauthorized is the UID, without a user, of a request to act as another user that the
+// API server has not authorized. No header can hold it, so Go's HTTP clients, which
+// reverse_proxy uses, refuse to send the request. The API server would refuse it too.
+const unauthorized = "kubectl --as needs transport kubernetes\x00"
 
-// SetHeaders writes id into h. Other impersonation headers that h holds must have
-// been removed.
+// SetHeaders writes id into h. Other impersonation headers must have been removed from h.
 //
-// A caller that wants to act as somebody else must be sent neither as itself, who
-// may have more rights than it wanted to use, nor as the other. With what is
-// written then it cannot be sent at all.
+// A request to act as another user must not be sent as the caller, who may have more
+// rights than it wants to use, nor as the other user. The headers for it cannot be sent.
 func (id *Identity) SetHeaders(h http.Header) {
 	if id.ActAs != nil {
-		h[transport.ImpersonateUIDHeader] = []string{unanswered}
+		h[transport.ImpersonateUIDHeader] = []string{unauthorized}
 		return
 	}
-	// Values of its own, because header operations further on edit them in place.
+	// A copy, as header operations of the config edit values in place.
 	values := make([]string, 1+len(id.Groups))
 	values[0] = id.User
 	copy(values[1:], id.Groups)
@@ -145,7 +140,7 @@ func (id *Identity) SetHeaders(h http.Header) {
 	}
 }
 
-// RemoveHeaders removes from h what SetHeaders writes.
+// RemoveHeaders removes from h what [Identity.SetHeaders] writes.
 func (id *Identity) RemoveHeaders(h http.Header) {
 	delete(h, transport.ImpersonateUserHeader)
 	delete(h, transport.ImpersonateGroupHeader)
@@ -161,8 +156,8 @@ func (id *Identity) RemoveHeaders(h http.Header) {
 	}
 }
 
-// stripBearerProtocol removes bearer tokens from the list of subprotocols in
-// h[name] and keeps the others in their order.
+// stripBearerProtocol removes bearer tokens from the subprotocols in h[name] and keeps
+// the others in their order.
 func stripBearerProtocol(h http.Header, name string) {
 	var kept []string
 	found := false
@@ -185,16 +180,15 @@ func stripBearerProtocol(h http.Header, name string) {
 	}
 }
 
-// foldedEqual reports whether the header name s is want, which is in lower case,
-// when letter case is ignored and '_' and '.' stand for '-'.
+// foldedEqual reports whether the header name s equals want, which is in lower case.
+// It ignores letter case and treats '_' and '.' like '-'.
 func foldedEqual(s, want string) bool {
 	return len(s) == len(want) && foldedPrefix(s, want)
 }
 
-// foldedPrefix is [foldedEqual] for the start of s.
+// foldedPrefix is like [foldedEqual], but for the start of s.
 func foldedPrefix(s, prefix string) bool {
-	// Most names are told apart by their first letter, and this much of the
-	// function is inlined.
+	// The first letter tells most names apart, and the compiler inlines this part.
 	return len(s) >= len(prefix) && s[0]|0x20 == prefix[0] && foldedRest(s, prefix)
 }
 

@@ -13,8 +13,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
 
-// Header names in the forms in which something behind us might read them. Keys
-// are raw: no net/http put them into canonical form.
+// spellings returns the name of a header in forms that servers behind the proxy may
+// treat as equal. They are raw keys and not canonical.
 func spellings(name string) []string {
 	return []string{
 		name,
@@ -36,7 +36,7 @@ var strips = map[string]func(http.Header) string{
 	"StripProtected": impersonate.StripProtected,
 }
 
-func TestStripRemovesImpersonationHeadersByPrefix(t *testing.T) {
+func TestStrip_ImpersonationHeadersByPrefix(t *testing.T) {
 	for function, strip := range strips {
 		for _, header := range []string{
 			"Impersonate-User",
@@ -44,7 +44,7 @@ func TestStripRemovesImpersonationHeadersByPrefix(t *testing.T) {
 			"Impersonate-Uid",
 			"Impersonate-Extra-Scopes",
 			"Impersonate-Extra-Acme.com%2fproject",
-			"Impersonate-Something", // a name that Kubernetes does not know yet
+			"Impersonate-Something", // a header that Kubernetes may add
 			"Impersonate-User-Info",
 			"Impersonate-",
 		} {
@@ -63,7 +63,7 @@ func TestStripRemovesImpersonationHeadersByPrefix(t *testing.T) {
 	}
 }
 
-func TestStripRemovesOtherCredentials(t *testing.T) {
+func TestStrip_OtherCredentials(t *testing.T) {
 	for function, strip := range strips {
 		for _, header := range []string{
 			"Authorization",
@@ -88,9 +88,9 @@ func TestStripRemovesOtherCredentials(t *testing.T) {
 	}
 }
 
-// Incremental has Caddy drop the body of a DELETE whose length is not known, of which
-// an event may have said that it is a dry run.
-func TestStripClientRemovesForgedAddressAndIncremental(t *testing.T) {
+// With Incremental, Caddy drops the body of a DELETE of unknown length. The recorded
+// body may say that it is a dry run.
+func TestStripClient_RemovesAddressAndIncremental(t *testing.T) {
 	for _, name := range append(spellings("X-Real-Ip"), spellings("Incremental")...) {
 		t.Run(name, func(t *testing.T) {
 			h := http.Header{name: {"192.0.2.1"}, "Accept": {"*/*"}}
@@ -102,7 +102,7 @@ func TestStripClientRemovesForgedAddressAndIncremental(t *testing.T) {
 	}
 }
 
-func TestStripRemovesAllSpellingsAtOnce(t *testing.T) {
+func TestStrip_AllSpellingsAtOnce(t *testing.T) {
 	for function, strip := range strips {
 		t.Run(function, func(t *testing.T) {
 			h := http.Header{"Accept": {"*/*"}}
@@ -121,7 +121,7 @@ func TestStripRemovesAllSpellingsAtOnce(t *testing.T) {
 	}
 }
 
-func TestStripReportsNoImpersonationWhereThereIsNone(t *testing.T) {
+func TestStrip_ReportsOnlyImpersonationHeaders(t *testing.T) {
 	for function, strip := range strips {
 		h := http.Header{"Authorization": {"Bearer x"}, "X-Remote-User": {"x"}, "Accept": {"*/*"}}
 		if got := strip(h); got != "" {
@@ -130,7 +130,7 @@ func TestStripReportsNoImpersonationWhereThereIsNone(t *testing.T) {
 	}
 }
 
-func TestStripClientKeepsEverythingElse(t *testing.T) {
+func TestStripClient_KeepsOtherHeaders(t *testing.T) {
 	h := http.Header{
 		"Accept":                          {"application/json;as=Table;v=v1;g=meta.k8s.io", "*/*"},
 		"Accept-Encoding":                 {"gzip"},
@@ -149,7 +149,7 @@ func TestStripClientKeepsEverythingElse(t *testing.T) {
 		"Upgrade":                         {"SPDY/3.1"},
 		"User-Agent":                      {"kubectl/v1.37.2"},
 		"X-Impersonate-User":              {"a"},
-		"X-Real-Ip-Of-Nobody":             {"a"},
+		"X-Real-Ip-Other":                 {"a"},
 		"X-Remote":                        {"a"},
 		"X-Stream-Protocol-Version":       {"v4.channel.k8s.io", "v3.channel.k8s.io"},
 	}
@@ -163,7 +163,7 @@ func TestStripClientKeepsEverythingElse(t *testing.T) {
 }
 
 // A token in a WebSocket's list of subprotocols would be a second credential.
-func TestStripRemovesBearerTokenOfWebSocket(t *testing.T) {
+func TestStrip_BearerTokenOfWebSocket(t *testing.T) {
 	const bearer = "base64url.bearer.authorization.k8s.io.dG9rZW4"
 	for _, tt := range []struct {
 		name        string
@@ -202,14 +202,14 @@ func TestStripRemovesBearerTokenOfWebSocket(t *testing.T) {
 	}
 }
 
-// reductions are what leaves of Connection only what asks for an upgrade.
+// reductions are the functions that remove everything from Connection but an upgrade.
 var reductions = map[string]func(http.Header){
 	"StripClient":      func(h http.Header) { impersonate.StripClient(h) },
 	"ReduceConnection": impersonate.ReduceConnection,
 }
 
 // reverse_proxy deletes every header that Connection names, ours included.
-func TestConnectionIsReducedToUpgrade(t *testing.T) {
+func TestConnection_ReducedToUpgrade(t *testing.T) {
 	upgrade := []string{"Upgrade"}
 	for _, tt := range []struct {
 		name        string
@@ -227,7 +227,7 @@ func TestConnectionIsReducedToUpgrade(t *testing.T) {
 		{"our headers behind an upgrade", []string{"Upgrade", "Impersonate-User,Impersonate-Extra-Scopes"}, upgrade},
 		{"our headers before an upgrade", []string{"Impersonate-User", "IMPERSONATE-GROUP ,\t uPgRaDe"}, upgrade},
 		{"odd spacing", []string{"\t impersonate-user\t,, ,Upgrade,"}, upgrade},
-		{"Upgrade itself is not a token of another name", []string{"Upgrade-Insecure-Requests", "Upgrades"}, nil},
+		{"tokens that only start with upgrade", []string{"Upgrade-Insecure-Requests", "Upgrades"}, nil},
 	} {
 		for function, reduce := range reductions {
 			for _, name := range []string{"Connection", "connection", "CONNECTION"} {
@@ -247,9 +247,9 @@ func TestConnectionIsReducedToUpgrade(t *testing.T) {
 	}
 }
 
-func TestConnectionIsReducedInSeveralSpellings(t *testing.T) {
+func TestConnection_ReducedInSeveralSpellings(t *testing.T) {
 	for function, reduce := range reductions {
-		// Several times, as the order of a map's keys is another each time.
+		// Several times, as the order of a map varies.
 		for range 20 {
 			h := http.Header{"Connection": {"Impersonate-User"}, "connection": {"upgrade"}, "CONNECTION": {"Impersonate-Group"}}
 			reduce(h)
@@ -260,7 +260,7 @@ func TestConnectionIsReducedInSeveralSpellings(t *testing.T) {
 	}
 }
 
-func TestStripProtectedLeavesConnectionToReverseProxy(t *testing.T) {
+func TestStripProtected_KeepsConnection(t *testing.T) {
 	h := http.Header{"Connection": {"Upgrade"}, "Upgrade": {"websocket"}, "X-Real-Ip": {"192.0.2.1"}}
 	want := h.Clone()
 	impersonate.StripProtected(h)
@@ -269,7 +269,7 @@ func TestStripProtectedLeavesConnectionToReverseProxy(t *testing.T) {
 	}
 }
 
-func TestSetHeadersWritesExactlyTheIdentity(t *testing.T) {
+func TestSetHeaders_WritesExactlyTheIdentity(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		id   impersonate.Identity
@@ -299,7 +299,7 @@ func TestSetHeadersWritesExactlyTheIdentity(t *testing.T) {
 	}
 }
 
-func TestSetHeadersReplacesAndDoesNotAdd(t *testing.T) {
+func TestSetHeaders_ReplacesValues(t *testing.T) {
 	h := http.Header{"Impersonate-User": {"system:admin"}, "Impersonate-Group": {"system:masters"}}
 	(&impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers"}}).SetHeaders(h)
 	want := http.Header{"Impersonate-User": {"alice@example.com"}, "Impersonate-Group": {"tailnet-readers"}}
@@ -309,13 +309,13 @@ func TestSetHeadersReplacesAndDoesNotAdd(t *testing.T) {
 	(&impersonate.Identity{User: "bob@example.com"}).SetHeaders(h)
 	want = http.Header{"Impersonate-User": {"bob@example.com"}}
 	if diff := cmp.Diff(want, h); diff != "" {
-		t.Errorf("headers of somebody without groups (-want +got):\n%s", diff)
+		t.Errorf("headers of a user without groups (-want +got):\n%s", diff)
 	}
 }
 
-// Header operations of a config edit values in place; what they edit must not be
-// the identity that transport kubernetes writes last.
-func TestHeadersDoNotShareMemoryWithTheIdentity(t *testing.T) {
+// Header operations of a config edit values in place. They must not change the identity,
+// which transport kubernetes writes again.
+func TestSetHeaders_DoesNotShareMemory(t *testing.T) {
 	made := func() impersonate.Identity {
 		return impersonate.Identity{User: "alice@example.com", Groups: []string{"tailnet-readers"}, Extra: map[string][]string{"tags": {"tag:a"}}}
 	}
@@ -335,12 +335,12 @@ func TestHeadersDoNotShareMemoryWithTheIdentity(t *testing.T) {
 	}
 }
 
-// FuzzStripClient checks that whatever headers a client sends, those that go on
-// hold the identity that was set, no other in any spelling, no credentials, and
-// a Connection that removes nothing; and that all else goes on as it came.
+// FuzzStripClient checks that for all headers of clients, the headers that are sent hold
+// the identity, no other identity in any spelling, no credentials, and no Connection that
+// removes headers. All other headers must be unchanged.
 //
-// The fuzzed text is one raw header per line, name and value separated by a
-// colon. Names and values are those that net/http lets through.
+// The fuzzed text has one raw header per line, with a colon between name and value.
+// Names and values that net/http would reject are skipped.
 func FuzzStripClient(f *testing.F) {
 	f.Add("Connection: Impersonate-User, Impersonate-Group\nImpersonate-User: system:admin")
 	f.Add("connection:\t Impersonate-User ,upgrade\nConnection: Authorization\nUpgrade: websocket")
@@ -410,14 +410,13 @@ func FuzzStripClient(f *testing.F) {
 	})
 }
 
-// auditable reports whether the header with that folded name would be believed by
-// the API server's audit log.
+// auditable reports whether the API server writes the header with this folded name to
+// its audit log.
 func auditable(folded string) bool {
 	return strings.HasPrefix(folded, "x-forwarded-") || folded == "forwarded" || folded == "x-real-ip" || folded == "audit-id"
 }
 
-// protocols returns the entries of Sec-WebSocket-Protocol as the API server reads
-// them.
+// protocols returns the entries of Sec-WebSocket-Protocol as the API server reads them.
 func protocols(lines []string) []string {
 	var all []string
 	for _, line := range lines {
@@ -428,7 +427,7 @@ func protocols(lines []string) []string {
 	return all
 }
 
-// notBearer returns the entries that are no bearer token, in any spelling.
+// notBearer returns the entries that are not a bearer token in any spelling.
 func notBearer(lines []string) []string {
 	var kept []string
 	for _, protocol := range protocols(lines) {

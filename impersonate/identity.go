@@ -11,56 +11,51 @@ import (
 	"tailscale.com/tailcfg"
 )
 
-// Capabilities are the names under which grants for Kubernetes are looked for,
-// in this order: the first that the peer has at all is the one that counts. The
-// second is the older name of the first, which policy files still hold.
+// Capabilities are the default names of the capability for Kubernetes. Only the first
+// one that a peer has counts. The second is the older name, which policy files still use.
 var Capabilities = []tailcfg.PeerCapability{
 	tailcfg.PeerCapabilityKubernetes,
 	"https://" + tailcfg.PeerCapabilityKubernetes,
 }
 
-// Source says where the groups of an [Identity] came from.
+// Source says where the groups of an [Identity] come from.
 type Source string
 
 // The sources of groups.
 const (
 	SourceGrants Source = "grants" // from the policy file's grants
 	SourceTags   Source = "tags"   // from the device's tags
-	SourceNone   Source = "none"   // there are none
+	SourceNone   Source = "none"   // no groups
 )
 
-// Identity is who the API server is told that the caller is.
+// Identity is the Kubernetes user that the API server sees as the caller.
 type Identity struct {
 	// User is the Kubernetes user: a login name ("alice@example.com") or the
 	// name of a tagged device ("ci.example.ts.net"). Never empty.
 	User string
-	// Groups are the Kubernetes groups, in the order in which the grants name
-	// them, each once. The API server adds system:authenticated by itself.
+	// Groups are the Kubernetes groups without duplicates, in the order of the
+	// grants. The API server adds system:authenticated.
 	Groups []string
-	// UID and Extra are what the API server is told about the caller beyond that,
-	// for its audit log and its admission policies: see [Peer.Audited]. Empty
-	// unless that was asked for.
+	// UID and Extra describe the caller for audit logs and admission policies. They
+	// are empty unless [Peer.Audited] has set them.
 	UID   string
 	Extra map[string][]string
-	// RequestID is what the one request that the identity is used for is called in
-	// the API server's audit log. Empty where the API server is to choose, and in
-	// every identity that is shared among requests.
+	// RequestID is the ID of a request in the API server's audit log. It is empty if
+	// the API server is to choose one, and in an identity that requests share.
 	RequestID string
-	// ActAs asks to act as somebody else, for the one request that the
-	// identity is used for. As long as nobody has found out whether it may, the
-	// identity cannot be sent: [Identity.SetHeaders] sees to that. Nil if there is
-	// none.
+	// ActAs is set if the request asks to act as another user and the API server has
+	// not authorized it yet. The identity cannot be sent then: see
+	// [Identity.SetHeaders].
 	ActAs *ActAsRequest
-	// Source says where Groups came from.
+	// Source says where Groups come from.
 	Source Source
-	// Node is the tailnet name of the device that the caller used.
+	// Node is the tailnet name of the caller's device.
 	Node string
 	// Recording is what the grants say about the recording of sessions.
 	Recording Recording
 }
 
-// Identity returns who the API server is to be told that p is, and where its groups
-// come from.
+// Identity returns the Kubernetes user that p is, and where its groups come from.
 //
 //	device   groups in grants   user         groups
 //	user's   none               login name   none
@@ -117,8 +112,8 @@ func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, Explana
 	return id, why, nil
 }
 
-// rules returns the peer's grants under the first of capabilities that it has,
-// and its name, which is empty if it has none.
+// rules returns the first of capabilities that the peer has, and the grants under it.
+// The name is empty if the peer has none of them.
 func (p Peer) rules(capabilities []tailcfg.PeerCapability) (tailcfg.PeerCapability, []kubetypes.KubernetesCapRule, error) {
 	for _, name := range capabilities {
 		if !p.Capabilities.HasCapability(name) {

@@ -34,8 +34,7 @@ func identityOf(who *apitype.WhoIsResponse) (impersonate.Identity, error) {
 	return id, err
 }
 
-// refused fails t unless err is an error that mentions every one of mentions and
-// comes without an identity.
+// refused fails t unless id is zero and err mentions all of mentions.
 func refused(t *testing.T, id impersonate.Identity, err error, mentions ...string) {
 	t.Helper()
 	if diff := cmp.Diff(impersonate.Identity{}, id, equateAddrs); diff != "" {
@@ -52,8 +51,8 @@ func refused(t *testing.T, id impersonate.Identity, err error, mentions ...strin
 	}
 }
 
-// The table of the documentation: who a caller is to the API server.
-func TestMapping(t *testing.T) {
+// The table in the comment of Identity.
+func TestIdentity_UserAndGroups(t *testing.T) {
 	const (
 		readers    = `{"impersonate":{"groups":["tailnet-readers"]}}`
 		both       = `{"impersonate":{"groups":["tailnet-readers","tailnet-writers"]}}`
@@ -113,15 +112,14 @@ func TestMapping(t *testing.T) {
 	}
 }
 
-func TestCapabilityNames(t *testing.T) {
+func TestCapabilities_DefaultNames(t *testing.T) {
 	want := []tailcfg.PeerCapability{"tailscale.com/cap/kubernetes", "https://tailscale.com/cap/kubernetes"}
 	if diff := cmp.Diff(want, impersonate.Capabilities); diff != "" {
 		t.Errorf("capabilities (-want +got):\n%s", diff)
 	}
 }
 
-// Which of a peer's capabilities count.
-func TestCapabilities(t *testing.T) {
+func TestIdentity_FirstCapabilityCounts(t *testing.T) {
 	const (
 		current = "tailscale.com/cap/kubernetes"
 		older   = "https://tailscale.com/cap/kubernetes"
@@ -162,7 +160,7 @@ func TestCapabilities(t *testing.T) {
 	}
 }
 
-func TestGrantThatCannotBeReadIsNoIdentity(t *testing.T) {
+func TestIdentity_RejectsMalformedGrants(t *testing.T) {
 	const good = `{"impersonate":{"groups":["tailnet-readers"]}}`
 	for _, malformed := range []string{
 		``,
@@ -208,7 +206,7 @@ func TestGrantThatCannotBeReadIsNoIdentity(t *testing.T) {
 	}
 }
 
-// Names that a header does not carry as they are, by what is wrong with them.
+// badNames are names that a header does not carry unaltered, by what is wrong with them.
 var badNames = map[string]string{
 	"empty":               "",
 	"blank":               " ",
@@ -235,7 +233,7 @@ var badNames = map[string]string{
 	"right-to-left marks": "\u202ealice",
 }
 
-func TestUserThatAHeaderCannotCarryIsNoIdentity(t *testing.T) {
+func TestIdentity_RejectsUserThatHeadersAlter(t *testing.T) {
 	for name, user := range badNames {
 		t.Run(name, func(t *testing.T) {
 			id, err := identityOf(aUser(user, `{"impersonate":{"groups":["tailnet-readers"]}}`))
@@ -246,11 +244,11 @@ func TestUserThatAHeaderCannotCarryIsNoIdentity(t *testing.T) {
 	}
 }
 
-func TestGroupThatAHeaderCannotCarryIsNoIdentity(t *testing.T) {
+func TestIdentity_RejectsGroupThatHeadersAlter(t *testing.T) {
 	for name, group := range badNames {
 		t.Run(name, func(t *testing.T) {
 			peer := impersonate.Peer{Node: "laptop.example.ts.net", Login: "alice@example.com"}
-			// Written by hand, since encoding/json would mend invalid UTF-8.
+			// Escaped by hand, as encoding/json would replace invalid UTF-8.
 			quoted := strings.NewReplacer("\r", `\r`, "\n", `\n`, "\t", `\t`, "\x00", `\u0000`, "\x1b", `\u001b`, "\x1f", `\u001f`).Replace(group)
 			peer.Capabilities = capMap(`{"impersonate":{"groups":["tailnet-readers","` + quoted + `","tailnet-writers"]}}`)
 			id, _, err := peer.Identity(impersonate.Capabilities)
@@ -259,11 +257,11 @@ func TestGroupThatAHeaderCannotCarryIsNoIdentity(t *testing.T) {
 	}
 }
 
-func TestTagThatAHeaderCannotCarryIsNoIdentity(t *testing.T) {
+func TestIdentity_RejectsTagThatHeadersAlter(t *testing.T) {
 	for name, bad := range badNames {
 		for _, tag := range []string{bad, "tag:ci" + bad} {
 			if tag == "tag:ci" || strings.HasPrefix(tag, "tag:ci ") {
-				continue // that is a good one
+				continue // a valid tag
 			}
 			t.Run(name, func(t *testing.T) {
 				id, err := identityOf(aDevice("ci.example.ts.net.", []string{"tag:ci", tag}))
@@ -273,7 +271,7 @@ func TestTagThatAHeaderCannotCarryIsNoIdentity(t *testing.T) {
 	}
 }
 
-func TestNamesWithInnerBlanksAndPunctuationAreKept(t *testing.T) {
+func TestIdentity_KeepsInnerBlanksAndPunctuation(t *testing.T) {
 	const odd = `!a, b;{env.SECRET}%20"c"~`
 	id, err := identityOf(aUser(odd, `{"impersonate":{"groups":["!g, h~"]}}`))
 	if err != nil {
@@ -287,7 +285,7 @@ func TestNamesWithInnerBlanksAndPunctuationAreKept(t *testing.T) {
 	}
 }
 
-func TestUserOfTheClusterItselfIsNoIdentity(t *testing.T) {
+func TestIdentity_RejectsUsersOfTheCluster(t *testing.T) {
 	for _, user := range []string{
 		"system:admin",
 		"system:kube-controller-manager",
@@ -311,12 +309,12 @@ func TestUserOfTheClusterItselfIsNoIdentity(t *testing.T) {
 	}
 }
 
-func TestTagThatIsNoneIsNoIdentity(t *testing.T) {
+func TestIdentity_RejectsTagWithoutPrefix(t *testing.T) {
 	id, err := identityOf(aDevice("ci.example.ts.net.", []string{"tag:ci", "system:masters"}))
 	refused(t, id, err, "system:masters", "does not start with tag:")
 }
 
-func TestErrorsNameThePeer(t *testing.T) {
+func TestIdentity_ErrorsNameThePeer(t *testing.T) {
 	for _, grant := range []string{`{`, `{"recorderAddrs":[""]}`} {
 		id, err := identityOf(aUser("alice@example.com", grant))
 		refused(t, id, err, "alice@example.com")
@@ -325,8 +323,8 @@ func TestErrorsNameThePeer(t *testing.T) {
 	}
 }
 
-// FuzzIdentity checks that whatever a capability holds, the result is either an
-// error and nothing else, or an identity that headers carry unaltered.
+// FuzzIdentity checks that for all values of a capability, the result is either an error
+// with a zero identity, or an identity that headers carry unaltered.
 func FuzzIdentity(f *testing.F) {
 	f.Add("alice@example.com", "", `{"impersonate":{"groups":["tailnet-readers"]}}`)
 	f.Add("alice@example.com", "", "{\"impersonate\":{\"groups\":[\"a\",\"b\"]}}\n{\"impersonate\":{\"groups\":[\"b\",\"c\"]}}")

@@ -11,73 +11,74 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/glob"
 )
 
-// Limits are the options. The zero value lets everything through as it is.
+// Limits are what the cluster's operators allow, whatever the tailnet policy file
+// grants: which devices may call, which groups callers may have, and how the names of
+// callers differ from those of other authenticators. The zero value allows everything.
 //
-// In a pattern, `*` stands for any characters, none included; everything else
-// stands for itself. Patterns see names without the prefixes that are added here.
+// In a pattern, `*` matches any number of characters, including none; every other
+// character matches itself. Patterns match names without the prefixes that are added.
 type Limits struct {
-	// Patterns of the groups that callers may have. A caller that is granted
-	// others goes without them, which is logged.
+	// Patterns of the groups that callers may have. Other groups that a caller is
+	// granted are removed, which is logged.
 	//
 	// Default: all.
 	AllowGroups []string `json:"allow_groups,omitempty"`
 
-	// Patterns of groups that no caller may have, even if allow_groups names them,
-	// and even if it acts as somebody else (`client_impersonation authorize`).
-	// `system:masters` keeps everybody from being cluster-admin by that group,
-	// whatever the policy file says.
+	// Patterns of groups that no caller may have, even if `allow_groups` names them,
+	// and even if the caller acts as another user (`client_impersonation authorize`).
+	// With `system:masters`, nobody can be cluster-admin by that group, whatever the
+	// policy file says.
 	//
 	// Default: none.
 	DenyGroups []string `json:"deny_groups,omitempty"`
 
-	// Whether a caller without any group is refused rather than sent on as a
-	// user and nothing more. What counts is what is left of its groups.
+	// Refuse callers without any group. Groups that `allow_groups` or `deny_groups`
+	// remove do not count.
 	//
 	// Default: `false`.
 	RequireGroups bool `json:"require_groups,omitempty"`
 
-	// What is put in front of every user, node names of tagged devices included,
-	// so that no user of the tailnet can be taken for one that the cluster knows
-	// by other means. As the API server's `--oidc-username-prefix`.
+	// A prefix for all users, including the node names of tagged devices. It keeps
+	// users of the tailnet apart from users of other authenticators, like the API
+	// server's `--oidc-username-prefix`.
 	//
-	// Default: nothing.
+	// Default: none.
 	UserPrefix string `json:"user_prefix,omitempty"`
 
-	// What is put in front of every group, those that tags become included. As
-	// the API server's `--oidc-groups-prefix`.
+	// A prefix for all groups, including those that come from tags, like the API
+	// server's `--oidc-groups-prefix`.
 	//
-	// Default: nothing.
+	// Default: none.
 	GroupPrefix string `json:"group_prefix,omitempty"`
 
-	// Patterns of tags. A tagged device may call only if one of its tags matches,
-	// and was given in this tailnet: those of a device that was shared in never do.
-	// Devices of users have no tags and are not concerned.
+	// Patterns of tags. A tagged device may call only if one of its tags matches.
+	// Tags of a device that was shared in from another tailnet never match. Devices
+	// of users have no tags and are not affected.
 	//
 	// Default: all.
 	AllowTags []string `json:"allow_tags,omitempty"`
 
 	// Patterns of tags. A device may not call if one of its tags matches, even if
-	// another one is allowed.
+	// `allow_tags` allows another one.
 	//
 	// Default: none.
 	DenyTags []string `json:"deny_tags,omitempty"`
 
-	// Whether devices that were shared in from another tailnet are refused. Their
-	// tags never become groups, with or without this.
+	// Refuse devices that were shared in from another tailnet. With or without this
+	// option, their tags never become groups.
 	//
 	// Default: `false`.
 	DenyShared bool `json:"deny_shared,omitempty"`
 }
 
-// ErrNoGroup is returned by [Limits.Apply] for an identity without groups where
+// ErrNoGroup is returned by [Limits.Apply] for an identity without groups if
 // require_groups is on.
 var ErrNoGroup = errors.New("require_groups is on, and no group is granted")
 
-// reserved starts the names of the cluster's own users and groups.
+// reserved is the prefix of the names of the cluster's own users and groups.
 const reserved = "system:"
 
-// Validate returns an error that names the option and the reason if r cannot be
-// used.
+// Validate returns an error that names the option and the reason if l is invalid.
 func (l *Limits) Validate() error {
 	for _, list := range []struct {
 		option, prefix string
@@ -109,7 +110,7 @@ func (l *Limits) Validate() error {
 	return nil
 }
 
-// CheckPeer returns an error if p's device may not call at all.
+// CheckPeer returns an error if p's device may not call.
 func (l *Limits) CheckPeer(p Peer) error {
 	if l.DenyShared && p.Shared {
 		return errors.New("the device was shared in from another tailnet, and deny_shared is on")
@@ -123,17 +124,16 @@ func (l *Limits) CheckPeer(p Peer) error {
 		return nil
 	}
 	if p.Shared {
-		return fmt.Errorf("the device was shared in from another tailnet, so that its tags, %s, are none that allow_tags names", strings.Join(p.Tags, ", "))
+		return fmt.Errorf("the device was shared in from another tailnet, so its tags do not count for allow_tags: %s", strings.Join(p.Tags, ", "))
 	}
 	if !slices.ContainsFunc(p.Tags, func(tag string) bool { return glob.Any(l.AllowTags, tag) }) {
-		return fmt.Errorf("the device has none of the tags that allow_tags names, but %s", strings.Join(p.Tags, ", "))
+		return fmt.Errorf("the device has none of the tags that allow_tags names; its tags are %s", strings.Join(p.Tags, ", "))
 	}
 	return nil
 }
 
 // Apply returns id with the groups that it may have and with the prefixes, and the
-// groups that were cut. Where the groups came from stays as it was: a grant of
-// which nothing is left does not count as none.
+// groups that it removed. The Source does not change, even if no group is left.
 func (l *Limits) Apply(id Identity) (limited Identity, cut []string, err error) {
 	limited = id
 	limited.User = l.UserPrefix + id.User
@@ -147,26 +147,26 @@ func (l *Limits) Apply(id Identity) (limited Identity, cut []string, err error) 
 	}
 	if l.RequireGroups && len(limited.Groups) == 0 {
 		if len(cut) > 0 {
-			return Identity{}, cut, fmt.Errorf("require_groups is on, and none of the groups that are granted may be had: %s", strings.Join(cut, ", "))
+			return Identity{}, cut, fmt.Errorf("require_groups is on, and allow_groups or deny_groups removes all granted groups: %s", strings.Join(cut, ", "))
 		}
 		return Identity{}, nil, ErrNoGroup
 	}
-	// "sys" and "tem:admin" are harmless until they meet.
+	// A prefix "sys" makes a user "tem:admin" one of the cluster's own.
 	if l.UserPrefix != "" && strings.HasPrefix(limited.User, reserved) {
-		return Identity{}, cut, fmt.Errorf("user_prefix makes it user %q, which is reserved for the cluster's own components", limited.User)
+		return Identity{}, cut, fmt.Errorf("user_prefix turns the user into %q, which is reserved for the cluster's own components", limited.User)
 	}
 	if l.GroupPrefix != "" {
 		for _, group := range limited.Groups {
 			if strings.HasPrefix(group, reserved) {
-				return Identity{}, cut, fmt.Errorf("group_prefix makes one of its groups %q, which is reserved for the cluster's own", group)
+				return Identity{}, cut, fmt.Errorf("group_prefix turns a group into %q, which is reserved for the cluster's own", group)
 			}
 		}
 	}
 	return limited, cut, nil
 }
 
-// RemovedBy returns the option because of which nobody may have group, empty if callers
-// may.
+// RemovedBy returns the name of the option that removes group, or "" if callers may
+// have it.
 func (l *Limits) RemovedBy(group string) (option string) {
 	switch {
 	case glob.Any(l.DenyGroups, group):
@@ -177,11 +177,10 @@ func (l *Limits) RemovedBy(group string) (option string) {
 	return ""
 }
 
-// CheckTarget returns an error if nobody may act as t, whatever RBAC says. A caller
-// that asks for a group is subject to the same limits as one that is granted it, and
-// so is one that asks for a service account or a node, for the groups that these
-// are in, even if it asks for others instead: what is bound to an account goes by its
-// name. A target's names are those that the cluster knows, prefixes included.
+// CheckTarget returns an error if nobody may act as t, whatever RBAC allows. The limits
+// for granted groups also apply to the groups that a client asks for, and to the own
+// groups of a service account or node, even if the client asks for other groups: roles
+// can be bound to the account's name. The names of a target include the prefixes.
 func (l *Limits) CheckTarget(t *Target) error {
 	for _, group := range slices.Concat(t.Groups, t.OwnGroups()) {
 		bare, prefixed := strings.CutPrefix(group, l.GroupPrefix)
@@ -195,7 +194,7 @@ func (l *Limits) CheckTarget(t *Target) error {
 	return nil
 }
 
-// checkPattern returns an error if pattern matches no name that starts with prefix.
+// checkPattern returns an error if pattern can match no name that starts with prefix.
 func checkPattern(pattern, prefix string) error {
 	if pattern == "" {
 		return errors.New("an empty pattern matches nothing")
@@ -207,7 +206,7 @@ func checkPattern(pattern, prefix string) error {
 		return errors.New("no name starts or ends with a blank, so it matches nothing")
 	}
 	literal, _, wildcard := strings.Cut(pattern, "*")
-	if wildcard {
+	if wildcard { // compare only what both have
 		literal = literal[:min(len(literal), len(prefix))]
 		prefix = prefix[:len(literal)]
 	}
@@ -238,7 +237,7 @@ func checkCharacters(s string) error {
 		return errors.New("names hold printable ASCII characters only")
 	}
 	if _, behind, ok := strings.Cut(s, "{"); ok && strings.Contains(behind, "}") {
-		return errors.New("placeholders are not replaced here, only {$NAME}, when a Caddyfile is read")
+		return errors.New("placeholders are not expanded here, except {$NAME} in a Caddyfile")
 	}
 	return nil
 }

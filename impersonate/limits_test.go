@@ -11,7 +11,7 @@ import (
 
 func groups(names ...string) []string { return names }
 
-func TestLimit(t *testing.T) {
+func TestLimits_ApplyRemovesGroupsAndAddsPrefixes(t *testing.T) {
 	granted := Identity{User: "alice@example.com", Groups: groups("system:masters", "team:a", "team:b"), Source: SourceGrants, Node: "laptop.example.ts.net"}
 	for _, tt := range []struct {
 		name   string
@@ -24,14 +24,14 @@ func TestLimit(t *testing.T) {
 		{"denied", Limits{DenyGroups: groups("system:masters")}, "alice@example.com", groups("team:a", "team:b"), groups("system:masters")},
 		{"denied by a pattern", Limits{DenyGroups: groups("system:*", "*:b")}, "alice@example.com", groups("team:a"), groups("system:masters", "team:b")},
 		{"allowed by a pattern", Limits{AllowGroups: groups("team:*")}, "alice@example.com", groups("team:a", "team:b"), groups("system:masters")},
-		{"deny goes before allow", Limits{AllowGroups: groups("*"), DenyGroups: groups("team:a")}, "alice@example.com", groups("system:masters", "team:b"), groups("team:a")},
+		{"deny beats allow", Limits{AllowGroups: groups("*"), DenyGroups: groups("team:a")}, "alice@example.com", groups("system:masters", "team:b"), groups("team:a")},
 		{"nothing is left", Limits{AllowGroups: groups("other")}, "alice@example.com", nil, granted.Groups},
-		{"something is left, as required", Limits{AllowGroups: groups("team:a"), RequireGroups: true}, "alice@example.com", groups("team:a"), groups("system:masters", "team:b")},
+		{"required, and a group is left", Limits{AllowGroups: groups("team:a"), RequireGroups: true}, "alice@example.com", groups("team:a"), groups("system:masters", "team:b")},
 		{
 			"patterns see names without the prefix", Limits{AllowGroups: groups("team:a"), DenyGroups: groups("tailnet:*"), UserPrefix: "tailnet:", GroupPrefix: "tailnet:"},
 			"tailnet:alice@example.com", groups("tailnet:team:a"), groups("system:masters", "team:b"),
 		},
-		{"a prefix takes the reserved one's meaning away", Limits{GroupPrefix: "x:"}, "alice@example.com", groups("x:system:masters", "x:team:a", "x:team:b"), nil},
+		{"a prefix makes a reserved group harmless", Limits{GroupPrefix: "x:"}, "alice@example.com", groups("x:system:masters", "x:team:a", "x:team:b"), nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, cut, err := tt.limits.Apply(granted)
@@ -50,7 +50,7 @@ func TestLimit(t *testing.T) {
 	}
 }
 
-func TestLimitRefuses(t *testing.T) {
+func TestLimits_ApplyRejects(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		limits Limits
@@ -59,11 +59,11 @@ func TestLimitRefuses(t *testing.T) {
 	}{
 		{"no group is granted", Limits{RequireGroups: true}, Identity{User: "alice@example.com"}, []string{"require_groups", "no group is granted"}},
 		{
-			"all groups are cut", Limits{RequireGroups: true, DenyGroups: groups("system:*")},
+			"all groups are removed", Limits{RequireGroups: true, DenyGroups: groups("system:*")},
 			Identity{User: "alice@example.com", Groups: groups("system:masters")}, []string{"require_groups", "system:masters"},
 		},
-		{"a user of the cluster's is put together", Limits{UserPrefix: "sys"}, Identity{User: "tem:admin"}, []string{"user_prefix", "system:admin"}},
-		{"a group of the cluster's is put together", Limits{GroupPrefix: "system"}, Identity{User: "alice", Groups: groups(":masters")}, []string{"group_prefix", "system:masters"}},
+		{"user_prefix makes a reserved user", Limits{UserPrefix: "sys"}, Identity{User: "tem:admin"}, []string{"user_prefix", "system:admin"}},
+		{"group_prefix makes a reserved group", Limits{GroupPrefix: "system"}, Identity{User: "alice", Groups: groups(":masters")}, []string{"group_prefix", "system:masters"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, _, err := tt.limits.Apply(tt.id)
@@ -82,7 +82,7 @@ func TestLimitRefuses(t *testing.T) {
 	}
 }
 
-func TestCheck(t *testing.T) {
+func TestLimits_CheckPeer(t *testing.T) {
 	users := Peer{Node: "laptop", Login: "alice@example.com"}
 	tagged := Peer{Node: "ci", Tags: []string{"tag:ci", "tag:k8s"}}
 	foreign := Peer{Node: "ci", Tags: []string{"tag:ci", "tag:k8s"}, Shared: true}
@@ -91,7 +91,7 @@ func TestCheck(t *testing.T) {
 		name   string
 		limits Limits
 		peer   Peer
-		error  string // empty if there is to be none
+		error  string // empty if none is wanted
 	}{
 		{"no limits, a user's device", Limits{}, users, ""},
 		{"no limits, a tagged device", Limits{}, tagged, ""},
@@ -101,14 +101,14 @@ func TestCheck(t *testing.T) {
 		{"a tag is allowed", Limits{AllowTags: groups("tag:k8s")}, tagged, ""},
 		{"a tag is allowed by a pattern", Limits{AllowTags: groups("tag:k*")}, tagged, ""},
 		{"no tag is allowed", Limits{AllowTags: groups("tag:other")}, tagged, "tag:ci, tag:k8s"},
-		{"tags of another tailnet are none that are allowed", Limits{AllowTags: groups("tag:k8s")}, foreign, "shared in"},
+		{"tags of another tailnet are not allowed", Limits{AllowTags: groups("tag:k8s")}, foreign, "shared in"},
 		{"a user's device that was shared in has no tags", Limits{AllowTags: groups("tag:k8s")}, shared, ""},
 		{"tags of another tailnet are denied", Limits{DenyTags: groups("tag:k8s")}, foreign, "deny_tags"},
 		{"a user's device has no tags", Limits{AllowTags: groups("tag:other"), DenyTags: groups("*")}, users, ""},
 		{"a tag is denied", Limits{DenyTags: groups("tag:ci")}, tagged, "tag:ci"},
 		{"another tag is denied", Limits{DenyTags: groups("tag:k8s")}, tagged, "tag:k8s"},
-		{"deny goes before allow", Limits{AllowTags: groups("tag:k8s"), DenyTags: groups("tag:ci")}, tagged, "deny_tags"},
-		{"deny of another tag goes before allow", Limits{AllowTags: groups("tag:ci"), DenyTags: groups("tag:k8s")}, tagged, "deny_tags"},
+		{"deny beats allow", Limits{AllowTags: groups("tag:k8s"), DenyTags: groups("tag:ci")}, tagged, "deny_tags"},
+		{"deny of another tag beats allow", Limits{AllowTags: groups("tag:ci"), DenyTags: groups("tag:k8s")}, tagged, "deny_tags"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			err := tt.limits.CheckPeer(tt.peer)
@@ -119,7 +119,7 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-func TestCheckTarget(t *testing.T) {
+func TestLimits_CheckTarget(t *testing.T) {
 	target := func(user string, groups ...string) *Target {
 		return &Target{User: user, Groups: groups}
 	}
@@ -128,22 +128,22 @@ func TestCheckTarget(t *testing.T) {
 		name   string
 		limits Limits
 		target *Target
-		error  string // empty if there is to be none
+		error  string // empty if none is wanted
 	}{
 		{"no limits", Limits{}, target("bob", "system:masters"), ""},
-		{"a service account whose groups are denied, in another", Limits{DenyGroups: groups("system:serviceaccounts:ns")}, target(account, "a"), "deny_groups"},
-		{"a service account in a group that is allowed", Limits{AllowGroups: groups("a")}, target(account, "a"), "allow_groups"},
-		{"a node in a group that is allowed", Limits{AllowGroups: groups("a")}, target(node, "a"), "allow_groups"},
+		{"a service account whose own groups are denied, with another group", Limits{DenyGroups: groups("system:serviceaccounts:ns")}, target(account, "a"), "deny_groups"},
+		{"a service account with an allowed group", Limits{AllowGroups: groups("a")}, target(account, "a"), "allow_groups"},
+		{"a node with an allowed group", Limits{AllowGroups: groups("a")}, target(node, "a"), "allow_groups"},
 		{"no groups", Limits{AllowGroups: groups("a"), DenyGroups: groups("*"), RequireGroups: true}, target("bob"), ""},
 		{"a denied group", Limits{DenyGroups: groups("system:masters")}, target("bob", "a", "system:masters"), "system:masters here, which deny_groups"},
 		{"a group that a pattern denies", Limits{DenyGroups: groups("system:*")}, target("bob", "system:nodes"), "system:nodes"},
 		{"a group that is allowed", Limits{AllowGroups: groups("a*")}, target("bob", "ab"), ""},
 		{"a group that is not", Limits{AllowGroups: groups("a*")}, target("bob", "a", "b"), "group b here, which allow_groups"},
-		{"deny goes before allow", Limits{AllowGroups: groups("*"), DenyGroups: groups("b")}, target("bob", "b"), "deny_groups"},
+		{"deny beats allow", Limits{AllowGroups: groups("*"), DenyGroups: groups("b")}, target("bob", "b"), "deny_groups"},
 		{"a denied group with the prefix", Limits{DenyGroups: groups("b"), GroupPrefix: "t:"}, target("bob", "t:b"), "deny_groups"},
 		{"a denied group without the prefix", Limits{DenyGroups: groups("system:masters"), GroupPrefix: "t:"}, target("bob", "system:masters"), "deny_groups"},
 		{"an allowed group with the prefix", Limits{AllowGroups: groups("a"), GroupPrefix: "t:"}, target("bob", "t:a"), ""},
-		{"another's group of an allowed name", Limits{AllowGroups: groups("a"), GroupPrefix: "t:"}, target("bob", "a"), "allow_groups"},
+		{"an allowed name without the prefix", Limits{AllowGroups: groups("a"), GroupPrefix: "t:"}, target("bob", "a"), "allow_groups"},
 		{"a service account's groups are denied", Limits{DenyGroups: groups("system:serviceaccounts:ns")}, target(account), "system:serviceaccounts:ns"},
 		{"a service account's groups are not allowed", Limits{AllowGroups: groups("a")}, target(account), "system:serviceaccounts"},
 		{"a service account's groups are allowed", Limits{AllowGroups: groups("system:serviceaccounts*")}, target(account), ""},
@@ -158,7 +158,7 @@ func TestCheckTarget(t *testing.T) {
 	}
 }
 
-func TestValidate(t *testing.T) {
+func TestLimits_Validate(t *testing.T) {
 	for _, ok := range []Limits{
 		{}, {AllowGroups: groups("*", "system:masters", "a b")}, {DenyTags: groups("tag:ci", "tag:*", "*", "t*", "ta*i")},
 		{UserPrefix: "tailnet:", GroupPrefix: "tailnet "}, {UserPrefix: "system"},
@@ -195,8 +195,8 @@ func TestValidate(t *testing.T) {
 	}
 }
 
-// FuzzLimit checks that whatever the limits and the identity, nobody ends up with a
-// group that is denied or not allowed, or as one of the cluster's own by a prefix.
+// FuzzLimit checks that for all limits and identities, nobody gets a group that is
+// denied or not allowed, or a reserved name by a prefix.
 func FuzzLimit(f *testing.F) {
 	f.Add("alice@example.com", "system:masters", "system:*", "", "", "")
 	f.Add("alice@example.com", "team:a", "*", "team:*", "tailnet:", "tailnet:")
@@ -232,7 +232,7 @@ func FuzzLimit(f *testing.F) {
 			t.Errorf("got group %q from %q", got.Groups[0], group)
 		}
 		if (deny != "" && (deny == group || deny == "*")) || (allow != "" && allow != group && !strings.Contains(allow, "*")) {
-			t.Errorf("group %q was let through; denied: %q, allowed: %q", group, deny, allow)
+			t.Errorf("group %q passed; denied: %q, allowed: %q", group, deny, allow)
 		}
 	})
 }

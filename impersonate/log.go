@@ -4,7 +4,7 @@ package impersonate
 
 import "go.uber.org/zap"
 
-// Fields are who id is, for a line of the log.
+// Fields returns the fields that identify id in a log entry.
 func (id *Identity) Fields() []zap.Field {
 	return []zap.Field{
 		zap.String("node", id.Node),

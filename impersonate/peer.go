@@ -12,32 +12,30 @@ import (
 	"tailscale.com/tailcfg"
 )
 
-// Peer is what a tailnet node says about one of its peers.
+// Peer is what a tailnet node reports about one of its peers.
 type Peer struct {
 	// Node is the peer's tailnet name without the final dot
 	// ("laptop.example.ts.net").
 	Node string
-	// NodeID is what the control server calls it, for good: a new name does not
-	// change it.
+	// NodeID is the peer's stable ID, which does not change when it is renamed.
 	NodeID tailcfg.StableNodeID
-	// Tags are the peer's tags ("tag:k8s-readers"). A device with tags belongs
-	// to no user.
+	// Tags are the peer's tags ("tag:k8s-readers"). A tagged device belongs to no user.
 	Tags []string
-	// Login is the login name of the user that the peer belongs to, empty for a
-	// tagged device.
+	// Login is the login name of the user that owns the peer, empty for a tagged
+	// device.
 	Login string
-	// UserID is what the control server calls that user, whatever the login name
-	// becomes. Zero for a tagged device.
+	// UserID is the stable ID of that user, which does not change with the login
+	// name. It is zero for a tagged device.
 	UserID tailcfg.UserID
-	// Shared reports whether the peer was shared in from another tailnet. Its
-	// tags are that tailnet's and mean nothing in this one.
+	// Shared reports whether the peer was shared in from another tailnet. Its tags
+	// belong to that tailnet and mean nothing in this one.
 	Shared bool
-	// Capabilities are those that the peer was granted on the address it dialled.
+	// Capabilities are what the peer is granted on the address that it dialled.
 	Capabilities tailcfg.PeerCapMap
 }
 
-// PeerFrom returns the peer that a WhoIs answer describes. It is an error if the
-// answer leaves out who that is, or if the peer's key has expired.
+// PeerFrom returns the peer that a WhoIs answer describes. It returns an error if the
+// answer does not say who the peer is, or if the peer's key has expired.
 func PeerFrom(who *apitype.WhoIsResponse) (Peer, error) {
 	if who == nil || who.Node == nil {
 		return Peer{}, errors.New("the tailnet node's answer names no peer")
@@ -66,8 +64,8 @@ func PeerFrom(who *apitype.WhoIsResponse) (Peer, error) {
 // Tagged reports whether the peer is a tagged device rather than a user's.
 func (p Peer) Tagged() bool { return len(p.Tags) > 0 }
 
-// user returns the Kubernetes user that the peer is: the login name of a user's
-// device, the name of a tagged one. It is not checked yet.
+// user returns the peer's Kubernetes user, unchecked: the login name of the user that
+// owns it, or the node name of a tagged device.
 func (p Peer) user() string {
 	if p.Tagged() {
 		return p.Node
@@ -75,7 +73,7 @@ func (p Peer) user() string {
 	return p.Login
 }
 
-// Describe returns what the peer's own user is told that it was taken for.
+// Describe returns who the peer is, for messages to its user.
 func (p Peer) Describe() string {
 	switch {
 	case p.Tagged():
@@ -86,8 +84,7 @@ func (p Peer) Describe() string {
 	return p.String()
 }
 
-// String returns what messages call the peer: its user, or the name of its
-// device if it has none.
+// String returns the peer's user, or the name of its device if it has none.
 func (p Peer) String() string {
 	if user := p.user(); user != "" {
 		return user

@@ -23,8 +23,8 @@ func aUser(login string, grants ...string) *apitype.WhoIsResponse {
 	}
 }
 
-// aDevice returns the WhoIs answer for a tagged device, which the control server
-// gives the user "tagged-devices".
+// aDevice returns the WhoIs answer for a tagged device. The control server reports
+// "tagged-devices" as its user.
 func aDevice(name string, tags []string, grants ...string) *apitype.WhoIsResponse {
 	return &apitype.WhoIsResponse{
 		Node:        &tailcfg.Node{Name: name, StableID: "nDevice", Tags: tags},
@@ -33,7 +33,7 @@ func aDevice(name string, tags []string, grants ...string) *apitype.WhoIsRespons
 	}
 }
 
-// sharedIn marks who's device as one from another tailnet.
+// sharedIn marks the device in who as shared in from another tailnet.
 func sharedIn(who *apitype.WhoIsResponse) *apitype.WhoIsResponse {
 	who.Node.Hostinfo = (&tailcfg.Hostinfo{ShareeNode: true}).View()
 	return who
@@ -54,7 +54,7 @@ func raw(grants ...string) []tailcfg.RawMessage {
 	return messages
 }
 
-func TestPeerFrom(t *testing.T) {
+func TestPeerFrom_UsersAndTaggedDevices(t *testing.T) {
 	own := aDevice("ci.example.ts.net.", []string{"tag:ci"})
 	own.Node.Hostinfo = (&tailcfg.Hostinfo{}).View()
 	grants := capMap(`{}`)
@@ -83,7 +83,7 @@ func TestPeerFrom(t *testing.T) {
 			impersonate.Peer{Node: "laptop.example.ts.net", NodeID: "nLaptop", Login: "bob@example.org", UserID: 7, Shared: true},
 		},
 		{
-			"device of somebody that is shared with", sharedIn(aUser("bob@example.org")),
+			"device of another tailnet's user", sharedIn(aUser("bob@example.org")),
 			impersonate.Peer{Node: "laptop.example.ts.net", NodeID: "nLaptop", Login: "bob@example.org", UserID: 7, Shared: true},
 		},
 	} {
@@ -99,7 +99,7 @@ func TestPeerFrom(t *testing.T) {
 	}
 }
 
-func TestAnswerThatNamesNobodyIsAnError(t *testing.T) {
+func TestPeerFrom_RejectsIncompleteAnswers(t *testing.T) {
 	for name, who := range map[string]*apitype.WhoIsResponse{
 		"no answer":                         nil,
 		"no node":                           {UserProfile: &tailcfg.UserProfile{LoginName: "alice@example.com"}},
@@ -119,8 +119,7 @@ func TestAnswerThatNamesNobodyIsAnError(t *testing.T) {
 	}
 }
 
-// A key that has expired is nobody's any more, user's device or not.
-func TestDeviceWithAnExpiredKeyIsAnError(t *testing.T) {
+func TestPeerFrom_RejectsExpiredKeys(t *testing.T) {
 	for _, who := range []*apitype.WhoIsResponse{aUser("alice@example.com", `{}`), aDevice("ci.example.ts.net.", []string{"tag:ci"})} {
 		who.Node.Expired = true
 		got, err := impersonate.PeerFrom(who)
@@ -133,7 +132,7 @@ func TestDeviceWithAnExpiredKeyIsAnError(t *testing.T) {
 	}
 }
 
-func TestPeerDoesNotShareTagsWithTheAnswer(t *testing.T) {
+func TestPeerFrom_CopiesTags(t *testing.T) {
 	who := aDevice("ci.example.ts.net.", []string{"tag:ci"})
 	peer, err := impersonate.PeerFrom(who)
 	if err != nil {
@@ -145,7 +144,7 @@ func TestPeerDoesNotShareTagsWithTheAnswer(t *testing.T) {
 	}
 }
 
-func TestPeerString(t *testing.T) {
+func TestPeer_String(t *testing.T) {
 	for _, tt := range []struct {
 		peer impersonate.Peer
 		want string

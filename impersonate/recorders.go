@@ -10,33 +10,31 @@ import (
 	"tailscale.com/kube/kubetypes"
 )
 
-// Recording is what a caller's grants say, all of them together, about the
-// recording of sessions and of requests.
+// Recording is what all of a caller's grants together say about the recording of
+// sessions and requests.
 type Recording struct {
-	// Recorders are the addresses of the recorders that any grant names, in the
-	// order in which the grants name them, each once.
+	// Recorders are the addresses of all recorders, without duplicates, in the order
+	// of the grants.
 	Recorders []netip.AddrPort
-	// Unresolved reports whether a grant names recorders by a tag for which the
-	// control server has put no address into the grant.
+	// Unresolved reports whether a grant names recorders by a tag, and the control
+	// server has added no address for it.
 	Unresolved bool
-	// Enforce reports whether a session must not go on unrecorded. One grant that
-	// says so is enough.
+	// Enforce reports whether sessions must be recorded, as at least one grant says.
 	Enforce bool
-	// Events reports whether requests are to be recorded as well. One grant that
-	// says so is enough.
+	// Events reports whether requests are recorded too, as at least one grant says.
 	Events bool
 }
 
-// Wanted reports whether sessions are to be recorded, by a recorder that may or
-// may not be known.
+// Wanted reports whether sessions are to be recorded, even if no address of a recorder
+// is known.
 func (r *Recording) Wanted() bool {
 	return len(r.Recorders) > 0 || r.Unresolved || r.Enforce
 }
 
-// add adds what rule says.
+// add adds what rule says to r.
 func (r *Recording) add(rule kubetypes.KubernetesCapRule) error {
 	for _, recorder := range rule.RecorderAddrs {
-		// An empty text is read as an address that is none.
+		// The empty string decodes to an invalid address without an error.
 		if !recorder.IsValid() || recorder.Port() == 0 {
 			return fmt.Errorf("recorderAddrs holds %q, which is not an address and a port", recorder)
 		}

@@ -11,8 +11,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
 
-// What a caller's grants say together about recording.
-func TestRecording(t *testing.T) {
+func TestRecording_AddsUpGrants(t *testing.T) {
 	const (
 		readers  = `{"impersonate":{"groups":["tailnet-readers"]}}`
 		open     = `{"recorder":["tag:recorder"],"recorderAddrs":["100.64.0.9:80"]}`
@@ -33,13 +32,13 @@ func TestRecording(t *testing.T) {
 		wanted bool
 	}{
 		{"no grant", nil, impersonate.Recording{}, false},
-		{"grants that say nothing about it", []string{readers, nobody}, impersonate.Recording{}, false},
+		{"grants without recorders", []string{readers, nobody}, impersonate.Recording{}, false},
 		{"one", []string{open}, impersonate.Recording{Recorders: []netip.AddrPort{four}}, true},
 		{"all recorders, each once", []string{open, mapped, readers, open}, impersonate.Recording{Recorders: []netip.AddrPort{four, eight}}, true},
-		{"one that insists, last", []string{open, readers, closed}, impersonate.Recording{Recorders: []netip.AddrPort{four, six}, Enforce: true}, true},
-		{"one that insists, first", []string{closed, mapped}, impersonate.Recording{Recorders: []netip.AddrPort{four, six, eight}, Enforce: true}, true},
-		{"one that insists, without a recorder of its own", []string{enforce, open}, impersonate.Recording{Recorders: []netip.AddrPort{four}, Enforce: true}, true},
-		{"one that insists, without any recorder", []string{readers, enforce}, impersonate.Recording{Enforce: true}, true},
+		{"enforced by the last grant", []string{open, readers, closed}, impersonate.Recording{Recorders: []netip.AddrPort{four, six}, Enforce: true}, true},
+		{"enforced by the first grant", []string{closed, mapped}, impersonate.Recording{Recorders: []netip.AddrPort{four, six, eight}, Enforce: true}, true},
+		{"enforced by a grant without a recorder", []string{enforce, open}, impersonate.Recording{Recorders: []netip.AddrPort{four}, Enforce: true}, true},
+		{"enforced without any recorder", []string{readers, enforce}, impersonate.Recording{Enforce: true}, true},
 		{"a recorder by its tag only", []string{byTag}, impersonate.Recording{Unresolved: true}, true},
 		{"a recorder by its tag only, and another", []string{byTag, open}, impersonate.Recording{Recorders: []netip.AddrPort{four}, Unresolved: true}, true},
 		{"events", []string{noEvents, events, noEvents}, impersonate.Recording{Events: true}, false},

@@ -33,7 +33,7 @@ func run(t *testing.T, args ...string) (string, error) {
 	return out.String(), err
 }
 
-func TestKubeconfigIsPrinted(t *testing.T) {
+func TestKubeconfig_PrintsWithoutMerge(t *testing.T) {
 	t.Setenv("KUBECONFIG", filepath.Join(t.TempDir(), "config"))
 	out, err := run(t, "kubeconfig", "--server", "https://k8s.example.ts.net", "--context", "prod")
 	if err != nil {
@@ -51,7 +51,7 @@ func TestKubeconfigIsPrinted(t *testing.T) {
 	}
 }
 
-func TestKubeconfigIsMerged(t *testing.T) {
+func TestKubeconfig_MergeKeepsTheCurrentContext(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "config")
 	t.Setenv("KUBECONFIG", file)
 	for _, tt := range []struct{ name, want string }{
@@ -75,7 +75,7 @@ func TestKubeconfigIsMerged(t *testing.T) {
 	}
 }
 
-func TestExplainAsksTheAdminAPI(t *testing.T) {
+func TestExplain_PrintsAnswerOfAdminAPI(t *testing.T) {
 	var asked string
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked = r.Method + " " + r.URL.Path
@@ -111,7 +111,7 @@ func TestExplainAsksTheAdminAPI(t *testing.T) {
 	}
 }
 
-func TestRBACReadsThePolicyFile(t *testing.T) {
+func TestRBAC_ReadsThePolicyFile(t *testing.T) {
 	out, err := run(t, "rbac", "--policy", filepath.Join("..", "examples", "policy.hujson"), "--constrained")
 	if err != nil {
 		t.Fatal(err)
@@ -123,7 +123,7 @@ func TestRBACReadsThePolicyFile(t *testing.T) {
 	}
 }
 
-func TestMistakesAreErrors(t *testing.T) {
+func TestCommands_RejectInvalidArguments(t *testing.T) {
 	for _, args := range [][]string{
 		{"kubeconfig"},
 		{"kubeconfig", "--server", "k8s"},

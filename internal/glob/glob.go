@@ -9,12 +9,12 @@ import (
 	"strings"
 )
 
-// Any reports whether one of the patterns matches all of name.
+// Any reports whether one of patterns matches name as a whole.
 func Any(patterns []string, name string) bool {
 	return slices.ContainsFunc(patterns, func(pattern string) bool { return Match(pattern, name) })
 }
 
-// Match reports whether pattern matches all of name.
+// Match reports whether pattern matches name as a whole.
 func Match(pattern, name string) bool {
 	first, rest, wildcard := strings.Cut(pattern, "*")
 	if !wildcard {

@@ -10,7 +10,7 @@ import (
 
 func names(names ...string) []string { return names }
 
-func TestMatch(t *testing.T) {
+func TestMatch_WholeName(t *testing.T) {
 	for _, tt := range []struct {
 		pattern string
 		yes, no []string
@@ -21,6 +21,7 @@ func TestMatch(t *testing.T) {
 		{"*a", names("a", "ba"), names("ab")},
 		{"a*a", names("aa", "aba"), names("a", "ab")},
 		{"a*b*c", names("abc", "axbxc", "abbc"), names("ac", "acb", "abcd")},
+		{"a*x*y*b", names("axyb", "a-x-y-b", "ayxyb"), names("ayxb", "ayb", "axb")},
 		{"*b*", names("b", "abc"), names("ac")},
 		{"a**c", names("ac", "abc"), names("a")},
 		{"a?[b]", names("a?[b]"), names("axb", "ax[b]")},
@@ -38,7 +39,7 @@ func TestMatch(t *testing.T) {
 	}
 }
 
-func TestAny(t *testing.T) {
+func TestAny_OnePatternSuffices(t *testing.T) {
 	if !glob.Any(names("a", "b*"), "bc") {
 		t.Error("the second pattern does not match; want it to")
 	}

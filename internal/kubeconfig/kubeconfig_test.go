@@ -28,7 +28,7 @@ func newConfig(t *testing.T, url, name string) *api.Config {
 	return config
 }
 
-func TestAKubeconfigLeadsToTheServer(t *testing.T) {
+func TestNew_ServerAndContext(t *testing.T) {
 	for _, tt := range []struct{ url, name, wantName, wantServer string }{
 		{server, "", "k8s.example.ts.net", server},
 		{server + "/", "prod", "prod", server},
@@ -104,7 +104,7 @@ func load(t *testing.T) *api.Config {
 	return config
 }
 
-func TestMergeLosesNothing(t *testing.T) {
+func TestMerge_KeepsExistingEntries(t *testing.T) {
 	const second = "apiVersion: v1\nkind: Config\nclusters:\n- name: lab\n  cluster: {server: https://lab.example.com}\n"
 	files := setKubeconfig(t, mine, second)
 	before := load(t)
@@ -143,7 +143,7 @@ func TestMergeLosesNothing(t *testing.T) {
 	}
 }
 
-func TestMergeStartsAFile(t *testing.T) {
+func TestMerge_CreatesTheFile(t *testing.T) {
 	files := setKubeconfig(t, "")
 	current, err := kubeconfig.Merge(newConfig(t, server, "prod"))
 	if err != nil {
@@ -158,7 +158,7 @@ func TestMergeStartsAFile(t *testing.T) {
 }
 
 // A name that stands for something else is neither overwritten nor quietly shared.
-func TestMergeDoesNotOverwrite(t *testing.T) {
+func TestMerge_RejectsNamesInUse(t *testing.T) {
 	files := setKubeconfig(t, mine)
 	for _, name := range []string{"work", "me"} {
 		if _, err := kubeconfig.Merge(newConfig(t, server, name)); !errors.Is(err, kubeconfig.ErrTaken) {

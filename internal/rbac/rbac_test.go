@@ -68,7 +68,7 @@ func generate(t *testing.T, policy string, change func(*rbac.Options)) []byte {
 
 // The role allows to impersonate the groups that the policy file can give anybody,
 // and no others.
-func TestGroupsAreThoseOfThePolicyFile(t *testing.T) {
+func TestFromPolicy_AllowsGroupsOfThePolicyFile(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		change func(*rbac.Options)
@@ -95,7 +95,7 @@ func TestGroupsAreThoseOfThePolicyFile(t *testing.T) {
 }
 
 // An empty list of names would stand for all of them.
-func TestWithoutGroupsThereIsNoRuleForGroups(t *testing.T) {
+func TestFromPolicy_NoRuleForGroupsWithoutGroups(t *testing.T) {
 	text := generate(t, `{"grants": [{"src": ["*"], "dst": ["*"], "ip": ["*"]}]}`, nil)
 	role, _ := parse(t, text)
 	if len(role.Rules) != 1 || !slices.Equal(role.Rules[0].Resources, []string{"users"}) {
@@ -108,7 +108,7 @@ func TestWithoutGroupsThereIsNoRuleForGroups(t *testing.T) {
 
 // Where constrained impersonation is used, a rule with the older verb would undo it,
 // and one with * would be cluster-admin.
-func TestConstrainedRulesHaveNoOtherVerbs(t *testing.T) {
+func TestFromPolicy_ConstrainedVerbsOnly(t *testing.T) {
 	text := generate(t, policy, func(o *rbac.Options) { o.Constrained, o.Audit = true, true })
 	role, _ := parse(t, text)
 	for _, rule := range role.Rules {
@@ -130,7 +130,7 @@ func TestConstrainedRulesHaveNoOtherVerbs(t *testing.T) {
 }
 
 // The API server lets nobody impersonate system:masters by constrained impersonation.
-func TestConstrainedRulesLeaveOutMasters(t *testing.T) {
+func TestFromPolicy_ConstrainedOmitsMasters(t *testing.T) {
 	masters := strings.Replace(policy, `"ops"`, `"system:masters"`, 1)
 	for _, constrained := range []bool{false, true} {
 		text := generate(t, masters, func(o *rbac.Options) { o.Constrained = constrained })
@@ -144,7 +144,7 @@ func TestConstrainedRulesLeaveOutMasters(t *testing.T) {
 	}
 }
 
-func TestUIDsAndExtrasOnlyForAudit(t *testing.T) {
+func TestFromPolicy_UIDsAndExtrasOnlyForAudit(t *testing.T) {
 	for _, audit := range []bool{false, true} {
 		role, _ := parse(t, generate(t, policy, func(o *rbac.Options) { o.Audit = audit }))
 		found := 0
@@ -164,7 +164,7 @@ func TestUIDsAndExtrasOnlyForAudit(t *testing.T) {
 	}
 }
 
-func TestItIsSaidWhatCannotBeLimited(t *testing.T) {
+func TestFromPolicy_CommentNamesWhatRBACCannotLimit(t *testing.T) {
 	text := string(generate(t, strings.Replace(policy, `"ops"`, `"system:masters"`, 1), nil))
 	for _, want := range []string{"Users cannot be limited by name", "system:masters. Whoever"} {
 		if !strings.Contains(text, want) {
@@ -178,7 +178,7 @@ func TestItIsSaidWhatCannotBeLimited(t *testing.T) {
 	}
 }
 
-func TestWhatIsNoPolicyFileIsAnError(t *testing.T) {
+func TestFromPolicy_RejectsInvalidPolicyFiles(t *testing.T) {
 	for _, text := range []string{
 		"", "{", "[]", `{"grants": {}}`,
 		`{"grants": [{"app": {"tailscale.com/cap/kubernetes": [{"impersonate": {"groups": "ops"}}]}}]}`,
@@ -193,7 +193,7 @@ func TestWhatIsNoPolicyFileIsAnError(t *testing.T) {
 }
 
 // The example manifests hold what is written for the example policy file.
-func TestTheExampleIsWhatIsWritten(t *testing.T) {
+func TestFromPolicy_WritesTheExampleManifest(t *testing.T) {
 	policy, err := os.ReadFile(filepath.Join("..", "..", "examples", "policy.hujson"))
 	if err != nil {
 		t.Fatal(err)

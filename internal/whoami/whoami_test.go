@@ -69,7 +69,7 @@ func get(t *testing.T, f *whoami.Facts, method, target, accept string) (*http.Re
 
 const browser = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8,application/json"
 
-func TestThePageTellsEverything(t *testing.T) {
+func TestPage_ShowsAllFacts(t *testing.T) {
 	resp, body := get(t, alice(), "GET", "/whoami", browser)
 	if resp.StatusCode != http.StatusOK || !strings.HasPrefix(resp.Header.Get("Content-Type"), "text/html") {
 		t.Errorf("answered %s as %s", resp.Status, resp.Header.Get("Content-Type"))
@@ -88,7 +88,7 @@ func TestThePageTellsEverything(t *testing.T) {
 	}
 }
 
-func TestThePageTellsOfFilesThatTheProxyKeeps(t *testing.T) {
+func TestPage_ShowsRecordingToFiles(t *testing.T) {
 	f := alice()
 	f.Recording = whoami.Recording{Wanted: true, Files: true}
 	_, body := get(t, f, "GET", "/whoami", browser)
@@ -97,7 +97,7 @@ func TestThePageTellsOfFilesThatTheProxyKeeps(t *testing.T) {
 	}
 }
 
-func TestARefusedCallersPageSaysWhy(t *testing.T) {
+func TestPage_ShowsTheReasonOfARefusal(t *testing.T) {
 	resp, body := get(t, dave(), "GET", "/whoami", browser)
 	if resp.StatusCode != http.StatusForbidden {
 		t.Errorf("answered %s; want 403", resp.Status)
@@ -116,7 +116,7 @@ func TestARefusedCallersPageSaysWhy(t *testing.T) {
 
 // The page is all there is: no script, nothing that is loaded, and a policy that
 // would allow neither. The style is the one that the policy names.
-func TestThePageIsSelfContained(t *testing.T) {
+func TestPage_SelfContained(t *testing.T) {
 	for name, f := range map[string]*whoami.Facts{"known": alice(), "refused": dave()} {
 		resp, body := get(t, f, "GET", "/whoami", browser)
 		if m := regexp.MustCompile(`(?i)<script|<iframe|<form|\son[a-z]+=|javascript:|src=|@import|url\(|style=`).FindString(body); m != "" {
@@ -152,7 +152,7 @@ func TestThePageIsSelfContained(t *testing.T) {
 }
 
 // Names on a tailnet are chosen by people.
-func TestNamesAreNotMarkup(t *testing.T) {
+func TestPage_EscapesNames(t *testing.T) {
 	const evil = `"><img src=x onerror=alert(1)></style><script>alert(1)</script>`
 	f := alice()
 	f.User, f.Device, f.Login, f.Proxy, f.Address = evil, evil, evil, evil, evil
@@ -167,7 +167,7 @@ func TestNamesAreNotMarkup(t *testing.T) {
 }
 
 // Names and grants are whatever the control server says they are.
-func TestNamesAreNoCommandsToATerminal(t *testing.T) {
+func TestText_ReplacesTerminalControls(t *testing.T) {
 	const evil = "\x1b]0;owned\x07\u009b2J\x7f"
 	f := whoami.Facts{Login: evil, Device: evil, Refused: evil, Tags: []string{evil}, Grants: []whoami.Grant{{Value: json.RawMessage(`"` + "\u009b2J\x7f" + `"`)}}}
 	var out strings.Builder
@@ -184,7 +184,7 @@ func TestNamesAreNoCommandsToATerminal(t *testing.T) {
 	}
 }
 
-func TestJSONHoldsTheSameFacts(t *testing.T) {
+func TestJSON_HoldsAllFacts(t *testing.T) {
 	for name, want := range map[string]*whoami.Facts{"known": alice(), "refused": dave()} {
 		resp, body := get(t, want, "GET", "/whoami", "application/json")
 		var got whoami.Facts
@@ -210,7 +210,7 @@ func TestJSONHoldsTheSameFacts(t *testing.T) {
 	}
 }
 
-func TestKubeconfigDownload(t *testing.T) {
+func TestKubeconfig_Download(t *testing.T) {
 	resp, body := get(t, alice(), "GET", "/whoami?kubeconfig", browser)
 	if got, want := resp.Header.Get("Content-Disposition"), `attachment; filename="k8s.example.ts.net.kubeconfig"`; got != want {
 		t.Errorf("got Content-Disposition %q; want %q", got, want)
@@ -233,7 +233,7 @@ func TestKubeconfigDownload(t *testing.T) {
 }
 
 // Clients say what they take in many ways; a browser gets the page.
-func TestWhoGetsJSON(t *testing.T) {
+func TestServe_JSONOnlyIfAccepted(t *testing.T) {
 	for accept, want := range map[string]string{
 		"":                       "text/html; charset=utf-8",
 		"*/*":                    "text/html; charset=utf-8",
