@@ -43,7 +43,7 @@ type network struct {
 	known map[netip.Addr]*impersonate.Identity
 	err   error // instead of an answer
 	asked map[netip.Addr]int
-	ended []*Ended
+	ended []*Revoked
 }
 
 func newNetwork() *network {
@@ -53,8 +53,8 @@ func newNetwork() *network {
 	}
 }
 
-func (n *network) rules() Rules {
-	return Rules{
+func (n *network) policies() Policy {
+	return Policy{
 		Interval: interval,
 		Grace:    grace,
 		Identify: func(_ context.Context, remote, local netip.Addr, since time.Time) (*impersonate.Identity, error) {
@@ -74,7 +74,7 @@ func (n *network) rules() Rules {
 				return id, nil
 			}
 		},
-		Ended: func(e *Ended) {
+		Revoked: func(e *Revoked) {
 			n.mu.Lock()
 			defer n.mu.Unlock()
 			n.ended = append(n.ended, e)
@@ -100,7 +100,7 @@ func (n *network) fails(err error) {
 }
 
 // seen returns how often it was asked about whom, and what was ended.
-func (n *network) seen() (asked map[netip.Addr]int, ended []*Ended) {
+func (n *network) seen() (asked map[netip.Addr]int, ended []*Revoked) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return maps.Clone(n.asked), slices.Clone(n.ended)
@@ -139,7 +139,7 @@ func (c client) wantOpen(t *testing.T) {
 // the words in the cause.
 func (c client) wantEnded(t *testing.T, want Reason, words ...string) {
 	t.Helper()
-	var got *Ended
+	var got *Revoked
 	if !errors.As(context.Cause(c.ctx), &got) {
 		t.Errorf("the requests of %v were not ended; want them to be, for %s", c.conn.Remote, want)
 		return
@@ -184,11 +184,11 @@ func TestWhoLosesAccessIsEndedWithinTheInterval(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
 				n := newNetwork()
-				site := new(Config).NewSite(nil, nil, n.rules())
+				tracker := new(Generation).NewTracker(nil, nil, n.policies())
 				of, other := connect(t, aliceAddr), connect(t, bobAddr)
-				request := site.Open(t.Context(), of.conn, alice, time.Now(), Watch)
+				request := tracker.Track(t.Context(), of.conn, alice, time.Now(), Watch)
 				defer request.Close()
-				defer site.Open(t.Context(), other.conn, bob, time.Now(), Watch).Close()
+				defer tracker.Track(t.Context(), other.conn, bob, time.Now(), Watch).Close()
 				time.Sleep(time.Minute)
 				of.wantOpen(t)
 				n.knows(aliceAddr, tt.now)
@@ -224,9 +224,9 @@ func TestWhoLosesWhatTheAPIServerWasToldIsEnded(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
 				n := newNetwork()
 				n.knows(aliceAddr, tt.now)
-				site := new(Config).NewSite(nil, nil, n.rules())
+				tracker := new(Generation).NewTracker(nil, nil, n.policies())
 				c := connect(t, aliceAddr)
-				defer site.Open(t.Context(), c.conn, told("n1", "tag:a", "tag:b"), time.Now(), Short).Close()
+				defer tracker.Track(t.Context(), c.conn, told("n1", "tag:a", "tag:b"), time.Now(), Short).Close()
 				time.Sleep(interval)
 				synctest.Wait()
 				if tt.reason == "" {
@@ -244,9 +244,9 @@ func TestWhatIsUnrecordedEndsWhenSessionsHaveToBeRecorded(t *testing.T) {
 	for _, unrecorded := range []bool{true, false} {
 		inBubble(t, func(t *testing.T) {
 			n := newNetwork()
-			site := new(Config).NewSite(nil, nil, n.rules())
+			tracker := new(Generation).NewTracker(nil, nil, n.policies())
 			c := connect(t, aliceAddr)
-			request := site.Open(t.Context(), c.conn, alice, time.Now(), Exec)
+			request := tracker.Track(t.Context(), c.conn, alice, time.Now(), Exec)
 			defer request.Close()
 			if unrecorded {
 				request.Unrecorded()
@@ -270,9 +270,9 @@ func TestWhatIsUnrecordedEndsWhenSessionsHaveToBeRecorded(t *testing.T) {
 func TestGainingSomethingEndsNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		site := new(Config).NewSite(nil, nil, n.rules())
+		tracker := new(Generation).NewTracker(nil, nil, n.policies())
 		c := connect(t, aliceAddr)
-		defer site.Open(t.Context(), c.conn, alice, time.Now(), Watch).Close()
+		defer tracker.Track(t.Context(), c.conn, alice, time.Now(), Watch).Close()
 		n.knows(aliceAddr, &impersonate.Identity{User: alice.User, Groups: []string{"c", "b", "a"}})
 		time.Sleep(time.Minute)
 		c.wantOpen(t)
@@ -283,11 +283,11 @@ func TestGainingSomethingEndsNothing(t *testing.T) {
 func TestARequestThatBeganWithLessGoesOn(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		site := new(Config).NewSite(nil, nil, n.rules())
+		tracker := new(Generation).NewTracker(nil, nil, n.policies())
 		less := &impersonate.Identity{User: alice.User, Groups: []string{"b"}}
 		c, d := connect(t, aliceAddr), connect(t, aliceAddr)
-		defer site.Open(t.Context(), c.conn, less, time.Now(), Watch).Close()
-		defer site.Open(t.Context(), d.conn, alice, time.Now(), Watch).Close()
+		defer tracker.Track(t.Context(), c.conn, less, time.Now(), Watch).Close()
+		defer tracker.Track(t.Context(), d.conn, alice, time.Now(), Watch).Close()
 		n.knows(aliceAddr, less)
 		time.Sleep(time.Minute)
 		c.wantOpen(t)
@@ -298,11 +298,11 @@ func TestARequestThatBeganWithLessGoesOn(t *testing.T) {
 func TestAllRequestsOfACallerCostOneQuestion(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		site := new(Config).NewSite(nil, nil, n.rules())
+		tracker := new(Generation).NewTracker(nil, nil, n.policies())
 		for range 1000 {
-			defer site.Open(t.Context(), connect(t, aliceAddr).conn, alice, time.Now(), Watch).Close()
+			defer tracker.Track(t.Context(), connect(t, aliceAddr).conn, alice, time.Now(), Watch).Close()
 		}
-		defer site.Open(t.Context(), connect(t, bobAddr).conn, bob, time.Now(), Watch).Close()
+		defer tracker.Track(t.Context(), connect(t, bobAddr).conn, bob, time.Now(), Watch).Close()
 		time.Sleep(10*interval + interval/2)
 		asked, _ := n.seen()
 		if diff := cmp.Diff(map[netip.Addr]int{aliceAddr: 10, bobAddr: 10}, asked, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
@@ -314,9 +314,9 @@ func TestAllRequestsOfACallerCostOneQuestion(t *testing.T) {
 func TestShortRequestsCostNoQuestion(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		site := new(Config).NewSite(nil, nil, n.rules())
+		tracker := new(Generation).NewTracker(nil, nil, n.policies())
 		for range 1000 {
-			site.Open(t.Context(), connect(t, aliceAddr).conn, alice, time.Now(), Watch).Close()
+			tracker.Track(t.Context(), connect(t, aliceAddr).conn, alice, time.Now(), Watch).Close()
 			time.Sleep(101 * time.Millisecond) // a check, after intervals of 5 s, falls between two of them
 		}
 		time.Sleep(time.Minute)
@@ -325,7 +325,7 @@ func TestShortRequestsCostNoQuestion(t *testing.T) {
 		}
 		mu.Lock()
 		defer mu.Unlock()
-		if site.armed {
+		if tracker.armed {
 			t.Error("a check is due, and there is nothing to check")
 		}
 	})
@@ -334,9 +334,9 @@ func TestShortRequestsCostNoQuestion(t *testing.T) {
 func TestWhoCannotBeCheckedGoesOnForTheGrace(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		site := new(Config).NewSite(nil, nil, n.rules())
+		tracker := new(Generation).NewTracker(nil, nil, n.policies())
 		c := connect(t, aliceAddr)
-		defer site.Open(t.Context(), c.conn, alice, time.Now(), Watch).Close()
+		defer tracker.Track(t.Context(), c.conn, alice, time.Now(), Watch).Close()
 		time.Sleep(interval)
 		synctest.Wait() // the last check that succeeds
 		n.fails(apistatus.TryAgain(apistatus.NoAnswer, "no answer"))
@@ -352,9 +352,9 @@ func TestWhoCannotBeCheckedGoesOnForTheGrace(t *testing.T) {
 func TestACheckThatSucceedsStartsTheGraceAnew(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		site := new(Config).NewSite(nil, nil, n.rules())
+		tracker := new(Generation).NewTracker(nil, nil, n.policies())
 		c := connect(t, aliceAddr)
-		defer site.Open(t.Context(), c.conn, alice, time.Now(), Watch).Close()
+		defer tracker.Track(t.Context(), c.conn, alice, time.Now(), Watch).Close()
 		for range 5 {
 			n.fails(errors.New("no answer"))
 			time.Sleep(grace - interval)
@@ -371,9 +371,9 @@ func TestTheGraceCountsFromTheAnswer(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
 		n.fails(apistatus.TryAgain(apistatus.NoAnswer, "no answer"))
-		site := new(Config).NewSite(nil, nil, n.rules())
+		tracker := new(Generation).NewTracker(nil, nil, n.policies())
 		c := connect(t, aliceAddr)
-		defer site.Open(t.Context(), c.conn, alice, time.Now().Add(-2*interval), Watch).Close()
+		defer tracker.Track(t.Context(), c.conn, alice, time.Now().Add(-2*interval), Watch).Close()
 		time.Sleep(grace - 2*interval)
 		synctest.Wait()
 		c.wantOpen(t)
@@ -390,14 +390,14 @@ func TestCallersThatDialledDifferentAddressesAreAskedAboutApart(t *testing.T) {
 		t.Run("last to "+last.String(), func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
 				n := newNetwork()
-				site := new(Config).NewSite(nil, nil, n.rules())
+				tracker := new(Generation).NewTracker(nil, nil, n.policies())
 				c, other := connectTo(t, aliceAddr, nodeAddr), connectTo(t, aliceAddr, otherAddr)
 				clients := []client{c, other}
 				if last == nodeAddr {
 					slices.Reverse(clients)
 				}
 				for _, c := range clients {
-					defer site.Open(t.Context(), c.conn, alice, time.Now(), Watch).Close()
+					defer tracker.Track(t.Context(), c.conn, alice, time.Now(), Watch).Close()
 				}
 				want := []Caller{
 					{Remote: aliceAddr, Local: nodeAddr, Identity: alice, Open: map[Kind]int{Watch: 1}},
@@ -416,12 +416,12 @@ func TestCallersThatDialledDifferentAddressesAreAskedAboutApart(t *testing.T) {
 }
 
 // act opens a request in which alice acts as bob, for as long as mayAct allows.
-func act(t *testing.T, site *Site, mayAct impersonate.StillAllowed) client {
+func act(t *testing.T, tracker *Tracker, mayAct impersonate.StillAllowed) client {
 	t.Helper()
 	id := *alice
 	id.ActAs = &impersonate.ActAsRequest{Target: &impersonate.Target{User: "bob"}}
 	c := connect(t, aliceAddr)
-	request := site.Open(t.Context(), c.conn, &id, time.Now(), Short)
+	request := tracker.Track(t.Context(), c.conn, &id, time.Now(), Short)
 	t.Cleanup(request.Close)
 	request.Require(mayAct)
 	return c
@@ -430,9 +430,9 @@ func act(t *testing.T, site *Site, mayAct impersonate.StillAllowed) client {
 func TestWhoMayNoLongerActAsSomebodyElseIsEnded(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		site := new(Config).NewSite(nil, nil, n.rules())
+		tracker := new(Generation).NewTracker(nil, nil, n.policies())
 		var withdrawn atomic.Bool
-		acting := act(t, site, func(_ context.Context, caller *impersonate.Identity, since time.Time) error {
+		acting := act(t, tracker, func(_ context.Context, caller *impersonate.Identity, since time.Time) error {
 			if caller != alice || since != time.Now() {
 				t.Errorf("asked about %+v since %v; want who the caller is by now", caller, since)
 			}
@@ -441,9 +441,9 @@ func TestWhoMayNoLongerActAsSomebodyElseIsEnded(t *testing.T) {
 			}
 			return nil
 		})
-		other := act(t, site, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		other := act(t, tracker, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
 		herself := connect(t, aliceAddr)
-		defer site.Open(t.Context(), herself.conn, alice, time.Now(), Short).Close()
+		defer tracker.Track(t.Context(), herself.conn, alice, time.Now(), Short).Close()
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		acting.wantOpen(t)
@@ -459,8 +459,8 @@ func TestWhoMayNoLongerActAsSomebodyElseIsEnded(t *testing.T) {
 func TestWhoLosesAccessLosesItAsSomebodyElseToo(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		site := new(Config).NewSite(nil, nil, n.rules())
-		c := act(t, site, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		tracker := new(Generation).NewTracker(nil, nil, n.policies())
+		c := act(t, tracker, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
 		n.knows(aliceAddr, &impersonate.Identity{User: alice.User, Groups: []string{"b"}})
 		time.Sleep(interval)
 		synctest.Wait()
@@ -468,15 +468,15 @@ func TestWhoLosesAccessLosesItAsSomebodyElseToo(t *testing.T) {
 	})
 }
 
-// That the rules let somebody be bob, and the API server alice act as bob, does not
+// That the policies let somebody be bob, and the API server alice act as bob, does not
 // make up for who may not even be alice.
 func TestWhoIsRefusedIsRefusedAsSomebodyElseToo(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		rules := n.rules()
-		rules.MayBe = func(*impersonate.Target) error { return nil }
-		site := new(Config).NewSite(nil, nil, rules)
-		c := act(t, site, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		policies := n.policies()
+		policies.MayBe = func(*impersonate.Target) error { return nil }
+		tracker := new(Generation).NewTracker(nil, nil, policies)
+		c := act(t, tracker, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
 		time.Sleep(interval)
 		synctest.Wait()
 		c.wantOpen(t)
@@ -490,8 +490,8 @@ func TestWhoIsRefusedIsRefusedAsSomebodyElseToo(t *testing.T) {
 func TestWhenNobodyCanTellWhetherACallerMayActItGoesOnForTheGrace(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		site := new(Config).NewSite(nil, nil, n.rules())
-		c := act(t, site, func(ctx context.Context, _ *impersonate.Identity, _ time.Time) error {
+		tracker := new(Generation).NewTracker(nil, nil, n.policies())
+		c := act(t, tracker, func(ctx context.Context, _ *impersonate.Identity, _ time.Time) error {
 			<-ctx.Done() // an API server that does not answer
 			return ctx.Err()
 		})
@@ -509,16 +509,16 @@ func TestTheNewRulesJudgeWhomSomebodyActsAs(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
 		listeners := []string{"tailscale/k8s:443"}
-		before := new(Config)
-		site := before.NewSite(listeners, "before", n.rules())
+		before := new(Generation)
+		tracker := before.NewTracker(listeners, "before", n.policies())
 		before.Run()
-		c := act(t, site, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
-		rules := n.rules()
-		rules.MayBe = func(target *impersonate.Target) error {
+		c := act(t, tracker, func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+		policies := n.policies()
+		policies.MayBe = func(target *impersonate.Target) error {
 			return apistatus.Forbidden(apistatus.Impersonation, "nobody is %s here", target.User)
 		}
-		after := new(Config)
-		after.NewSite(listeners, "after", rules)
+		after := new(Generation)
+		after.NewTracker(listeners, "after", policies)
 		after.Run()
 		time.Sleep(interval)
 		synctest.Wait()
@@ -530,21 +530,21 @@ func TestTheNewRulesJudgeWhomSomebodyActsAs(t *testing.T) {
 func TestCallersAreAskedAboutAtOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		rules := n.rules()
+		policies := n.policies()
 		silence := make(chan struct{})
 		defer close(silence)
-		identify := rules.Identify
-		rules.Identify = func(ctx context.Context, remote, local netip.Addr, since time.Time) (*impersonate.Identity, error) {
+		identify := policies.Identify
+		policies.Identify = func(ctx context.Context, remote, local netip.Addr, since time.Time) (*impersonate.Identity, error) {
 			if remote == aliceAddr {
 				<-silence
 				return nil, errors.New("no answer")
 			}
 			return identify(ctx, remote, local, since)
 		}
-		site := new(Config).NewSite(nil, nil, rules)
+		tracker := new(Generation).NewTracker(nil, nil, policies)
 		silent, c := connect(t, aliceAddr), connect(t, bobAddr)
-		defer site.Open(t.Context(), silent.conn, alice, time.Now(), Watch).Close()
-		defer site.Open(t.Context(), c.conn, bob, time.Now(), Watch).Close()
+		defer tracker.Track(t.Context(), silent.conn, alice, time.Now(), Watch).Close()
+		defer tracker.Track(t.Context(), c.conn, bob, time.Now(), Watch).Close()
 		n.knows(bobAddr, nil)
 		time.Sleep(interval)
 		synctest.Wait()
@@ -557,19 +557,19 @@ func TestCallersAreAskedAboutAtOnce(t *testing.T) {
 func TestSoManyCallersAreAskedAboutAtATime(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		rules := n.rules()
+		policies := n.policies()
 		silence := make(chan struct{})
 		defer close(silence)
 		var asking atomic.Int32
-		rules.Identify = func(context.Context, netip.Addr, netip.Addr, time.Time) (*impersonate.Identity, error) {
+		policies.Identify = func(context.Context, netip.Addr, netip.Addr, time.Time) (*impersonate.Identity, error) {
 			asking.Add(1)
 			<-silence
 			return nil, errors.New("no answer")
 		}
-		site := new(Config).NewSite(nil, nil, rules)
+		tracker := new(Generation).NewTracker(nil, nil, policies)
 		for addr := range lookups + 1 {
 			from := netip.AddrFrom4([4]byte{100, 64, 1, byte(addr)})
-			defer site.Open(t.Context(), connect(t, from).conn, alice, time.Now(), Watch).Close()
+			defer tracker.Track(t.Context(), connect(t, from).conn, alice, time.Now(), Watch).Close()
 		}
 		time.Sleep(interval)
 		synctest.Wait()
@@ -583,12 +583,12 @@ func TestSoManyCallersAreAskedAboutAtATime(t *testing.T) {
 func TestWithoutASuccessorASiteGoesOnByItsOwnRules(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		first, second := new(Config), new(Config)
-		site := first.NewSite([]string{":443"}, "a", n.rules())
-		second.NewSite([]string{":8443"}, "a", newNetwork().rules())
+		first, second := new(Generation), new(Generation)
+		tracker := first.NewTracker([]string{":443"}, "a", n.policies())
+		second.NewTracker([]string{":8443"}, "a", newNetwork().policies())
 		first.Run()
 		c := connect(t, aliceAddr)
-		defer site.Open(t.Context(), c.conn, alice, time.Now(), Watch).Close()
+		defer tracker.Track(t.Context(), c.conn, alice, time.Now(), Watch).Close()
 		second.Run()
 		n.knows(aliceAddr, nil)
 		time.Sleep(interval)
@@ -597,7 +597,7 @@ func TestWithoutASuccessorASiteGoesOnByItsOwnRules(t *testing.T) {
 	})
 }
 
-// The rules under which a caller has lost access, and those under which it has not.
+// The policies under which a caller has lost access, and those under which it has not.
 func without(addr netip.Addr) *network {
 	n := newNetwork()
 	n.knows(addr, nil)
@@ -606,74 +606,74 @@ func without(addr netip.Addr) *network {
 
 func TestAfterAReloadTheNewRulesJudge(t *testing.T) {
 	on := func(listeners ...string) []string { return listeners }
-	type site struct {
+	type tracker struct {
 		listeners []string
 		settings  string
-		denies    bool // alice, who has been let in by the first of the old sites
+		denies    bool // alice, who has been let in by the first of the old trackers
 	}
 	for _, tt := range []struct {
 		name     string
-		old, new []site
+		old, new []tracker
 		ended    bool
 	}{
-		{"the same", []site{{on(":443"), "a", false}}, []site{{on(":443"), "a", false}}, false},
-		{"the same, and she has lost access", []site{{on(":443"), "a", false}}, []site{{on(":443"), "a", true}}, true},
-		{"changed", []site{{on(":443"), "a", false}}, []site{{on(":443"), "b", true}}, true},
-		{"changed in her favour", []site{{on(":443"), "a", true}}, []site{{on(":443"), "b", false}}, false},
-		{"one more listener", []site{{on(":443"), "a", false}}, []site{{on(":80", ":443"), "b", true}}, true},
+		{"the same", []tracker{{on(":443"), "a", false}}, []tracker{{on(":443"), "a", false}}, false},
+		{"the same, and she has lost access", []tracker{{on(":443"), "a", false}}, []tracker{{on(":443"), "a", true}}, true},
+		{"changed", []tracker{{on(":443"), "a", false}}, []tracker{{on(":443"), "b", true}}, true},
+		{"changed in her favour", []tracker{{on(":443"), "a", true}}, []tracker{{on(":443"), "b", false}}, false},
+		{"one more listener", []tracker{{on(":443"), "a", false}}, []tracker{{on(":80", ":443"), "b", true}}, true},
 		{
-			"two, one of them changed: hers", []site{{on(":443"), "a", false}, {on(":443"), "b", false}},
-			[]site{{on(":443"), "b", false}, {on(":443"), "c", true}}, true,
+			"two, one of them changed: hers", []tracker{{on(":443"), "a", false}, {on(":443"), "b", false}},
+			[]tracker{{on(":443"), "b", false}, {on(":443"), "c", true}}, true,
 		},
 		{
-			"two, one of them changed, in her favour: the one that stays has no say", []site{{on(":443"), "a", true}, {on(":443"), "b", true}},
-			[]site{{on(":443"), "b", true}, {on(":443"), "c", false}}, false,
+			"two, one of them changed, in her favour: the one that stays has no say", []tracker{{on(":443"), "a", true}, {on(":443"), "b", true}},
+			[]tracker{{on(":443"), "b", true}, {on(":443"), "c", false}}, false,
 		},
 		{
-			"two, one of them changed: the other", []site{{on(":443"), "a", false}, {on(":443"), "b", false}},
-			[]site{{on(":443"), "c", true}, {on(":443"), "a", false}}, false,
+			"two, one of them changed: the other", []tracker{{on(":443"), "a", false}, {on(":443"), "b", false}},
+			[]tracker{{on(":443"), "c", true}, {on(":443"), "a", false}}, false,
 		},
 		{
-			"two, both changed: either may be hers", []site{{on(":443"), "a", false}, {on(":443"), "b", false}},
-			[]site{{on(":443"), "c", false}, {on(":443"), "d", true}}, true,
+			"two, both changed: either may be hers", []tracker{{on(":443"), "a", false}, {on(":443"), "b", false}},
+			[]tracker{{on(":443"), "c", false}, {on(":443"), "d", true}}, true,
 		},
 		{
-			"two, both changed: the first may be hers", []site{{on(":443"), "a", false}, {on(":443"), "b", false}},
-			[]site{{on(":443"), "c", true}, {on(":443"), "d", false}}, true,
+			"two, both changed: the first may be hers", []tracker{{on(":443"), "a", false}, {on(":443"), "b", false}},
+			[]tracker{{on(":443"), "c", true}, {on(":443"), "d", false}}, true,
 		},
 		{
-			"two, both changed, and both let her in", []site{{on(":443"), "a", true}, {on(":443"), "b", true}},
-			[]site{{on(":443"), "c", false}, {on(":443"), "d", false}}, false,
+			"two, both changed, and both let her in", []tracker{{on(":443"), "a", true}, {on(":443"), "b", true}},
+			[]tracker{{on(":443"), "c", false}, {on(":443"), "d", false}}, false,
 		},
-		{"one more site beside the same", []site{{on(":443"), "a", false}}, []site{{on(":443"), "b", true}, {on(":443"), "a", false}}, false},
-		{"another listener", []site{{on(":443"), "a", false}}, []site{{on(":8443"), "a", true}}, false},
-		{"no site", []site{{on(":443"), "a", false}}, nil, false},
+		{"one more tracker beside the same", []tracker{{on(":443"), "a", false}}, []tracker{{on(":443"), "b", true}, {on(":443"), "a", false}}, false},
+		{"another listener", []tracker{{on(":443"), "a", false}}, []tracker{{on(":8443"), "a", true}}, false},
+		{"no tracker", []tracker{{on(":443"), "a", false}}, nil, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
-				config := func(sites []site) (*Config, []*Site) {
-					c := new(Config)
-					var made []*Site
-					for _, s := range sites {
+				config := func(trackers []tracker) (*Generation, []*Tracker) {
+					c := new(Generation)
+					var made []*Tracker
+					for _, s := range trackers {
 						n := newNetwork()
 						if s.denies {
 							n = without(aliceAddr)
 						}
-						made = append(made, c.NewSite(s.listeners, s.settings, n.rules()))
+						made = append(made, c.NewTracker(s.listeners, s.settings, n.policies()))
 					}
 					return c, made
 				}
-				before, sites := config(tt.old)
+				before, trackers := config(tt.old)
 				before.Run()
 				c := connect(t, aliceAddr)
-				request := sites[0].Open(t.Context(), c.conn, alice, time.Now(), Watch)
+				request := trackers[0].Track(t.Context(), c.conn, alice, time.Now(), Watch)
 				defer request.Close()
 				after, _ := config(tt.new)
 				after.Run()
 				after.Run() // as every handler of the config calls it
 				// A connection that the old config has accepted outlives it.
 				late := connect(t, aliceAddr)
-				defer sites[0].Open(t.Context(), late.conn, alice, time.Now(), Watch).Close()
+				defer trackers[0].Track(t.Context(), late.conn, alice, time.Now(), Watch).Close()
 				time.Sleep(interval)
 				synctest.Wait()
 				for _, c := range []client{c, late} {
@@ -688,15 +688,15 @@ func TestAfterAReloadTheNewRulesJudge(t *testing.T) {
 	}
 }
 
-// A config without the site, and then one with it again.
+// A config without the tracker, and then one with it again.
 func TestTheConfigAfterNextJudgesAsWell(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		var first, none, second Config
-		site := first.NewSite([]string{":443"}, "a", newNetwork().rules())
-		second.NewSite([]string{":443"}, "b", without(aliceAddr).rules())
+		var first, none, second Generation
+		tracker := first.NewTracker([]string{":443"}, "a", newNetwork().policies())
+		second.NewTracker([]string{":443"}, "b", without(aliceAddr).policies())
 		first.Run()
 		c := connect(t, aliceAddr)
-		defer site.Open(t.Context(), c.conn, alice, time.Now(), Watch).Close()
+		defer tracker.Track(t.Context(), c.conn, alice, time.Now(), Watch).Close()
 		none.Run()
 		time.Sleep(time.Minute)
 		c.wantOpen(t)
@@ -711,13 +711,13 @@ func TestTheConfigAfterNextJudgesAsWell(t *testing.T) {
 // gone for a while.
 func TestTheConfigAfterNextJudgesARequestThatCameLate(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		var first, none, second Config
-		site := first.NewSite([]string{":443"}, "a", newNetwork().rules())
-		second.NewSite([]string{":443"}, "b", without(aliceAddr).rules())
+		var first, none, second Generation
+		tracker := first.NewTracker([]string{":443"}, "a", newNetwork().policies())
+		second.NewTracker([]string{":443"}, "b", without(aliceAddr).policies())
 		first.Run()
 		none.Run()
 		c := connect(t, aliceAddr)
-		defer site.Open(t.Context(), c.conn, alice, time.Now(), Short).Close()
+		defer tracker.Track(t.Context(), c.conn, alice, time.Now(), Short).Close()
 		second.Run()
 		time.Sleep(interval)
 		synctest.Wait()
@@ -725,17 +725,17 @@ func TestTheConfigAfterNextJudgesARequestThatCameLate(t *testing.T) {
 	})
 }
 
-// The same, when the site had a request a moment before its config went.
+// The same, when the tracker had a request a moment before its config went.
 func TestTheConfigAfterNextJudgesARequestThatCameLateAfterAnother(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		var first, none, second Config
-		site := first.NewSite([]string{":443"}, "a", newNetwork().rules())
-		second.NewSite([]string{":443"}, "b", without(aliceAddr).rules())
+		var first, none, second Generation
+		tracker := first.NewTracker([]string{":443"}, "a", newNetwork().policies())
+		second.NewTracker([]string{":443"}, "b", without(aliceAddr).policies())
 		first.Run()
-		site.Open(t.Context(), connect(t, bobAddr).conn, bob, time.Now(), Short).Close()
+		tracker.Track(t.Context(), connect(t, bobAddr).conn, bob, time.Now(), Short).Close()
 		none.Run()
 		c := connect(t, aliceAddr)
-		defer site.Open(t.Context(), c.conn, alice, time.Now(), Exec).Close()
+		defer tracker.Track(t.Context(), c.conn, alice, time.Now(), Exec).Close()
 		if callers := Callers(); len(callers) != 1 {
 			t.Errorf("got callers %v; want alice", callers)
 		}
@@ -749,15 +749,15 @@ func TestTheConfigAfterNextJudgesARequestThatCameLateAfterAnother(t *testing.T) 
 func TestWhatIsReported(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		site := new(Config).NewSite(nil, nil, n.rules())
+		tracker := new(Generation).NewTracker(nil, nil, n.policies())
 		one, two := connect(t, aliceAddr), connect(t, aliceAddr)
 		for _, c := range []client{one, one, two} {
-			defer site.Open(t.Context(), c.conn, alice, time.Now(), Watch).Close()
+			defer tracker.Track(t.Context(), c.conn, alice, time.Now(), Watch).Close()
 		}
 		n.knows(aliceAddr, bob)
 		time.Sleep(interval)
 		synctest.Wait()
-		want := []*Ended{{
+		want := []*Revoked{{
 			Reason: OtherUser, Detail: "alice@example.com is bob@example.com by now",
 			Remote: aliceAddr, User: alice.User, Requests: 3,
 		}}
@@ -775,7 +775,7 @@ func TestWhatIsReported(t *testing.T) {
 func TestConfigOf(t *testing.T) {
 	type app struct{ _ int }
 	one, two := new(app), new(app)
-	a, b, c := ConfigOf(one), ConfigOf(one), ConfigOf(two)
+	a, b, c := GenerationOf(one), GenerationOf(one), GenerationOf(two)
 	if a != b {
 		t.Error("two handlers of a config got different ones")
 	}

@@ -3,152 +3,168 @@
 package revocation
 
 import (
+	"context"
+	"net/http"
 	"reflect"
 	"slices"
 	"time"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
-// Config is what one Caddy config has of sites.
-type Config struct{ sites []*Site }
+// Generation is the set of trackers of one Caddy config.
+type Generation struct {
+	registry *Registry
+	trackers []*Tracker
+}
 
-// Site is where one handler serves requests.
-type Site struct {
-	config    *Config
-	listeners []string
-	settings  any
+// Tracker tracks the open requests of one handler.
+type Tracker struct {
+	generation *Generation
+	listeners  []string
+	settings   any
 
-	// What follows is guarded by mu.
+	// The registry's mutex guards what follows.
 
-	// rules are the site's own, or those of several that replaced them. A
-	// request has to pass all.
-	rules []Rules
-	// next is the site that has taken this one's place, nil if none has.
-	next *Site
-	// open is the first of the site's open requests, nil if there is none.
+	// policies are the tracker's own policy, or those of the trackers that replaced
+	// it. A request must satisfy all of them.
+	policies []Policy
+	// next is the tracker that replaced this one, nil if there is none.
+	next *Tracker
+	// open is the first of the tracker's open requests, nil if there is none.
 	open *Request
-	// armed reports whether a check is due.
+	// armed reports whether a check is scheduled.
 	armed bool
 }
 
-// provisioning is the config that is being set up, by what tells it from others. It
-// is guarded by mu.
-var provisioning struct {
-	key    any
-	config *Config
+// NewTracker adds a tracker to the generation. listeners are the addresses of its
+// server, as configured. The policy follows from settings: trackers whose settings are
+// deeply equal have the same policy.
+func (g *Generation) NewTracker(listeners []string, settings any, policy Policy) *Tracker {
+	t := &Tracker{generation: g, listeners: listeners, settings: settings, policies: []Policy{policy}}
+	g.trackers = append(g.trackers, t)
+	return t
 }
 
-// ConfigOf returns the config that key stands for: a new one unless it is the key of
-// the call before, as Caddy sets up one config after the other.
-func ConfigOf(key any) *Config {
-	mu.Lock()
-	defer mu.Unlock()
-	if provisioning.config == nil || provisioning.key != key {
-		provisioning.key, provisioning.config = key, new(Config)
-	}
-	return provisioning.config
-}
-
-// NewSite adds a site to the config. listeners are the addresses of its server, as
-// they are configured. settings are what the rules follow from: sites whose
-// settings are deeply equal have the same rules.
-func (c *Config) NewSite(listeners []string, settings any, rules Rules) *Site {
-	s := &Site{config: c, listeners: listeners, settings: settings, rules: []Rules{rules}}
-	c.sites = append(c.sites, s)
-	return s
-}
-
-// current holds the sites that a new config may take the place of: those of the
-// config that runs, and those that are gone from it and still have requests.
-// It belongs to the process. It is guarded by mu.
-var current []*Site
-
-// Run makes c the config that runs in this process. Requests that began under an
-// earlier config are judged by c's rules from now on: by those of the site with
-// the same listener and settings. If none has the same settings, by those of the
-// site with the same listener that is new, or of all such sites if there are
-// several, since any may be meant. If there is no site with the same listener
-// either, the rules stay as they are. Further calls do nothing.
-func (c *Config) Run() {
-	mu.Lock()
-	defer mu.Unlock()
-	if slices.ContainsFunc(current, func(s *Site) bool { return s.config == c }) {
+// Run makes g the generation that runs in this process. From then on g's policies
+// apply to requests that began under an earlier config: the policy of the tracker with
+// the same listener and settings; if there is none, that of the tracker with the same
+// listener that is new in g, or all of them if there are several. Without any tracker
+// on the same listener, the old policy stays. Further calls do nothing.
+func (g *Generation) Run() {
+	r := g.registry
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if slices.ContainsFunc(r.trackers, func(t *Tracker) bool { return t.generation == g }) {
 		return
 	}
-	before := current
-	current = slices.Clone(c.sites)
+	before := r.trackers
+	r.trackers = slices.Clone(g.trackers)
 	for _, old := range before {
-		replacements := c.replacements(old, before)
+		replacements := g.replacements(old, before)
 		switch len(replacements) {
 		case 0:
 		case 1:
 			old.moveTo(replacements[0])
 			continue
 		default:
-			old.rules = nil
-			for _, s := range replacements {
-				old.rules = append(old.rules, s.rules...)
+			old.policies = nil
+			for _, t := range replacements {
+				old.policies = append(old.policies, t.policies...)
 			}
 		}
-		if old.open != nil || old.armed { // or its next request would not be known
-			current = append(current, old)
+		if old.open != nil || old.armed { // or its next request would be unknown
+			r.trackers = append(r.trackers, old)
 		}
 	}
 }
 
-// replacements returns the sites of c that judge old's requests.
-func (c *Config) replacements(old *Site, before []*Site) (changed []*Site) {
-	for _, s := range c.sites {
+// replacements returns the trackers of g whose policies apply to old's requests.
+func (g *Generation) replacements(old *Tracker, before []*Tracker) (changed []*Tracker) {
+	for _, t := range g.trackers {
 		switch {
-		case !s.shares(old):
-		case s.equal(old):
-			return []*Site{s}
-		case !slices.ContainsFunc(before, func(b *Site) bool { return s.shares(b) && s.equal(b) }):
-			changed = append(changed, s)
+		case !t.shares(old):
+		case t.equal(old):
+			return []*Tracker{t}
+		case !slices.ContainsFunc(before, func(b *Tracker) bool { return t.shares(b) && t.equal(b) }):
+			changed = append(changed, t)
 		}
 	}
 	return changed
 }
 
-func (s *Site) shares(other *Site) bool {
-	return slices.ContainsFunc(s.listeners, func(l string) bool { return slices.Contains(other.listeners, l) })
+func (t *Tracker) shares(other *Tracker) bool {
+	return slices.ContainsFunc(t.listeners, func(l string) bool { return slices.Contains(other.listeners, l) })
 }
 
-func (s *Site) equal(other *Site) bool { return reflect.DeepEqual(s.settings, other.settings) }
+func (t *Tracker) equal(other *Tracker) bool { return reflect.DeepEqual(t.settings, other.settings) }
 
-// moveTo hands s's requests over to next, those that are still to come included.
-func (s *Site) moveTo(next *Site) {
-	s.next = next
-	for s.open != nil {
-		r := s.open
-		s.remove(r)
+// moveTo hands t's requests over to next, including those that are still to come.
+func (t *Tracker) moveTo(next *Tracker) {
+	t.next = next
+	for t.open != nil {
+		r := t.open
+		t.remove(r)
 		next.add(r)
 	}
 }
 
-// add makes r one of s's open requests.
-func (s *Site) add(r *Request) {
-	r.site, r.previous, r.next = s, nil, s.open
+// Track tracks r, a request of caller, until [Request.Close]. The result is the
+// context to forward r with: it carries the caller's identity, and ends when the
+// caller loses access.
+func (t *Tracker) Track(r *http.Request, caller authn.Caller) *Request {
+	tracked := t.track(r.Context(), caller, requestinfo.KindOf(r))
+	// Connection says nothing else once the client's headers are stripped.
+	if upgrade := r.Header["Connection"] != nil; upgrade && !caller.Identity.Recording.Enforce {
+		tracked.endWhenEnforced()
+	}
+	if caller.Identity.ActAs != nil {
+		caller.Identity.ActAs.Granted = tracked.require
+	}
+	return tracked
+}
+
+func (t *Tracker) track(ctx context.Context, caller authn.Caller, kind requestinfo.Kind) *Request {
+	r := &Request{Context: impersonate.Context{Context: ctx, ID: caller.Identity}, conn: caller.Conn, kind: kind, confirmed: caller.Asked}
+	registry := t.generation.registry
+	registry.mu.Lock()
+	defer registry.mu.Unlock()
+	registry.open[kind]++
+	for t.next != nil {
+		t = t.next
+	}
+	t.add(r)
+	return r
+}
+
+// add makes r one of t's open requests.
+func (t *Tracker) add(r *Request) {
+	r.tracker, r.previous, r.next = t, nil, t.open
 	if r.next != nil {
 		r.next.previous = r
 	}
-	s.open = r
-	if s.armed {
+	t.open = r
+	if t.armed {
 		return
 	}
-	s.armed = true
-	if !slices.Contains(current, s) {
-		// Its config is gone: it must not be missed by the one after next.
-		current = append(current, s)
+	t.armed = true
+	registry := t.generation.registry
+	registry.Hold()
+	if !slices.Contains(registry.trackers, t) {
+		// Its config is gone: the config after next must still know it.
+		registry.trackers = append(registry.trackers, t)
 	}
-	time.AfterFunc(s.rules[0].Interval, s.check)
+	time.AfterFunc(t.policies[0].Interval, t.check)
 }
 
-// remove makes r none of s's open requests any more.
-func (s *Site) remove(r *Request) {
+// remove makes r none of t's open requests.
+func (t *Tracker) remove(r *Request) {
 	if r.previous != nil {
 		r.previous.next = r.next
 	} else {
-		s.open = r.next
+		t.open = r.next
 	}
 	if r.next != nil {
 		r.next.previous = r.previous

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package tailscaleimpersonate
+// Package admin adds an endpoint to Caddy's admin API that lists, explains and drops
+// callers.
+package admin
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,9 +16,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoiscache"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/app"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
 
@@ -25,18 +25,18 @@ func init() {
 	caddy.RegisterModule(new(Admin))
 }
 
-// peersPath is where the admin API has callers.
+// peersPath is the path of the endpoint.
 const peersPath = "/tailscale_impersonate/peers"
 
-// Admin is an endpoint of Caddy's admin API that shows who calls. It is permanently
-// mounted:
+// Admin is an endpoint of Caddy's admin API for the callers of this module. It is
+// always mounted:
 //
-//   - `GET /tailscale_impersonate/peers` lists the callers that are remembered, with
-//     what they were taken for and what they have open.
-//   - `GET /tailscale_impersonate/peers/<peer>` asks the tailnet nodes about one
-//     peer, which need not have called, and says where each of its groups comes from.
-//   - `DELETE /tailscale_impersonate/peers/<peer>` forgets a caller and ends what it
-//     has open. It may call again: what keeps it out is the policy file.
+//   - `GET /tailscale_impersonate/peers` lists the recent callers, with their
+//     identities and open requests.
+//   - `GET /tailscale_impersonate/peers/<peer>` asks the tailnet nodes about one peer,
+//     which need not have called, and says where each of its groups comes from.
+//   - `DELETE /tailscale_impersonate/peers/<peer>` forgets a caller and ends its open
+//     requests. It may call again: only the policy file keeps it out.
 //
 // A peer is given by its address, its node ID or its tailnet name.
 type Admin struct{}
@@ -49,8 +49,7 @@ func (*Admin) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Routes returns the routes of the admin API. Caddy has checked by then that the
-// request may use it.
+// Routes returns the routes of the admin API. Caddy checks who may use it.
 func (a *Admin) Routes() []caddy.AdminRoute {
 	return []caddy.AdminRoute{
 		{Pattern: peersPath, Handler: caddy.AdminHandlerFunc(a.list)},
@@ -74,7 +73,7 @@ type peer struct {
 	local netip.Addr
 }
 
-// is reports whether p is whom an operator calls that.
+// is reports whether name, given by an operator, means p.
 func (p *peer) is(name string) bool {
 	if addr, err := netip.ParseAddr(name); err == nil {
 		return p.Address == addr.Unmap()
@@ -83,36 +82,37 @@ func (p *peer) is(name string) bool {
 	return name != "" && (name == p.ID || strings.EqualFold(name, p.Node) || strings.EqualFold(name, label))
 }
 
-// peers returns everybody who is remembered or has something open.
-func peers() []*peer {
-	// Two tailnets may have given the same addresses to different devices.
+// peers returns every caller that is cached or has open requests.
+func peers(process *app.Process) []*peer {
+	// Two tailnets may give the same addresses to different devices.
 	type key struct {
 		remote, local netip.Addr
 		device        string
 	}
 	index := make(map[key]*peer)
 	var all []*peer
-	for _, h := range running.all() {
-		h.decisions.All(func(k whoiscache.Key, d *decision) {
-			at := key{k.Remote, k.Local, d.identity.Node}
+	for _, a := range process.Running() {
+		a.Cached(func(remote, local netip.Addr, caller *authn.Caller) {
+			id := caller.Identity
+			at := key{remote, local, id.Node}
 			p := index[at]
 			switch {
 			case p == nil:
-				p = &peer{Address: k.Remote, local: k.Local, Open: make(map[string]int)}
+				p = &peer{Address: remote, local: local, Open: make(map[string]int)}
 				index[at] = p
 				all = append(all, p)
-			case p.Asked.After(d.asked):
+			case p.Asked.After(caller.Asked):
 				return
 			}
-			asked := d.asked
-			p.ID, p.Node, p.Proxy = string(d.peer.NodeID), d.identity.Node, k.Node.Name
-			p.User, p.Groups, p.Source = d.identity.User, d.identity.Groups, string(d.identity.Source)
+			asked := caller.Asked
+			p.ID, p.Node, p.Proxy = string(caller.Peer.NodeID), id.Node, caller.Node.Name
+			p.User, p.Groups, p.Source = id.User, id.Groups, string(id.Source)
 			p.Asked, p.Age = &asked, time.Since(asked).Round(time.Millisecond).String()
 		})
 	}
-	for _, c := range revocation.Callers() {
+	for _, c := range process.Requests.Clients() {
 		p := index[key{c.Remote, c.Local, c.Identity.Node}]
-		if p == nil { // its config is gone, or it has been silent for long
+		if p == nil { // its config is gone, or the cache has dropped it
 			p = &peer{Address: c.Remote, local: c.Local, Node: c.Identity.Node, Open: make(map[string]int)}
 			p.User, p.Groups, p.Source = c.Identity.User, c.Identity.Groups, string(c.Identity.Source)
 			all = append(all, p)
@@ -134,7 +134,9 @@ func (a *Admin) list(w http.ResponseWriter, r *http.Request) error {
 	if r.Method != http.MethodGet {
 		return methodNotAllowed(r)
 	}
-	return writeJSON(w, map[string]any{"peers": peers()})
+	process := app.Acquire()
+	defer process.Release()
+	return writeJSON(w, map[string]any{"peers": peers(process)})
 }
 
 func (a *Admin) one(w http.ResponseWriter, r *http.Request) error {
@@ -142,21 +144,23 @@ func (a *Admin) one(w http.ResponseWriter, r *http.Request) error {
 	if name == "" || strings.Contains(name, "/") {
 		return notFound(errors.New("say which peer: by its address, its node ID or its tailnet name"))
 	}
+	process := app.Acquire()
+	defer process.Release()
 	switch r.Method {
 	case http.MethodGet:
-		return explainPeer(w, r, name)
+		return explain(w, r, process, name)
 	case http.MethodDelete:
-		return dropPeer(w, name)
+		return drop(w, process, name)
 	}
 	return methodNotAllowed(r)
 }
 
-// explainPeer asks every node that a running handler listens on about a peer.
-func explainPeer(w http.ResponseWriter, r *http.Request, name string) error {
+// explain asks every node of the running config about a peer.
+func explain(w http.ResponseWriter, r *http.Request, process *app.Process, name string) error {
 	explanations := []*whoami.Facts{}
 	var failures []error
-	for _, h := range running.all() {
-		facts, err := h.explainPeer(r.Context(), name)
+	for _, a := range process.Running() {
+		facts, err := a.ExplainPeer(r.Context(), name)
 		explanations = append(explanations, facts...)
 		if err != nil {
 			failures = append(failures, err)
@@ -169,67 +173,18 @@ func explainPeer(w http.ResponseWriter, r *http.Request, name string) error {
 	return writeJSON(w, map[string]any{"peers": explanations})
 }
 
-// explainPeer returns what there is to say about a peer, for each of the nodes that
-// h listens on.
-func (h *Handler) explainPeer(ctx context.Context, name string) (all []*whoami.Facts, err error) {
-	select {
-	case <-h.ready:
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	for _, node := range h.nodes {
-		addrs, lookupErr := addressesOf(ctx, node, name)
-		if lookupErr != nil {
-			err = errors.Join(err, fmt.Errorf("tailnet node %q: %w", node.Name, lookupErr))
-			continue
-		}
-		ip4, ip6 := node.Addrs()
-		for _, addr := range addrs {
-			local := ip4
-			if addr.Is6() {
-				local = ip6
-			}
-			if !local.IsValid() {
-				continue
-			}
-			facts, refused := h.facts(ctx, whoiscache.Key{Node: node, Remote: addr, Local: local})
-			if refused != nil {
-				err = errors.Join(err, refused)
-				continue
-			}
-			facts.Listen = h.listeners
-			all = append(all, facts)
-			break // the other address is the same device's, with the same grants but for those that name an address
-		}
-	}
-	return all, err
-}
-
-// addressesOf returns the addresses that name stands for on node's tailnet.
-func addressesOf(ctx context.Context, node *tailnet.Node, name string) ([]netip.Addr, error) {
-	if addr, err := netip.ParseAddr(name); err == nil {
-		return []netip.Addr{addr.Unmap()}, nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
-	defer cancel()
-	return node.Lookup(ctx, name)
-}
-
-// lookupTimeout is how long a node may take to list its peers.
-const lookupTimeout = 5 * time.Second
-
-// dropPeer forgets a caller and ends its requests.
-func dropPeer(w http.ResponseWriter, name string) error {
+// drop forgets a caller and ends its requests.
+func drop(w http.ResponseWriter, process *app.Process, name string) error {
 	var dropped []*peer
-	for _, p := range peers() {
+	for _, p := range peers(process) {
 		if !p.is(name) {
 			continue
 		}
-		for _, h := range running.all() {
-			h.forget(p.Address, p.local)
+		for _, a := range process.Running() {
+			a.Forget(p.Address, p.local)
 		}
 		p.Open = make(map[string]int)
-		for kind, n := range revocation.Drop(p.Address, p.local, p.Node, "an operator has dropped "+p.User) {
+		for kind, n := range process.Requests.Drop(p.Address, p.local, p.Node, "an operator has dropped "+p.User) {
 			p.Open[kind.String()] = n
 		}
 		dropped = append(dropped, p)
@@ -238,14 +193,6 @@ func dropPeer(w http.ResponseWriter, name string) error {
 		return notFound(fmt.Errorf("no caller %q is remembered", name))
 	}
 	return writeJSON(w, map[string]any{"dropped": dropped})
-}
-
-// forget has the caller at remote asked about again before its next request.
-func (h *Handler) forget(remote, local netip.Addr) {
-	for _, node := range h.nodes {
-		h.decisions.Forget(whoiscache.Key{Node: node, Remote: remote, Local: local})
-	}
-	h.drops.Add(1)
 }
 
 func writeJSON(w http.ResponseWriter, v any) error {

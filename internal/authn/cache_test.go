@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package whoiscache
+package authn
 
 import (
 	"context"
@@ -15,7 +15,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
@@ -27,7 +26,7 @@ type asker struct {
 	err   error
 }
 
-func (a *asker) find(ctx context.Context, _ Key) (string, error) {
+func (a *asker) find(ctx context.Context, _ peerKey) (string, error) {
 	n := a.questions.Add(1)
 	select {
 	case <-time.After(a.takes):
@@ -37,9 +36,9 @@ func (a *asker) find(ctx context.Context, _ Key) (string, error) {
 	return strconv.Itoa(int(n)), a.err
 }
 
-func newCache(t *testing.T, ttl time.Duration, a *asker) *Cache[string] {
+func newCache(t *testing.T, ttl time.Duration, a *asker) *cache[string] {
 	t.Helper()
-	c, err := New(ttl, a.find)
+	c, err := newCache(ttl, a.find)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,13 +47,13 @@ func newCache(t *testing.T, ttl time.Duration, a *asker) *Cache[string] {
 
 var (
 	node  = &tailnet.Node{Name: "k8s"}
-	alice = Key{node, netip.MustParseAddr("100.64.0.2"), netip.MustParseAddr("100.64.0.1")}
+	alice = peerKey{node, netip.MustParseAddr("100.64.0.2"), netip.MustParseAddr("100.64.0.1")}
 )
 
 // want fails t unless key's answer is want. asked after since.
-func want(t *testing.T, c *Cache[string], key Key, since time.Time, want string) {
+func want(t *testing.T, c *cache[string], key peerKey, since time.Time, want string) {
 	t.Helper()
-	got, err := c.Get(t.Context(), key, since)
+	got, err := c.get(t.Context(), key, since)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +91,7 @@ func TestAnAnswerAskedForBeforeTheConnectionIsNotUsed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCache(t, time.Second, &asker{takes: 100 * time.Millisecond})
 		first := time.Now()
-		go func() { _, _ = c.Get(t.Context(), alice, first) }()
+		go func() { _, _ = c.get(t.Context(), alice, first) }()
 		time.Sleep(50 * time.Millisecond)
 		want(t, c, alice, time.Now(), "2")
 	})
@@ -115,7 +114,7 @@ func TestWithoutATTLNoEarlierQuestionIsWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCache(t, 0, &asker{takes: 100 * time.Millisecond})
 		accepted := time.Now()
-		go func() { _, _ = c.Get(t.Context(), alice, accepted) }()
+		go func() { _, _ = c.get(t.Context(), alice, accepted) }()
 		time.Sleep(50 * time.Millisecond)
 		want(t, c, alice, accepted, "2")
 	})
@@ -125,10 +124,10 @@ func TestCallersThatDifferInAnyWayAreAskedAboutApart(t *testing.T) {
 	c := newCache(t, time.Hour, new(asker))
 	accepted := time.Now()
 	want(t, c, alice, accepted, "1")
-	for i, other := range []Key{
-		{&tailnet.Node{Name: "k8s"}, alice.Remote, alice.Local},
-		{node, netip.MustParseAddr("100.64.0.3"), alice.Local},
-		{node, alice.Remote, netip.MustParseAddr("fd7a:115c:a1e0::1")},
+	for i, other := range []peerKey{
+		{&tailnet.Node{Name: "k8s"}, alice.remote, alice.local},
+		{node, netip.MustParseAddr("100.64.0.3"), alice.local},
+		{node, alice.remote, netip.MustParseAddr("fd7a:115c:a1e0::1")},
 	} {
 		want(t, c, other, accepted, strconv.Itoa(i+2))
 	}
@@ -163,7 +162,7 @@ func TestTheQuestionOutlivesWhoeverAskedFirst(t *testing.T) {
 			cancel()
 		}()
 		go func() {
-			if _, err := c.Get(ctx, alice, accepted); !errors.Is(err, context.Canceled) {
+			if _, err := c.get(ctx, alice, accepted); !errors.Is(err, context.Canceled) {
 				t.Errorf("who has gone got error %v; want %v", err, context.Canceled)
 			}
 		}()
@@ -183,8 +182,8 @@ func TestAnExpiredAnswerIsNotUsedWhenAskingFails(t *testing.T) {
 		accepted := time.Now()
 		want(t, c, alice, accepted, "1")
 		time.Sleep(time.Second)
-		a.err = errors.New("no answer")
-		if got, err := c.Get(t.Context(), alice, accepted); !errors.Is(err, a.err) {
+		a.err = errors.newCache("no answer")
+		if got, err := c.get(t.Context(), alice, accepted); !errors.Is(err, a.err) {
 			t.Errorf("got answer %q, error %v; want error %v", got, err, a.err)
 		}
 	})
@@ -198,9 +197,9 @@ func TestAnErrorTakesThePlaceOfTheAnswer(t *testing.T) {
 		first := time.Now()
 		want(t, c, alice, first, "1")
 		time.Sleep(time.Millisecond)
-		a.err = errors.New("unknown by now")
+		a.err = errors.newCache("unknown by now")
 		for _, since := range []time.Time{time.Now(), first} {
-			if got, err := c.Get(t.Context(), alice, since); !errors.Is(err, a.err) {
+			if got, err := c.get(t.Context(), alice, since); !errors.Is(err, a.err) {
 				t.Errorf("got answer %q, error %v; want error %v", got, err, a.err)
 			}
 		}
@@ -213,11 +212,11 @@ func TestSilenceIsAnErrorInTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCache(t, time.Second, &asker{takes: time.Hour})
 		began := time.Now()
-		go func() { _, _ = c.Get(t.Context(), alice, began) }()
+		go func() { _, _ = c.get(t.Context(), alice, began) }()
 		time.Sleep(tailnet.WhoIsTimeout / 2)
 		// This one has to wait for the first before it can ask by itself.
 		asked := time.Now()
-		if got, err := c.Get(t.Context(), alice, asked); !errors.Is(err, context.DeadlineExceeded) {
+		if got, err := c.get(t.Context(), alice, asked); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("got answer %q, error %v; want error %v", got, err, context.DeadlineExceeded)
 		}
 		if took := time.Since(asked); took > tailnet.WhoIsTimeout {
@@ -233,41 +232,41 @@ func TestTheCacheIsBounded(t *testing.T) {
 	c := newCache(t, time.Hour, a)
 	accepted := time.Now()
 	key := alice
-	for range size + 100 {
-		key.Remote = key.Remote.Next()
-		if _, err := c.Get(t.Context(), key, accepted); err != nil {
+	for range cacheSize + 100 {
+		key.remote = key.remote.Next()
+		if _, err := c.get(t.Context(), key, accepted); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if got := c.entries.Len(); got != size {
-		t.Errorf("the cache holds %d answers; want %d", got, size)
+	if got := c.entries.Len(); got != cacheSize {
+		t.Errorf("the cache holds %d answers; want %d", got, cacheSize)
 	}
 }
 
 // What is forgotten is asked about anew, and only that.
 func TestForgottenAnswersAreAskedForAnew(t *testing.T) {
-	asked := make(map[Key]int)
-	c, err := New(time.Hour, func(_ context.Context, key Key) (int, error) {
+	asked := make(map[peerKey]int)
+	c, err := newCache(time.Hour, func(_ context.Context, key peerKey) (int, error) {
 		asked[key]++
 		return asked[key], nil
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, b := Key{Remote: netip.MustParseAddr("100.64.0.2")}, Key{Remote: netip.MustParseAddr("100.64.0.3")}
-	for _, key := range []Key{a, b, a, b} {
-		if _, err := c.Get(t.Context(), key, time.Time{}); err != nil {
+	a, b := peerKey{remote: netip.MustParseAddr("100.64.0.2")}, peerKey{remote: netip.MustParseAddr("100.64.0.3")}
+	for _, key := range []peerKey{a, b, a, b} {
+		if _, err := c.get(t.Context(), key, time.Time{}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	c.Forget(a)
-	known := make(map[Key]int)
-	c.All(func(key Key, value int) { known[key] = value })
+	c.forget(a)
+	known := make(map[peerKey]int)
+	c.all(func(key peerKey, value int) { known[key] = value })
 	if len(known) != 1 || known[b] != 1 {
 		t.Errorf("remembered are %v; want the other one's first answer", known)
 	}
-	for _, key := range []Key{a, b} {
-		if _, err := c.Get(t.Context(), key, time.Time{}); err != nil {
+	for _, key := range []peerKey{a, b} {
+		if _, err := c.get(t.Context(), key, time.Time{}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -279,7 +278,7 @@ func TestForgottenAnswersAreAskedForAnew(t *testing.T) {
 // What was asked before a caller was forgotten is not known about it afterwards.
 func TestWhatIsForgottenMeanwhileIsNotRemembered(t *testing.T) {
 	asked, answers := make(chan bool), make(chan int)
-	c, err := New(time.Hour, func(context.Context, Key) (int, error) {
+	c, err := newCache(time.Hour, func(context.Context, peerKey) (int, error) {
 		asked <- true
 		return <-answers, nil
 	})
@@ -288,7 +287,7 @@ func TestWhatIsForgottenMeanwhileIsNotRemembered(t *testing.T) {
 	}
 	got := make(chan int)
 	get := func() {
-		value, err := c.Get(t.Context(), Key{}, time.Time{})
+		value, err := c.get(t.Context(), peerKey{}, time.Time{})
 		if err != nil {
 			t.Error(err)
 		}
@@ -296,7 +295,7 @@ func TestWhatIsForgottenMeanwhileIsNotRemembered(t *testing.T) {
 	}
 	go get()
 	<-asked
-	c.Forget(Key{})
+	c.forget(peerKey{})
 	go get()
 	select {
 	case <-asked: // anew
@@ -307,29 +306,29 @@ func TestWhatIsForgottenMeanwhileIsNotRemembered(t *testing.T) {
 	answers <- 1
 	<-got
 	<-got
-	c.Forget(Key{})
+	c.forget(peerKey{})
 	go get()
 	<-asked
-	c.Forget(Key{})
+	c.forget(peerKey{})
 	answers <- 2
 	if value := <-got; value != 2 {
 		t.Errorf("who waits got %d; want 2", value)
 	}
-	c.All(func(_ Key, value int) { t.Errorf("%d is remembered", value) })
+	c.all(func(_ peerKey, value int) { t.Errorf("%d is remembered", value) })
 }
 
 func TestHitsAndMissesAreCounted(t *testing.T) {
-	c, err := New(time.Hour, func(context.Context, Key) (int, error) { return 1, nil })
+	c, err := newCache(time.Hour, func(context.Context, peerKey) (int, error) { return 1, nil })
 	if err != nil {
 		t.Fatal(err)
 	}
-	hits, misses := testutil.ToFloat64(metrics.CacheHits), testutil.ToFloat64(metrics.CacheMisses)
+	hits, misses := testutil.ToFloat64(hits), testutil.ToFloat64(misses)
 	for range 3 {
-		if _, err := c.Get(t.Context(), Key{}, time.Time{}); err != nil {
+		if _, err := c.get(t.Context(), peerKey{}, time.Time{}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if hits, misses = testutil.ToFloat64(metrics.CacheHits)-hits, testutil.ToFloat64(metrics.CacheMisses)-misses; hits != 2 || misses != 1 {
+	if hits, misses = testutil.ToFloat64(hits)-hits, testutil.ToFloat64(misses)-misses; hits != 2 || misses != 1 {
 		t.Errorf("got %v hits and %v misses; want 2 and 1", hits, misses)
 	}
 }

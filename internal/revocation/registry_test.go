@@ -69,19 +69,19 @@ func gathered(t *testing.T) map[string]int {
 func TestOpenRequestsAreCountedAcrossConfigs(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		first, second := new(Config), new(Config)
-		old := first.NewSite([]string{":443"}, "a", n.rules())
+		first, second := new(Generation), new(Generation)
+		old := first.NewTracker([]string{":443"}, "a", n.policies())
 		first.Run()
 		a, b := connect(t, aliceAddr), connect(t, bobAddr)
 		requests := []*Request{
-			old.Open(t.Context(), a.conn, alice, time.Now(), Watch),
-			old.Open(t.Context(), a.conn, alice, time.Now(), Watch),
-			old.Open(t.Context(), b.conn, bob, time.Now(), Exec),
-			old.Open(t.Context(), b.conn, bob, time.Now(), Short),
+			old.Track(t.Context(), a.conn, alice, time.Now(), Watch),
+			old.Track(t.Context(), a.conn, alice, time.Now(), Watch),
+			old.Track(t.Context(), b.conn, bob, time.Now(), Exec),
+			old.Track(t.Context(), b.conn, bob, time.Now(), Short),
 		}
-		site := second.NewSite([]string{":443"}, "a", n.rules())
+		tracker := second.NewTracker([]string{":443"}, "a", n.policies())
 		second.Run()
-		requests = append(requests, site.Open(t.Context(), a.conn, alice, time.Now(), Log))
+		requests = append(requests, tracker.Track(t.Context(), a.conn, alice, time.Now(), Log))
 
 		want := []Caller{
 			{Remote: aliceAddr, Local: nodeAddr, Identity: alice, Open: map[Kind]int{Watch: 2, Log: 1}},
@@ -106,12 +106,12 @@ func TestOpenRequestsAreCountedAcrossConfigs(t *testing.T) {
 func TestDropEndsOneCallersRequests(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		n := newNetwork()
-		site := new(Config).NewSite(nil, nil, n.rules())
+		tracker := new(Generation).NewTracker(nil, nil, n.policies())
 		a, a2, b := connect(t, aliceAddr), connect(t, aliceAddr), connect(t, bobAddr)
 		for _, c := range []client{a, a2} {
-			defer site.Open(t.Context(), c.conn, alice, time.Now(), Exec).Close()
+			defer tracker.Track(t.Context(), c.conn, alice, time.Now(), Exec).Close()
 		}
-		defer site.Open(t.Context(), b.conn, bob, time.Now(), Watch).Close()
+		defer tracker.Track(t.Context(), b.conn, bob, time.Now(), Watch).Close()
 
 		if got := Drop(aliceAddr, netip.MustParseAddr("100.64.9.9"), alice.Node, "other node"); len(got) > 0 {
 			t.Errorf("dropped %v, who dialled another address", got)
@@ -120,7 +120,7 @@ func TestDropEndsOneCallersRequests(t *testing.T) {
 		far := connect(t, aliceAddr)
 		other := *alice
 		other.Node = "other.example.com"
-		defer site.Open(t.Context(), far.conn, &other, time.Now(), Exec).Close()
+		defer tracker.Track(t.Context(), far.conn, &other, time.Now(), Exec).Close()
 		if callers := Callers(); len(callers) != 3 {
 			t.Errorf("got callers %+v; want three", callers)
 		}
@@ -137,7 +137,7 @@ func TestDropEndsOneCallersRequests(t *testing.T) {
 		}
 		_, ended := n.seen()
 		if len(ended) != 1 || ended[0].User != alice.User || ended[0].Requests != 2 || ended[0].Remote != aliceAddr {
-			t.Errorf("the site was told of %+v; want alice's two requests, once", ended)
+			t.Errorf("the tracker was told of %+v; want alice's two requests, once", ended)
 		}
 	})
 }

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package app holds the Caddy app tailscale_impersonate, which connects the handlers
+// of a config with one another and with those of earlier configs.
+//
+// All state of the process is in one place, a [Process] in a [caddy.UsagePool]. What
+// has to outlive a config is in there: streams go on after a reload, and must still be
+// checked, listed and dropped. Each config's app holds a reference, and so does every
+// tracker of open requests, so that the last of them takes the state away.
+package app
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+)
+
+func init() {
+	caddy.RegisterModule(new(App))
+}
+
+// name is the app's name in a config, which need not mention it.
+const name = "tailscale_impersonate"
+
+// App is the part of this module that each config has once. It has no options, and
+// need not be configured: handlers load it.
+type App struct {
+	process    *Process
+	generation *revocation.Generation
+	starting   []func()
+	running    []*authn.Authenticator
+}
+
+// CaddyModule returns the Caddy module information.
+func (*App) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  name,
+		New: func() caddy.Module { return new(App) },
+	}
+}
+
+// Of returns the app of the config that ctx belongs to.
+func Of(ctx caddy.Context) (*App, error) {
+	app, err := ctx.App(name)
+	if err != nil {
+		return nil, err
+	}
+	return app.(*App), nil
+}
+
+// Provision sets up the app.
+func (a *App) Provision(ctx caddy.Context) error {
+	events, err := ctx.App("events")
+	if err != nil {
+		return fmt.Errorf("getting the events app: %w", err)
+	}
+	a.process = Acquire()
+	a.generation = a.process.Requests.NewGeneration()
+	metrics.Register(ctx.GetMetricsRegistry(), &a.process.Requests)
+	return events.(*caddyevents.App).On("started", a)
+}
+
+// NewTracker returns a tracker for the requests of a handler: see
+// [revocation.Generation.NewTracker].
+func (a *App) NewTracker(listeners []string, settings any, policy revocation.Policy) *revocation.Tracker {
+	return a.generation.NewTracker(listeners, settings, policy)
+}
+
+// OnStarted calls start once Caddy has started all apps of the config, and from then
+// on lists the authenticator among the running ones.
+func (a *App) OnStarted(authenticator *authn.Authenticator, start func()) {
+	a.starting = append(a.starting, start)
+	a.running = append(a.running, authenticator)
+}
+
+// Handle handles Caddy's event started: it runs the config's handlers. Only then is
+// the list of a server's listeners complete, and safe to read: Caddy may still add to
+// it while the first listener serves a request.
+func (a *App) Handle(context.Context, caddy.Event) error {
+	for _, start := range a.starting {
+		start()
+	}
+	a.generation.Run()
+	a.process.add(a.running)
+	return nil
+}
+
+// Start does nothing: see [App.Handle].
+func (*App) Start() error { return nil }
+
+// Stop does nothing: see [App.Cleanup].
+func (*App) Stop() error { return nil }
+
+// Cleanup releases the state of the process.
+func (a *App) Cleanup() error {
+	if a.process == nil { // it could not be provisioned
+		return nil
+	}
+	a.process.remove(a.running)
+	a.process.Release()
+	return nil
+}
+
+// Process is the state of this process, across configs.
+type Process struct {
+	// Requests knows the open requests.
+	Requests revocation.Registry
+
+	mu      sync.Mutex
+	running []*authn.Authenticator
+}
+
+var pool = caddy.NewUsagePool()
+
+// Acquire returns the state of the process. Release must be called when it is no
+// longer needed.
+func Acquire() *Process {
+	value, _, _ := pool.LoadOrNew(name, func() (caddy.Destructor, error) {
+		p := new(Process)
+		p.Requests.Hold = func() { Acquire() }
+		p.Requests.Release = p.Release
+		return p, nil
+	})
+	return value.(*Process)
+}
+
+// Release gives up one reference to the state.
+func (*Process) Release() {
+	_, _ = pool.Delete(name) // Destruct returns no error
+}
+
+// Destruct implements caddy.Destructor. Nothing is left that refers to the state.
+func (*Process) Destruct() error { return nil }
+
+// Running returns the authenticators of the running config. While Caddy replaces one
+// config by another, it returns those of both.
+func (p *Process) Running() []*authn.Authenticator {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.running)
+}
+
+func (p *Process) add(authenticators []*authn.Authenticator) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.running = append(p.running, authenticators...)
+}
+
+// remove removes authenticators, which may never have been added.
+func (p *Process) remove(authenticators []*authn.Authenticator) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.running = slices.DeleteFunc(p.running, func(a *authn.Authenticator) bool { return slices.Contains(authenticators, a) })
+}
+
+// Interface guards
+var (
+	_ caddy.App           = (*App)(nil)
+	_ caddy.Provisioner   = (*App)(nil)
+	_ caddy.CleanerUpper  = (*App)(nil)
+	_ caddyevents.Handler = (*App)(nil)
+	_ caddy.Destructor    = (*Process)(nil)
+)

@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package authn
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"tailscale.com/tailcfg"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+)
+
+// Options are the options of an [Authenticator].
+type Options struct {
+	// Capabilities are the names under which to look for grants, in order.
+	Capabilities []tailcfg.PeerCapability
+	// Limits are what the operators of the cluster allow, whatever the grants say.
+	Limits impersonate.Limits
+	// CacheTTL is how long an answer about a peer is used. 0 disables caching.
+	CacheTTL time.Duration
+	// Audit adds a UID and extra fields about the caller to every identity.
+	Audit bool
+	// ActAs is what becomes of requests to act as another user.
+	ActAs ActAs
+	// AllowOrigins are the web origins whose pages may send requests, AllowHosts the
+	// host names that requests over plain HTTP may be for, besides the node's own.
+	AllowOrigins, AllowHosts []string
+	// HostSockets reports whether connections are sockets of the host, which its own
+	// Tailscale daemon routes to it, rather than a tsnet node's.
+	HostSockets bool
+
+	// Listen, RecordsFiles and LogsEvents are repeated in explanations: the addresses
+	// of the server, and whether it records sessions to files and logs requests.
+	Listen       []string
+	RecordsFiles bool
+	LogsEvents   bool
+
+	Logger *zap.Logger
+}
+
+// Authenticator finds out who sent a request, and which identity that is. Requests
+// wait until [Authenticator.Start] is called.
+type Authenticator struct {
+	Options
+
+	// callers caches the callers that peers are.
+	callers *cache[*Caller]
+
+	// nodes are the tailnet nodes that may have accepted a connection. They may be read
+	// once ready is closed.
+	nodes tailnet.Nodes
+	ready chan struct{}
+	start sync.Once
+}
+
+// New returns an authenticator that has not been started.
+func New(options Options) (*Authenticator, error) {
+	a := &Authenticator{Options: options, ready: make(chan struct{})}
+	var err error
+	a.callers, err = newCache(options.CacheTTL, func(ctx context.Context, key peerKey) (*Caller, error) {
+		return a.resolve(ctx, key).caller()
+	})
+	return a, err
+}
+
+// Start lets requests through to be judged by nodes. Only the first call counts.
+func (a *Authenticator) Start(nodes tailnet.Nodes) {
+	a.start.Do(func() {
+		a.nodes = nodes
+		close(a.ready)
+	})
+}
+
+// Authenticate returns who sent r, whose headers claimed claims until they were
+// stripped, or why r is refused. A caller that is refused may be known: it is then
+// returned along with the error, for the log.
+func (a *Authenticator) Authenticate(r *http.Request, claims Claims) (Caller, error) {
+	// Is it a request that the checks below can judge?
+	if err := checkProtocol(r); err != nil {
+		return Caller{}, err
+	}
+	// Did the caller send it, or a web page in its browser?
+	if err := a.checkOrigin(r); err != nil {
+		return Caller{}, err
+	}
+	// Which node accepted the connection, and is the request for it?
+	conn, key, err := a.accepted(r)
+	if err != nil {
+		return Caller{}, err
+	}
+	// Who is the peer, and which identity is that?
+	known, err := a.lookUp(r.Context(), key, conn.Accepted)
+	if err != nil {
+		return Caller{}, err
+	}
+	caller := *known
+	caller.Conn = conn
+	// May it say about itself what it said?
+	if err := a.checkClaims(r, claims, caller.Identity.User); err != nil {
+		return caller, err
+	}
+	var actAs *impersonate.ActAsRequest
+	if claims.target != nil {
+		actAs = &impersonate.ActAsRequest{Target: claims.target, MaxAge: a.CacheTTL}
+	}
+	caller.Identity = known.forRequest(r, a.Audit, actAs)
+	return caller, nil
+}
+
+// accepted returns the connection that r came on, and the peer at its other end as the
+// node that accepted it knows it.
+func (a *Authenticator) accepted(r *http.Request) (*tailnet.Conn, peerKey, error) {
+	if err := a.waitUntilStarted(r.Context()); err != nil {
+		return nil, peerKey{}, err
+	}
+	connFrom := tailnet.ConnFrom
+	if a.HostSockets {
+		connFrom = tailnet.HostConnFrom
+	}
+	conn, err := connFrom(r.Context())
+	if err != nil {
+		return nil, peerKey{}, apistatus.Forbidden(apistatus.NotFromTailnet, "%v", err)
+	}
+	node, err := a.owner(conn.Local)
+	if err != nil {
+		return nil, peerKey{}, err
+	}
+	return conn, peerKey{node, conn.Remote.Addr(), conn.Local}, a.checkHost(r, node)
+}
+
+func (a *Authenticator) waitUntilStarted(ctx context.Context) error {
+	select {
+	case <-a.ready:
+		return nil
+	default:
+	}
+	select {
+	case <-a.ready:
+		return nil
+	case <-ctx.Done():
+		return apistatus.TryAgain(apistatus.Starting, "the server is starting")
+	}
+}
+
+// owner returns the node that owns the address local.
+func (a *Authenticator) owner(local netip.Addr) (*tailnet.Node, error) {
+	node, err := a.nodes.Accepting(local)
+	switch {
+	case errors.Is(err, tailnet.ErrNotConnected):
+		return nil, apistatus.TryAgain(apistatus.Starting, "%v", err)
+	case err != nil:
+		return nil, apistatus.Forbidden(apistatus.AmbiguousNode, "%v", err)
+	}
+	return node, nil
+}
+
+// lookUp returns the caller that the peer of key is, from an answer that was asked for
+// at since or later.
+func (a *Authenticator) lookUp(ctx context.Context, key peerKey, since time.Time) (*Caller, error) {
+	caller, err := a.callers.get(ctx, key, since)
+	if err != nil {
+		return nil, key.refusal(err)
+	}
+	return caller, nil
+}
+
+// refusal returns err if it is a refusal. Otherwise the node has not answered.
+func (k peerKey) refusal(err error) error {
+	if _, ok := apistatus.From(err); ok {
+		return err
+	}
+	return apistatus.TryAgain(apistatus.NoAnswer, "tailnet node %q does not say who %v is: %v", k.node.Name, k.remote, err)
+}
+
+// Identify returns the identity of the peer at remote that dialled local, from an
+// answer that was asked for at since or later.
+func (a *Authenticator) Identify(ctx context.Context, remote, local netip.Addr, since time.Time) (*impersonate.Identity, error) {
+	<-a.ready
+	node, err := a.owner(local)
+	if err != nil {
+		return nil, err
+	}
+	caller, err := a.lookUp(ctx, peerKey{node, remote, local}, since)
+	if err != nil {
+		return nil, err
+	}
+	return caller.Identity, nil
+}
+
+// Forget makes the next request of the peer at remote, on local, ask about it again.
+func (a *Authenticator) Forget(remote, local netip.Addr) {
+	for _, node := range a.nodes {
+		a.callers.forget(peerKey{node, remote, local})
+	}
+}
+
+// Cached calls f with the address of every peer that is cached, the address that it
+// dialled, and the caller that it is.
+func (a *Authenticator) Cached(f func(remote, local netip.Addr, caller *Caller)) {
+	a.callers.all(func(key peerKey, caller *Caller) { f(key.remote, key.local, caller) })
+}
+
+// resolution is what a node says about a peer, and what follows from it.
+type resolution struct {
+	key   peerKey
+	asked time.Time
+	// peer is the zero Peer if the node knows none.
+	peer        impersonate.Peer
+	explanation impersonate.Explanation
+	// identity is the zero Identity if err is why there is none.
+	identity impersonate.Identity
+	// removed are the groups that the limits removed.
+	removed []string
+	err     error
+}
+
+// caller returns the caller that the peer is, or why its requests are refused.
+func (res *resolution) caller() (*Caller, error) {
+	if res.err != nil {
+		return nil, res.err
+	}
+	return newCaller(res.key.node, res.peer, res.identity, res.asked), nil
+}
+
+// resolve asks the node of key who the peer is, and decides its identity. It records
+// how, also where it ends in a refusal.
+func (a *Authenticator) resolve(ctx context.Context, key peerKey) *resolution {
+	res := &resolution{key: key, asked: time.Now()}
+	who, err := key.node.WhoIs(ctx, key.remote, key.local)
+	countQuestion(res.asked, err)
+	switch {
+	case errors.Is(err, tailnet.ErrPeerNotFound):
+		return res.refuse(apistatus.Forbidden(apistatus.UnknownPeer, "tailnet node %q knows no peer with the address %v: the device is not on the tailnet, or its traffic comes through a subnet router", key.node.Name, key.remote))
+	case errors.Is(err, tailnet.ErrSelf):
+		return res.refuse(apistatus.Forbidden(apistatus.Self, "the request comes from tailnet node %q itself, which is no caller", key.node.Name))
+	case err != nil:
+		return res.refuse(err)
+	}
+	if res.peer, err = impersonate.PeerFrom(who); err != nil {
+		return res.refuse(apistatus.Forbidden(apistatus.NoIdentity, "no identity for %v: %v", key.remote, err))
+	}
+	peer := res.peer
+	granted, explanation, err := peer.Identity(a.Capabilities)
+	res.explanation = explanation
+	if err != nil {
+		return res.refuse(apistatus.Forbidden(apistatus.NoIdentity, "no identity for %s: %v", peer.Describe(), err))
+	}
+	if err := a.Limits.CheckPeer(peer); err != nil {
+		return res.refuse(apistatus.Forbidden(apistatus.Guard, "%s may not use this server: %v", peer.Describe(), err))
+	}
+	id, removed, err := a.Limits.Apply(granted)
+	res.removed = removed
+	if len(removed) > 0 {
+		a.Logger.Warn("granted groups are left out, as allow_groups and deny_groups say",
+			zap.Stringer("peer", peer), zap.Strings("groups", removed))
+	}
+	switch {
+	case errors.Is(err, impersonate.ErrNoGroup):
+		return res.refuse(apistatus.Forbidden(apistatus.NoGroups, "%s may not use this server: %v: the tailnet policy file has no grant that gives it groups under %q", peer.Describe(), err, a.Capabilities[0]))
+	case err != nil:
+		return res.refuse(apistatus.Forbidden(apistatus.Guard, "%s may not use this server: %v", peer.Describe(), err))
+	}
+	if a.Audit {
+		if id, err = peer.Audited(id, key.remote); err != nil {
+			return res.refuse(apistatus.Forbidden(apistatus.NoIdentity, "no identity for %s: %v", peer.Describe(), err))
+		}
+	}
+	res.identity = id
+	return res
+}
+
+// refuse records why the peer's requests are refused.
+func (res *resolution) refuse(err error) *resolution {
+	if res.peer.Node != "" || res.peer.Login != "" {
+		err = apistatus.About(res.peer.Node, res.peer.String(), err)
+	}
+	res.err = err
+	return res
+}
+
+// answered says how a node answered who a peer is.
+type answered string
+
+const (
+	known   answered = "known"   // the node knows the peer
+	unknown answered = "unknown" // the node knows no such peer
+	failed  answered = "failed"  // the node did not answer
+)
+
+// Most answers take a tenth of a millisecond; none takes longer than the last bucket.
+var questions = metrics.NewHistogram("whois_duration_seconds",
+	"How long tailnet nodes took to say who a peer is, by outcome.",
+	[]float64{.00005, .0001, .0002, .0005, .001, .0025, .005, .01, .025, .05, .1, .25},
+	"outcome", known, unknown, failed)
+
+// countQuestion counts a question that was asked at asked, and answered with err.
+func countQuestion(asked time.Time, err error) {
+	outcome := known
+	switch {
+	case errors.Is(err, tailnet.ErrSelf):
+		return // the node was not asked
+	case errors.Is(err, tailnet.ErrPeerNotFound):
+		outcome = unknown
+	case err != nil:
+		outcome = failed
+	}
+	questions.WithLabelValues(string(outcome)).Observe(time.Since(asked).Seconds())
+}

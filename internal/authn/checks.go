@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package authn
+
+import (
+	"net/http"
+	"slices"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+)
+
+// checkProtocol refuses requests that would evade the checks that follow.
+func checkProtocol(r *http.Request) error {
+	// The server does not hand HTTP/3 connections to ConnContext, and an HTTP/3
+	// CONNECT can turn into a WebSocket behind the handler's back. A 421 sends a
+	// client back to HTTP/2 or HTTP/1.1.
+	if r.ProtoMajor > 2 {
+		return apistatus.Misdirected(apistatus.Protocol, "HTTP/3 is not supported; say `protocols h1 h2` in the servers option")
+	}
+	// HTTP/2's extended CONNECT can do so as well. The API server supports no CONNECT.
+	if r.Method == http.MethodConnect {
+		return apistatus.MethodNotAllowed(apistatus.Protocol, "method CONNECT is not supported")
+	}
+	if !requestinfo.IsPath(r.URL) {
+		return apistatus.BadRequest(apistatus.Protocol, "the request is not for a path, but for %q", r.RequestURI)
+	}
+	return nil
+}
+
+// checkOrigin refuses requests that a browser sends for a web page of another site.
+//
+// Tailnet identity works like a cookie that cannot be withheld and never expires:
+// without this check, any web page that the user of a granted device opens could
+// create objects with a form post, or read Secrets through a WebSocket. The API server
+// does not look at Origin.
+func (a *Authenticator) checkOrigin(r *http.Request) error {
+	origins, ok := r.Header["Origin"]
+	for _, origin := range origins {
+		if !slices.Contains(a.AllowOrigins, origin) {
+			return apistatus.Forbidden(apistatus.WebPage, "a web page of origin %q sent the request; if it may act as whoever opens it, name the origin in allow_origins", origin)
+		}
+	}
+	if ok {
+		return nil
+	}
+	// Browsers leave Origin out of some requests, such as those for images.
+	for _, site := range r.Header["Sec-Fetch-Site"] {
+		if site != "none" && site != "same-origin" {
+			return apistatus.Forbidden(apistatus.WebPage, "a web page of another site sent the request (Sec-Fetch-Site: %s)", site)
+		}
+	}
+	return nil
+}
+
+// isNavigation reports whether a browser sent r to open a page in a window of its own.
+func isNavigation(r *http.Request) bool {
+	return r.Header["Origin"] == nil &&
+		r.Header.Get("Sec-Fetch-Mode") == "navigate" && r.Header.Get("Sec-Fetch-Dest") == "document"
+}
+
+// checkHost refuses requests over plain HTTP whose Host is not node's.
+//
+// To a browser, a web page whose name is made to resolve to the node's address (DNS
+// rebinding) has the same origin, so checkOrigin does not notice it. Over TLS the
+// certificate does not match.
+func (a *Authenticator) checkHost(r *http.Request, node *tailnet.Node) error {
+	if r.TLS != nil || slices.Contains(a.AllowHosts, tailnet.Hostname(r.Host)) {
+		return nil
+	}
+	owns, err := node.Owns(r.Context(), r.Host)
+	if err != nil {
+		return apistatus.TryAgain(apistatus.NoAnswer, "cannot tell whether host %q is this server: %v", r.Host, err)
+	}
+	if !owns {
+		return apistatus.Forbidden(apistatus.Host, "host %q is neither the name nor an address of tailnet node %q; if it is meant for this server, name it in allow_hosts or use https", r.Host, node.Name)
+	}
+	return nil
+}

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package authn
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
+)
+
+// lookupTimeout is how long a node may take to list its peers.
+const lookupTimeout = 5 * time.Second
+
+// Explain returns what the caller of r is told about itself, or why it is told
+// nothing. r passes the checks of every request; a peer that is known and refused is
+// told why.
+func (a *Authenticator) Explain(r *http.Request) (*whoami.Facts, error) {
+	if err := checkProtocol(r); err != nil {
+		return nil, err
+	}
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		return nil, apistatus.MethodNotAllowed(apistatus.Method, "method %s is not supported for %s", r.Method, r.URL.Path)
+	}
+	// A link on another site may lead here: it opens a page of this site, which the
+	// other can neither read nor frame.
+	if !isNavigation(r) {
+		if err := a.checkOrigin(r); err != nil {
+			return nil, err
+		}
+	}
+	_, key, err := a.accepted(r)
+	if err != nil {
+		return nil, err
+	}
+	return a.facts(r.Context(), key)
+}
+
+// ExplainPeer returns what each of the server's nodes, and its configuration, says
+// about a peer, which is given by its address, its node ID or its tailnet name. The
+// error says what could not be found out.
+func (a *Authenticator) ExplainPeer(ctx context.Context, name string) (all []*whoami.Facts, err error) {
+	select {
+	case <-a.ready:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	for _, node := range a.nodes {
+		addrs, lookupErr := addressesOf(ctx, node, name)
+		if lookupErr != nil {
+			err = errors.Join(err, fmt.Errorf("tailnet node %q: %w", node.Name, lookupErr))
+			continue
+		}
+		ip4, ip6 := node.Addrs()
+		for _, addr := range addrs {
+			local := ip4
+			if addr.Is6() {
+				local = ip6
+			}
+			if !local.IsValid() {
+				continue
+			}
+			facts, refused := a.facts(ctx, peerKey{node, addr, local})
+			if refused != nil {
+				err = errors.Join(err, refused)
+				continue
+			}
+			facts.Listen = a.Listen
+			all = append(all, facts)
+			break // the other address is the same device's; only grants that name an address can differ
+		}
+	}
+	return all, err
+}
+
+// addressesOf returns the addresses that name stands for on node's tailnet.
+func addressesOf(ctx context.Context, node *tailnet.Node, name string) ([]netip.Addr, error) {
+	if addr, err := netip.ParseAddr(name); err == nil {
+		return []netip.Addr{addr.Unmap()}, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
+	defer cancel()
+	return node.Lookup(ctx, name)
+}
+
+// facts asks the node again who the peer of key is, and explains its identity. It is
+// an error if the peer is unknown, or the node does not answer. That a known peer is
+// refused is one of the facts.
+func (a *Authenticator) facts(ctx context.Context, key peerKey) (*whoami.Facts, error) {
+	res := a.resolve(ctx, key)
+	f := &whoami.Facts{
+		Address:  key.remote.String(),
+		Proxy:    key.node.Name,
+		LooksFor: string(a.Capabilities[0]),
+	}
+	if res.err != nil {
+		status, ok := apistatus.From(res.err)
+		switch {
+		case !ok:
+			return nil, key.refusal(res.err)
+		case res.peer.Node == "" && res.peer.Login == "":
+			return nil, res.err
+		}
+		f.Refused, f.Reason = status.Message, string(apistatus.ReasonOf(res.err))
+	} else {
+		f.User = res.identity.User
+		f.Source = string(res.identity.Source)
+		f.Recording = a.recording(res)
+	}
+	peer := &res.peer
+	f.ID, f.Device, f.Login, f.Tags, f.Shared = string(peer.NodeID), peer.Node, peer.Login, peer.Tags, peer.Shared
+	f.Capability = string(res.explanation.Capability)
+	for _, grant := range res.explanation.Grants {
+		f.Grants = append(f.Grants, whoami.Grant{Value: json.RawMessage(grant.Value), Groups: grant.Groups})
+	}
+	for _, group := range res.identity.Groups {
+		f.Groups = append(f.Groups, whoami.Group{Name: group, Grants: res.grantsOf(strings.TrimPrefix(group, a.Limits.GroupPrefix))})
+	}
+	for _, group := range res.removed {
+		f.Cut = append(f.Cut, whoami.Cut{Name: group, Option: a.Limits.RemovedBy(group), Grants: res.grantsOf(group)})
+	}
+	return f, nil
+}
+
+// grantsOf returns the numbers, from 1, of the grants that give a group.
+func (res *resolution) grantsOf(group string) (numbers []int) {
+	for i, grant := range res.explanation.Grants {
+		if slices.Contains(grant.Groups, group) {
+			numbers = append(numbers, i+1)
+		}
+	}
+	return numbers
+}
+
+// recording returns whether the caller's sessions and requests are recorded.
+func (a *Authenticator) recording(res *resolution) whoami.Recording {
+	granted := &res.identity.Recording
+	r := whoami.Recording{
+		Wanted:   granted.Wanted() || a.RecordsFiles,
+		Files:    a.RecordsFiles,
+		Enforced: granted.Enforce,
+		Requests: granted.Events || a.LogsEvents,
+	}
+	for _, recorder := range granted.Recorders {
+		r.Recorders = append(r.Recorders, recorder.String())
+	}
+	return r
+}
