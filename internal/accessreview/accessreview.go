@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package review finds out whether a caller may act as somebody else, as
-// `kubectl --as` asks for, and as whom it is sent then.
+// Package accessreview decides whether a caller may act as another user, which
+// `kubectl --as` asks for.
 //
-// The right to that is the caller's, not the proxy's, whose credentials may
-// impersonate anybody. So the API server is asked, by subject access reviews with
-// the whole identity of the caller, for every permission that it would have asked
-// for by itself had the caller come with credentials of its own. There are two
-// forms of that, and servers that know one or both: the verb impersonate on each
-// attribute of the target, and since Kubernetes 1.36 impersonate:<mode> on each
-// together with impersonate-on:<mode>:<verb> on what the request is for. One of
-// them has to be passed entirely.
+// The caller needs permission for that. The proxy's own credentials may impersonate any
+// user, so the API server would not check the caller. This package asks the API server
+// with SubjectAccessReviews, which contain the whole identity of the caller, for every
+// permission that it would have checked if the caller had used credentials of its own.
+// These have two forms, and an API server supports one or both: the verb impersonate on
+// each attribute of the target, and since Kubernetes 1.36 impersonate:<mode> on each
+// attribute together with impersonate-on:<mode>:<verb> on what the request is for. The
+// caller needs every permission of one form.
 //
-// Whatever is not a plain yes is a no: a review that fails, takes too long, or
-// contradicts itself.
+// Only an unambiguous yes counts. A review that fails, times out or contradicts itself
+// is a refusal.
 package accessreview
 
 import (
@@ -30,36 +30,37 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apiserver/pkg/authentication/user"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
-// Timeout is how long all reviews for one request may take together.
+// Timeout limits the time that all reviews for one request take together.
 const Timeout = 5 * time.Second
 
-// size is how many permissions are remembered.
+// size is how many allowed reviews are cached.
 const size = 4096
 
-// Ask has the API server review whether somebody may do something.
+// Ask sends a review to the API server and returns the result.
 type Ask func(context.Context, *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error)
 
-// Question is whether Caller may act as Target in a request.
+// Question asks whether Caller may act as Target in a request.
 type Question struct {
 	Caller  *impersonate.Identity
 	Target  *impersonate.Target
 	Request requestinfo.Info
-	// Since is how old an answer may be that was given before.
+	// Since is when the oldest cached review may have been sent.
 	Since time.Time
 }
 
-// Reviewer answers questions. It remembers what was allowed, and when that was
-// asked.
+// Reviewer answers questions. It caches the reviews that were allowed.
 type Reviewer struct {
+	// allowed holds when each review was sent. Its keys are whole reviews: one that
+	// left out a part of the caller would give its permissions to other callers.
 	allowed *lru.Cache[string, time.Time]
 }
 
-// NewReviewer returns a reviewer that knows nothing yet.
+// NewReviewer returns a Reviewer with an empty cache.
 func NewReviewer() (*Reviewer, error) {
 	allowed, err := lru.New[string, time.Time](size)
 	if err != nil {
@@ -68,12 +69,11 @@ func NewReviewer() (*Reviewer, error) {
 	return &Reviewer{allowed}, nil
 }
 
-// Authorize returns the identity that q's caller has when it acts as q's target, if
-// it may. The reason is forbidden (403) if it may not, and unavailable (503) if
-// that cannot be found out.
-func (r *Reviewer) Authorize(ctx context.Context, ask Ask, q Question) (*impersonate.Identity, *apierrors.StatusError) {
+// Authorize returns the identity that q's caller has when it acts as q's target. The
+// error is a 403 if the caller may not, and a 503 if it is unknown whether it may.
+func (r *Reviewer) Authorize(ctx context.Context, ask Ask, q Question) (*impersonate.Identity, error) {
 	if q.Request.Ambiguous {
-		return nil, apistatus.Forbidden(apistatus.Impersonation, "a path that can be understood in more than one way is not for kubectl --as: %q", q.Request.Path)
+		return nil, apistatus.Forbidden(apistatus.Impersonation, "kubectl --as cannot be used with a path that can be understood in more than one way: %q", q.Request.Path)
 	}
 	ctx, cancel := context.WithTimeout(ctx, Timeout)
 	defer cancel()
@@ -88,14 +88,14 @@ func (r *Reviewer) Authorize(ctx context.Context, ask Ask, q Question) (*imperso
 		}
 		missing = append(missing, lacks)
 	}
-	// The older form goes first: that is the right that most people give.
+	// The older form goes first, because most operators grant that one.
 	if len(missing) > 1 {
 		missing[0], missing[1] = missing[1], missing[0]
 	}
-	return nil, apistatus.Forbidden(apistatus.Impersonation, "%s", strings.Join(missing, "; nor is the newer form of that right given: "))
+	return nil, apistatus.Forbidden(apistatus.Impersonation, "%s", strings.Join(missing, "; the newer form of this permission is missing as well: "))
 }
 
-// lacks says which permission q's caller lacks for f, nothing if none.
+// lacks describes the first permission of f that q's caller lacks, empty if it has all.
 func (r *Reviewer) lacks(ctx context.Context, ask Ask, q Question, f form) (string, error) {
 	for _, s := range f.steps {
 		if s.never != "" {
@@ -119,14 +119,14 @@ func (r *Reviewer) lacks(ctx context.Context, ask Ask, q Question, f form) (stri
 	return "", nil
 }
 
-// review says that q's caller lacks p, nothing if it has it.
+// review returns why q's caller lacks p, empty if it has it.
 func (r *Reviewer) review(ctx context.Context, ask Ask, q Question, p permission) (lacks string, err error) {
 	spec := authorizationv1.SubjectAccessReviewSpec{
 		ResourceAttributes:    p.resource,
 		NonResourceAttributes: p.path,
 		User:                  q.Caller.User,
 		UID:                   q.Caller.UID,
-		// The API server adds this group to everybody who comes by itself.
+		// The API server adds this group to every user that it authenticates.
 		Groups: append([]string{user.AllAuthenticated}, q.Caller.Groups...),
 	}
 	if len(q.Caller.Extra) > 0 {
@@ -140,10 +140,10 @@ func (r *Reviewer) review(ctx context.Context, ask Ask, q Question, p permission
 		return "", fmt.Errorf("encoding a review: %w", err)
 	}
 	key := string(text)
-	if asked, ok := r.allowed.Get(key); ok && !asked.Before(q.Since) {
+	if sent, ok := r.allowed.Get(key); ok && !sent.Before(q.Since) {
 		return "", nil
 	}
-	asked := time.Now()
+	sent := time.Now() // the permission may be withdrawn before the result arrives
 	status, err := ask(ctx, &authorizationv1.SubjectAccessReview{Spec: spec})
 	switch {
 	case err != nil:
@@ -151,15 +151,15 @@ func (r *Reviewer) review(ctx context.Context, ask Ask, q Question, p permission
 	case status.Allowed && status.Denied:
 		return message(q.Caller, p, "the API server both allows and denies it"), nil
 	case status.Allowed && status.EvaluationError != "":
-		return message(q.Caller, p, "the API server allows it, and says that it failed to find out: "+status.EvaluationError), nil
+		return message(q.Caller, p, "the API server allows it, but reports that it failed to evaluate it: "+status.EvaluationError), nil
 	case !status.Allowed:
 		return message(q.Caller, p, reason(status)), nil
 	}
-	r.allowed.Add(key, asked)
+	r.allowed.Add(key, sent)
 	return "", nil
 }
 
-// reason returns why something is not allowed, as the API server puts it.
+// reason returns the API server's reason why something is not allowed.
 func reason(status *authorizationv1.SubjectAccessReviewStatus) string {
 	switch {
 	case status.EvaluationError == "":
@@ -170,7 +170,7 @@ func reason(status *authorizationv1.SubjectAccessReviewStatus) string {
 	return status.EvaluationError + ": " + status.Reason
 }
 
-// message says that caller lacks p, in the API server's words.
+// message returns the API server's own wording of the fact that caller lacks p.
 func message(caller *impersonate.Identity, p permission, reason string) string {
 	var what string
 	var resource schema.GroupResource

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// That decisions are those of the API server's own code is tested in lab/review, and
-// against a running one in lab/e2e.
+// lab/review compares the decisions with those of the API server's own code, lab/e2e with
+// those of a running API server.
 package accessreview_test
 
 import (
@@ -18,9 +18,10 @@ import (
 	authorizationv1 "k8s.io/api/authorization/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/accessreview"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
 var alice = &impersonate.Identity{
@@ -28,7 +29,7 @@ var alice = &impersonate.Identity{
 	Extra: map[string][]string{impersonate.ExtraTags: {"tag:a", "tag:b"}},
 }
 
-// asBob returns the question whether alice may act as bob in a request.
+// asBob asks whether alice may act as bob in a GET of path.
 func asBob(path string) accessreview.Question {
 	return accessreview.Question{
 		Caller:  alice,
@@ -47,8 +48,8 @@ func newReviewer(t *testing.T) *accessreview.Reviewer {
 	return r
 }
 
-// answering returns an API server that answers every review alike, and the reviews
-// that it was asked for.
+// answering returns an Ask that gives every review the same result, and the reviews that
+// it has received.
 func answering(status authorizationv1.SubjectAccessReviewStatus, err error) (accessreview.Ask, *[]authorizationv1.SubjectAccessReviewSpec) {
 	asked := new([]authorizationv1.SubjectAccessReviewSpec)
 	return func(_ context.Context, r *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
@@ -59,14 +60,14 @@ func answering(status authorizationv1.SubjectAccessReviewStatus, err error) (acc
 
 var allowed = authorizationv1.SubjectAccessReviewStatus{Allowed: true}
 
-func TestTheAPIServerIsAskedAboutTheWholeCaller(t *testing.T) {
+func TestAuthorize_ReviewsTheWholeCaller(t *testing.T) {
 	ask, asked := answering(allowed, nil)
-	id, refused := newReviewer(t).Authorize(t.Context(), ask, asBob("/api/v1/namespaces/default/pods/web/log"))
-	if refused != nil {
-		t.Fatal(refused)
+	id, err := newReviewer(t).Authorize(t.Context(), ask, asBob("/api/v1/namespaces/default/pods/web/log"))
+	if err != nil {
+		t.Fatal(err)
 	}
 	if id.User != "bob" || id.Extra[impersonate.ExtraOriginalUser][0] != alice.User || id.ActAs != nil {
-		t.Errorf("got %+v; want bob, who really is alice", id)
+		t.Errorf("got %+v; want bob, and alice as the original user", id)
 	}
 	spec := func(a authorizationv1.ResourceAttributes) authorizationv1.SubjectAccessReviewSpec {
 		return authorizationv1.SubjectAccessReviewSpec{
@@ -84,37 +85,7 @@ func TestTheAPIServerIsAskedAboutTheWholeCaller(t *testing.T) {
 	}
 }
 
-// A service account that is anything beside is none, to the newer form of the right.
-func TestOnlyAServiceAccountAloneIsOne(t *testing.T) {
-	const account = "system:serviceaccount:default:ci"
-	for _, tt := range []struct {
-		name   string
-		target impersonate.Target
-		alone  bool
-	}{
-		{"alone", impersonate.Target{User: account}, true},
-		{"with a UID", impersonate.Target{User: account, UID: "1"}, false},
-		{"with a group", impersonate.Target{User: account, Groups: []string{"a"}}, false},
-		{"with an extra field", impersonate.Target{User: account, Extra: map[string][]string{"example.com/scopes": {"x"}}}, false},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			ask, asked := answering(allowed, nil)
-			q := asBob("/api/v1/pods")
-			q.Target = &tt.target
-			if _, refused := newReviewer(t).Authorize(t.Context(), ask, q); refused != nil {
-				t.Fatal(refused)
-			}
-			for _, spec := range *asked {
-				if verb := spec.ResourceAttributes.Verb; (verb != "impersonate") != tt.alone {
-					t.Errorf("the API server was asked about verb %s", verb)
-				}
-			}
-		})
-	}
-}
-
-// Anything but a plain yes is a no.
-func TestNoPlainYesIsARefusal(t *testing.T) {
+func TestAuthorize_OnlyAnUnambiguousYesCounts(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		status authorizationv1.SubjectAccessReviewStatus
@@ -132,49 +103,51 @@ func TestNoPlainYesIsARefusal(t *testing.T) {
 		{"allowed and denied", authorizationv1.SubjectAccessReviewStatus{Allowed: true, Denied: true}, nil, apierrors.IsForbidden, []string{"both allows and denies"}},
 		{"allowed with an error", authorizationv1.SubjectAccessReviewStatus{Allowed: true, EvaluationError: "webhook away"}, nil, apierrors.IsForbidden, []string{"webhook away"}},
 		{"failed", authorizationv1.SubjectAccessReviewStatus{}, errors.New("connection refused"), apierrors.IsServiceUnavailable, []string{"alice@example.com", "bob", "connection refused"}},
-		{"failed, with an answer", allowed, errors.New("connection refused"), apierrors.IsServiceUnavailable, []string{"connection refused"}},
+		{"failed, with a result", allowed, errors.New("connection refused"), apierrors.IsServiceUnavailable, []string{"connection refused"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			ask, _ := answering(tt.status, tt.err)
-			id, refused := newReviewer(t).Authorize(t.Context(), ask, asBob("/api/v1/namespaces/default/pods"))
+			id, err := newReviewer(t).Authorize(t.Context(), ask, asBob("/api/v1/namespaces/default/pods"))
 			if id != nil {
-				t.Errorf("got %+v; want nobody", id)
+				t.Errorf("got %+v; want no identity", id)
 			}
-			if refused == nil || !tt.is(refused) {
-				t.Fatalf("got %v; want a refusal of its kind", refused)
+			if err == nil || !tt.is(err) {
+				t.Fatalf("got %v; want another kind of refusal", err)
+			}
+			if reason := apistatus.ReasonOf(err); reason != apistatus.Impersonation {
+				t.Errorf("got reason %s; want %s", reason, apistatus.Impersonation)
 			}
 			for _, word := range tt.words {
-				if !strings.Contains(refused.ErrStatus.Message, word) {
-					t.Errorf("got %q; want it to mention %q", refused.ErrStatus.Message, word)
+				if !strings.Contains(err.Error(), word) {
+					t.Errorf("got %q; want it to mention %q", err, word)
 				}
 			}
 		})
 	}
 }
 
-// A form that fails half-way does not make the other one count.
-func TestAFailureIsNotMadeUpForByTheOtherForm(t *testing.T) {
+func TestAuthorize_OtherFormDoesNotMakeUpForAFailure(t *testing.T) {
 	ask := func(_ context.Context, r *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
 		if strings.HasPrefix(r.Spec.ResourceAttributes.Verb, "impersonate-on:") {
 			return nil, errors.New("timeout")
 		}
 		return &allowed, nil
 	}
-	if id, refused := newReviewer(t).Authorize(t.Context(), ask, asBob("/api/v1/pods")); refused == nil {
+	if id, err := newReviewer(t).Authorize(t.Context(), ask, asBob("/api/v1/pods")); err == nil {
 		t.Errorf("got %+v; want a refusal", id)
 	}
 }
 
-func TestAReviewThatTakesTooLongIsARefusal(t *testing.T) {
+func TestAuthorize_RefusesAfterTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ask := func(ctx context.Context, _ *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
 			<-ctx.Done()
 			return nil, ctx.Err()
 		}
 		began := time.Now()
-		_, refused := newReviewer(t).Authorize(t.Context(), ask, asBob("/api/v1/pods"))
-		if refused == nil || !apierrors.IsServiceUnavailable(refused) {
-			t.Errorf("got %v; want a refusal", refused)
+		_, err := newReviewer(t).Authorize(t.Context(), ask, asBob("/api/v1/pods"))
+		if !apierrors.IsServiceUnavailable(err) {
+			t.Errorf("got %v; want a 503", err)
 		}
 		if took := time.Since(began); took != accessreview.Timeout {
 			t.Errorf("it took %v; want %v", took, accessreview.Timeout)
@@ -182,30 +155,30 @@ func TestAReviewThatTakesTooLongIsARefusal(t *testing.T) {
 	})
 }
 
-func TestAmbiguousPathsAreRefusedUnasked(t *testing.T) {
+func TestAuthorize_RefusesAmbiguousPathsWithoutReview(t *testing.T) {
 	ask, asked := answering(allowed, nil)
 	for _, path := range []string{"/api/v1/namespaces/default/pods%2Fweb", "/api/v1//pods", "/api/v1/./pods"} {
-		if id, refused := newReviewer(t).Authorize(t.Context(), ask, asBob(path)); refused == nil {
+		if id, err := newReviewer(t).Authorize(t.Context(), ask, asBob(path)); err == nil {
 			t.Errorf("%s: got %+v; want a refusal", path, id)
 		}
 	}
 	if len(*asked) > 0 {
-		t.Errorf("the API server was asked %v", *asked)
+		t.Errorf("the API server received the reviews %v; want none", *asked)
 	}
 }
 
-func TestWhatWasAllowedIsRememberedAsLongAsItMay(t *testing.T) {
+func TestCache_LastsUntilSince(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newReviewer(t)
 		ask, asked := answering(allowed, nil)
 		authorize := func(q accessreview.Question, want int) {
 			t.Helper()
 			*asked = nil
-			if _, refused := r.Authorize(t.Context(), ask, q); refused != nil {
-				t.Fatal(refused)
+			if _, err := r.Authorize(t.Context(), ask, q); err != nil {
+				t.Fatal(err)
 			}
 			if len(*asked) != want {
-				t.Errorf("the API server was asked %d times; want %d", len(*asked), want)
+				t.Errorf("the API server received %d reviews; want %d", len(*asked), want)
 			}
 		}
 		q := asBob("/api/v1/pods")
@@ -214,21 +187,15 @@ func TestWhatWasAllowedIsRememberedAsLongAsItMay(t *testing.T) {
 		authorize(q, 0)
 		other := asBob("/api/v1/secrets")
 		other.Since = q.Since
-		authorize(other, 1) // what concerns the request is new
-		carol := q
-		carol.Caller = &impersonate.Identity{User: "carol@example.com"}
-		authorize(carol, 2)
-		fewer := q
-		fewer.Caller = &impersonate.Identity{User: alice.User, UID: alice.UID, Extra: alice.Extra} // has lost her group
-		authorize(fewer, 2)
+		authorize(other, 1) // the permission on the request is another
 		time.Sleep(time.Second)
 		q.Since = time.Now()
 		authorize(q, 2)
 	})
 }
 
-// What the API server took long to answer may have been withdrawn meanwhile.
-func TestAnAnswerIsAsOldAsItsQuestion(t *testing.T) {
+// A permission may be withdrawn while the API server takes its time to answer.
+func TestCache_AgeCountsFromSending(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newReviewer(t)
 		answer, asked := answering(allowed, nil)
@@ -237,30 +204,64 @@ func TestAnAnswerIsAsOldAsItsQuestion(t *testing.T) {
 			return answer(ctx, review)
 		}
 		q := asBob("/api/v1/pods")
-		if _, refused := r.Authorize(t.Context(), ask, q); refused != nil {
-			t.Fatal(refused)
+		if _, err := r.Authorize(t.Context(), ask, q); err != nil {
+			t.Fatal(err)
 		}
 		first := (*asked)[0]
 		*asked = nil
 		q.Since = q.Since.Add(time.Second / 2) // while the first of two reviews was under way
-		if _, refused := r.Authorize(t.Context(), ask, q); refused != nil {
-			t.Fatal(refused)
+		if _, err := r.Authorize(t.Context(), ask, q); err != nil {
+			t.Fatal(err)
 		}
 		if diff := cmp.Diff([]authorizationv1.SubjectAccessReviewSpec{first}, *asked); diff != "" {
-			t.Errorf("reviews when it is asked for again (-want +got):\n%s", diff)
+			t.Errorf("reviews the second time (-want +got):\n%s", diff)
 		}
 	})
 }
 
-func TestWhatWasNotAllowedIsNotRemembered(t *testing.T) {
+func TestCache_HoldsNoRefusals(t *testing.T) {
 	r := newReviewer(t)
 	q := asBob("/api/v1/pods")
 	no, _ := answering(authorizationv1.SubjectAccessReviewStatus{}, nil)
-	if _, refused := r.Authorize(t.Context(), no, q); refused == nil {
+	if _, err := r.Authorize(t.Context(), no, q); err == nil {
 		t.Fatal("got no refusal")
 	}
 	yes, _ := answering(allowed, nil)
-	if _, refused := r.Authorize(t.Context(), yes, q); refused != nil {
-		t.Errorf("got %v after the right was given", refused)
+	if _, err := r.Authorize(t.Context(), yes, q); err != nil {
+		t.Errorf("got %v after the permission was given", err)
+	}
+}
+
+// Callers that differ in any way do not share permissions.
+func TestCache_KeyHasTheWholeCaller(t *testing.T) {
+	for name, change := range map[string]func(*impersonate.Identity){
+		"user":    func(id *impersonate.Identity) { id.User = "carol@example.com" },
+		"UID":     func(id *impersonate.Identity) { id.UID = "43" },
+		"groups":  func(id *impersonate.Identity) { id.Groups = nil },
+		"extra":   func(id *impersonate.Identity) { id.Extra = map[string][]string{impersonate.ExtraTags: {"tag:a"}} },
+		"nothing": func(*impersonate.Identity) {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newReviewer(t)
+			ask, asked := answering(allowed, nil)
+			q := asBob("/api/v1/pods")
+			if _, err := r.Authorize(t.Context(), ask, q); err != nil {
+				t.Fatal(err)
+			}
+			want := len(*asked)
+			if name == "nothing" {
+				want = 0
+			}
+			*asked = nil
+			other := *alice
+			change(&other)
+			q.Caller = &other
+			if _, err := r.Authorize(t.Context(), ask, q); err != nil {
+				t.Fatal(err)
+			}
+			if len(*asked) != want {
+				t.Errorf("the API server received %d reviews of the other caller; want %d", len(*asked), want)
+			}
+		})
 	}
 }

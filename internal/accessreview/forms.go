@@ -14,37 +14,37 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation/field"
 	"k8s.io/apiserver/pkg/authentication/user"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
-// form is one way in which the right to act as a target can be had: all of its
-// steps have to be passed.
+// form is one of the sets of permissions that allow acting as a target. Every step has
+// to pass.
 type form struct {
 	steps []step
-	// groups are those that the target is in by this form.
+	// groups are the target's groups under this form.
 	groups []string
 }
 
-// step is passed if wildcard is allowed, or else every one of each is.
+// step passes if wildcard is allowed, or else if each permission is.
 type step struct {
-	wildcard *permission // nil if there is none that would do
+	wildcard *permission // nil if there is none
 	each     []permission
-	// never is why nobody passes, whatever is allowed. Empty if somebody may.
+	// never says why the step fails whatever is allowed. Empty if it can pass.
 	never string
 }
 
-// permission is to use a verb on a resource, or on a path.
+// permission is the use of a verb on a resource or on a path.
 type permission struct {
 	resource *authorizationv1.ResourceAttributes
 	path     *authorizationv1.NonResourceAttributes
 }
 
-// forms returns the ways in which the right to act as t in a request can be had, in
-// the order in which the API server tries them.
+// forms returns the sets of permissions that allow acting as t in a request, in the
+// order in which the API server tries them.
 //
-// The constrained form for the node that a service account runs on
-// (associated-node) is left out: no caller is a service account.
+// It omits the constrained form for the node that a service account runs on
+// (associated-node): no caller is a service account.
 func forms(t *impersonate.Target, request requestinfo.Info) []form {
 	legacy := attributes{verb: "impersonate", users: "users"}
 	constrained, name := attributes{verb: "impersonate:user-info", group: authenticationv1.GroupName, users: "users", constrained: true}, "user-info"
@@ -60,7 +60,8 @@ func forms(t *impersonate.Target, request requestinfo.Info) []form {
 		}
 	}
 	all := []form{{steps: legacy.steps(t), groups: groups}}
-	// Service accounts and nodes are what they are.
+	// The API server applies the constrained forms for service accounts and nodes only
+	// to a target that has no other attributes.
 	if name != "user-info" && !t.OnlyUser() {
 		return all
 	}
@@ -70,8 +71,7 @@ func forms(t *impersonate.Target, request requestinfo.Info) []form {
 	})
 }
 
-// to returns the permission that a request needs by itself, with prefix in front of
-// the verb.
+// to returns the permission that a request itself needs, with prefix added to the verb.
 func to(prefix string, request requestinfo.Info) permission {
 	if !request.IsResourceRequest {
 		return permission{path: &authorizationv1.NonResourceAttributes{Verb: prefix + request.Verb, Path: request.Path}}
@@ -87,21 +87,21 @@ func to(prefix string, request requestinfo.Info) permission {
 	}}
 }
 
-// attributes says how the right to be what a target consists of is called.
+// attributes names the permissions on a target's attributes in one form.
 type attributes struct {
 	verb string
-	// group is the API group of users and groups, users is what users are called.
+	// group is the API group of users and groups, users the resource of the user.
 	group, users string
-	// constrained is whether the API server is as strict and as thrifty as it is
-	// in the newer form.
+	// constrained selects the newer form, in which the API server checks wildcards
+	// first and refuses some targets outright.
 	constrained bool
 }
 
-// wildcardFrom is from how many values on the API server first asks about all at
-// once, in the newer form.
+// wildcardFrom is the number of values from which the API server checks a wildcard
+// first, in the newer form.
 const wildcardFrom = 4
 
-// steps returns what is needed for t, in the order in which the API server asks.
+// steps returns the steps for t, in the order in which the API server checks them.
 func (a attributes) steps(t *impersonate.Target) []step {
 	steps := []step{{each: []permission{a.user(t)}}}
 	if t.UID != "" {
@@ -181,7 +181,7 @@ func (a attributes) permission(group, resource, subresource, name string) permis
 	}}
 }
 
-// checkKey returns an error unless the newer form takes key for that of an extra
+// checkKey returns an error unless the newer form accepts key as the key of an extra
 // field.
 func checkKey(key string) error {
 	if err := validation.IsDomainPrefixedPath(field.NewPath("extra", "key"), key).ToAggregate(); err != nil {
