@@ -18,7 +18,7 @@ func (r *Recorder) TakeEvents() []*sessionrecording.Event {
 	return taken
 }
 
-// event takes an event. What is not in the format is refused.
+// event receives an event. It rejects fields that are not in the format.
 func (r *Recorder) event(w http.ResponseWriter, req *http.Request) {
 	mode, ok := r.treat(w, req)
 	switch {

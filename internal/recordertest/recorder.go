@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package recordertest is a session recorder for tests: it speaks both versions of
-// the protocol that Tailscale's recorder does, keeps what it receives, and fails in
-// the ways that one can.
+// Package recordertest is a session recorder for tests. It speaks both versions of the
+// protocol of Tailscale's recorder, keeps what it receives, and can fail in the ways in
+// which a recorder fails.
 package recordertest
 
 import (
@@ -19,20 +19,20 @@ import (
 	"tailscale.com/sessionrecording"
 )
 
-// Mode is how a recorder treats those who want something recorded.
+// Mode is how a recorder treats requests.
 type Mode int
 
 // The modes.
 const (
 	// V2 speaks both versions of the protocol.
 	V2 Mode = iota
-	// V1 speaks the first only.
+	// V1 speaks only the first version, which has no events.
 	V1
 	// Silent accepts connections and never answers.
 	Silent
-	// Stalling begins recordings and then takes nothing.
+	// Stalling begins recordings and then reads nothing.
 	Stalling
-	// Slow takes 64 KiB in a tenth of a second.
+	// Slow reads at most 64 KiB in a tenth of a second.
 	Slow
 	// Failing answers with an error.
 	Failing
@@ -41,6 +41,7 @@ const (
 // Recorder is a session recorder.
 type Recorder struct {
 	server *http.Server
+	memory *memoryListener // of Start
 	closed chan struct{}
 
 	mu         sync.Mutex
@@ -52,7 +53,7 @@ type Recorder struct {
 
 // Recording is what a recorder has received in one upload.
 type Recording struct {
-	// Version is that of the protocol.
+	// Version is the version of the protocol.
 	Version int
 
 	mu    sync.Mutex
@@ -61,7 +62,7 @@ type Recording struct {
 	err   error
 }
 
-// Bytes returns what has arrived so far.
+// Bytes returns what has arrived.
 func (r *Recording) Bytes() []byte {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -71,8 +72,8 @@ func (r *Recording) Bytes() []byte {
 // Ended is closed when the upload has ended.
 func (r *Recording) Ended() <-chan struct{} { return r.ended }
 
-// Err returns why the upload was cut off, nil if it is complete. It may be called
-// once Ended is closed.
+// Err returns why the upload was cut off, nil if it is complete. It must not be called
+// before Ended is closed.
 func (r *Recording) Err() error { return r.err }
 
 // New returns a recorder.
@@ -106,7 +107,7 @@ func (r *Recorder) Close() error {
 	return err
 }
 
-// SetMode changes how the recorder treats those who come from now on.
+// SetMode changes how the recorder treats later requests.
 func (r *Recorder) SetMode(m Mode) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -132,7 +133,7 @@ func (r *Recorder) Take() []*Recording {
 	return taken
 }
 
-// Peek returns the recordings that Take would.
+// Peek returns what Take would.
 func (r *Recorder) Peek() []*Recording {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -146,8 +147,8 @@ func (r *Recorder) Conns() int {
 	return len(r.conns)
 }
 
-// listener accepts connections that the recorder remembers, those that turn into
-// HTTP/2 included.
+// listener accepts connections for a recorder, which keeps track of them. The hooks of
+// http.Server do not see connections that switch to HTTP/2.
 type listener struct {
 	net.Listener
 	recorder *Recorder
@@ -180,8 +181,8 @@ func (c *conn) Close() error {
 	return c.Conn.Close()
 }
 
-// treat returns the mode. It does not return while there is nothing to answer, and
-// returns false if it has answered.
+// treat returns the mode, and whether the request goes on. It does not return while a
+// Silent recorder keeps the client waiting.
 func (r *Recorder) treat(w http.ResponseWriter, req *http.Request) (Mode, bool) {
 	r.mu.Lock()
 	mode := r.mode
@@ -214,7 +215,7 @@ func (r *Recorder) begin(version int) *Recording {
 	return recording
 }
 
-// record1 is the first version: an upload that is answered at its end.
+// record1 speaks version 1: the upload is answered at its end.
 func (r *Recorder) record1(w http.ResponseWriter, req *http.Request) {
 	mode, ok := r.treat(w, req)
 	if !ok {
@@ -223,7 +224,7 @@ func (r *Recorder) record1(w http.ResponseWriter, req *http.Request) {
 	r.receive(r.begin(1), mode, req, func(int64) error { return nil })
 }
 
-// record2 is the second: an upload of which every part is confirmed.
+// record2 speaks version 2: every part of the upload is confirmed.
 func (r *Recorder) record2(w http.ResponseWriter, req *http.Request) {
 	mode, ok := r.treat(w, req)
 	if !ok {
@@ -246,7 +247,8 @@ func (r *Recorder) record2(w http.ResponseWriter, req *http.Request) {
 	})
 }
 
-// receive reads the upload to its end.
+// receive reads the upload to its end, and calls ack with the number of bytes after each
+// part.
 func (r *Recorder) receive(recording *Recording, mode Mode, req *http.Request, ack func(int64) error) {
 	defer close(recording.ended)
 	buffer := make([]byte, 64<<10)

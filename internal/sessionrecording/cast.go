@@ -17,22 +17,22 @@ import (
 
 const (
 	asciicastVersion = 2
-	// The size of a terminal that has not said its own.
+	// The size of a terminal unless the client sends it.
 	defaultWidth, defaultHeight = 80, 24
 )
 
-// cast writes a session down as asciicast v2: a header, then one line for each
-// event.
+// cast writes the recording of a session as asciicast v2: a header, then one line for
+// each event.
 type cast struct {
 	sinks []*sink
 
 	mu     sync.Mutex
 	header sessionrecording.CastHeader
 	start  time.Time
-	begun  bool // the header has been written
-	// tails are the starts of characters whose ends have not been printed yet.
+	begun  bool // the header is written
+	// tails are the starts of characters whose ends have not arrived.
 	tails map[stream][]byte
-	line  []byte // for use by write
+	line  []byte // buffer of event
 }
 
 // newCast returns a cast that starts now.
@@ -42,12 +42,12 @@ func newCast(header sessionrecording.CastHeader, sinks ...*sink) *cast {
 	header.Timestamp = now.Unix()
 	header.Width, header.Height = defaultWidth, defaultHeight
 	if header.Env == nil {
-		header.Env = map[string]string{} // an object, for those who read it
+		header.Env = map[string]string{} // readers expect an object
 	}
 	return &cast{sinks: sinks, header: header, start: now, tails: make(map[stream][]byte)}
 }
 
-// resize notes that the terminal has this size.
+// resize records a size of the terminal.
 func (c *cast) resize(width, height uint16) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -58,7 +58,7 @@ func (c *cast) resize(width, height uint16) error {
 	return c.event("r", fmt.Appendf(nil, "%dx%d", width, height))
 }
 
-// output notes what was printed on a stream.
+// output records what was printed on a stream.
 func (c *cast) output(s stream, p []byte) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -92,7 +92,7 @@ func wholeRunes(p []byte) int {
 	return len(p)
 }
 
-// open writes the header, unless that has been done.
+// open writes the header, unless it is written.
 func (c *cast) open() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -112,19 +112,19 @@ func (c *cast) begin() error {
 	return c.write(append(header, '\n'))
 }
 
-// event writes an event that happens now.
+// event writes an event with the current time.
 func (c *cast) event(kind string, data []byte) error {
 	c.line = append(c.line[:0], '[')
 	c.line = strconv.AppendFloat(c.line, time.Since(c.start).Seconds(), 'f', 6, 64)
 	c.line = append(c.line, `, "`+kind+`", `...)
-	// Its error is that there are bytes which are no text. It has marked them.
+	// The error says that data is not valid UTF-8. AppendQuote replaces such bytes.
 	c.line, _ = jsontext.AppendQuote(c.line, data)
 	c.line = append(c.line, "]\n"...)
 	return c.write(c.line)
 }
 
-// write hands a line to the sinks. One that is not required has said so itself when
-// it failed.
+// write hands a line to the sinks. It returns the error of a required sink that has failed.
+// Other sinks have reported their failure themselves.
 func (c *cast) write(line []byte) error {
 	for _, s := range c.sinks {
 		if err := s.write(line); err != nil && s.required != nil {
@@ -134,7 +134,7 @@ func (c *cast) write(line []byte) error {
 	return nil
 }
 
-// finish writes down what is left of characters that were never completed.
+// finish writes the starts of characters whose ends never arrived.
 func (c *cast) finish() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()

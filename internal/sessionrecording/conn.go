@@ -15,34 +15,34 @@ import (
 )
 
 const (
-	// farewellTimeout is how long a client may take to read why its session ends,
-	// and how long it is then waited for to go.
+	// farewellTimeout is how long a client may take to read why its session ends, and
+	// then to close the connection.
 	farewellTimeout = 2 * time.Second
 	readBuffer      = 32 << 10
 )
 
-// conn is a client's connection on which a session runs. It passes on whole frames
-// that have been understood, in both directions.
+// conn is the client's connection of a session. It forwards only whole frames that it
+// understands, in both directions.
 type conn struct {
 	net.Conn
 	in, out  filter
 	farewell func(reason string) []byte
-	// cancel ends what reverse_proxy does for the session.
+	// cancel cancels the request to the API server.
 	cancel context.CancelFunc
 
-	// early is what was read before the connection was taken over. It and what
-	// follows belong to Read.
+	// Only Read uses the following fields. early holds what the client sent before the
+	// connection was hijacked.
 	early  []byte
 	buffer []byte
-	ready  []byte // may be read
-	err    error  // is to be returned once ready has been
+	ready  []byte // whole frames, to be returned
+	err    error  // to be returned after ready
 
 	write  sync.Mutex // held while writing
-	broken bool       // a frame was written in part
+	broken bool       // a frame was written only in part
 
 	mu     sync.Mutex
-	reason error         // why the session was ended, if it was
-	said   chan struct{} // closed once the client has been told
+	reason error         // why the session was ended, nil if it was not
+	said   chan struct{} // closed once the client was told
 }
 
 func newConn(nc net.Conn, early []byte, p protocol, cancel context.CancelFunc) *conn {
@@ -52,7 +52,7 @@ func newConn(nc net.Conn, early []byte, p protocol, cancel context.CancelFunc) *
 	}
 }
 
-// Read reads what goes to the API server.
+// Read implements [net.Conn]. It returns what the client sends.
 func (c *conn) Read(p []byte) (int, error) {
 	for len(c.ready) == 0 {
 		if err := c.failed(); err != nil {
@@ -78,7 +78,7 @@ func (c *conn) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// Write writes what comes from the API server.
+// Write implements [net.Conn]. It sends to the client what comes from the API server.
 func (c *conn) Write(p []byte) (int, error) {
 	err := c.writeFrames(p)
 	if err != nil {
@@ -88,9 +88,9 @@ func (c *conn) Write(p []byte) (int, error) {
 }
 
 func (c *conn) writeFrames(p []byte) error {
-	// What comes from the API server is written by one goroutine. Another is Caddy's
-	// for the last frame of a WebSocket that it is about to close: waiting for a
-	// client that does not read, it would hold up the reload of a config.
+	// One goroutine writes what comes from the API server. Caddy uses another one to
+	// write the last frame of a WebSocket that it is about to close. If that waited for
+	// a client that does not read, it would block the reload of the config.
 	if !c.write.TryLock() {
 		return cmp.Or(c.failed(), upgrade.ErrBusy)
 	}
@@ -112,7 +112,7 @@ func (c *conn) writeFrames(p []byte) error {
 	return errors.Join(refused, err)
 }
 
-// end ends the session, and tells the client why. Only the first call counts.
+// end ends the session, and tells the client why. Only the first call has an effect.
 func (c *conn) end(reason error) {
 	c.mu.Lock()
 	if c.reason != nil {
@@ -122,17 +122,17 @@ func (c *conn) end(reason error) {
 	c.reason = reason
 	c.mu.Unlock()
 
-	// A client that does not read holds up a Write, and whoever waits for it.
+	// A client that does not read blocks Write, which holds the lock.
 	_ = c.SetWriteDeadline(time.Now().Add(farewellTimeout))
 	c.write.Lock()
-	// In the midst of a frame, anything would be taken for the rest of it.
+	// After a part of a frame, the client would read the farewell as the rest of it.
 	if !c.broken {
 		_, _ = c.Conn.Write(c.farewell(shorten("The session was ended by the proxy: " + reason.Error())))
 	}
 	c.write.Unlock()
 	_ = c.SetReadDeadline(time.Now()) // wakes up Read
 	close(c.said)
-	// Whoever waits for a pod that neither reads nor prints is not in Read.
+	// reverse_proxy may be waiting for a pod that neither reads nor prints.
 	c.cancel()
 }
 
@@ -143,12 +143,12 @@ func (c *conn) failed() error {
 	return c.reason
 }
 
-// CloseWrite says that nothing more will be written.
+// CloseWrite closes the connection for writing.
 func (c *conn) CloseWrite() error { return upgrade.CloseWrite(c.Conn) }
 
-// Close closes the connection. A client that is being told why is left the time to
-// read it: closed at once, with something from it unread, the connection would be
-// reset, and the client lose what it has not read.
+// Close closes the connection. If the session was ended, the client gets the time to read
+// why: closing a connection at once, with unread data from the client, would reset it, and
+// the client would lose what it has not read.
 func (c *conn) Close() error {
 	if c.failed() == nil {
 		return c.Conn.Close()

@@ -3,62 +3,52 @@
 package sessionrecording
 
 import (
-	"context"
 	"net/http"
 	"slices"
 	"strings"
 
-	"golang.org/x/net/http/httpguts"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	portforward "k8s.io/apimachinery/pkg/util/portforward"
 	"k8s.io/apimachinery/pkg/util/remotecommand"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
 
-// kind is what a request is to whoever records sessions.
+// kind says how a request is recorded. Recordings and the log have these names.
 type kind string
 
 const (
-	ordinary  kind = "ordinary"     // no session
-	exec      kind = "exec"         // recorded
-	attach    kind = "attach"       // recorded
-	forward   kind = "port-forward" // noted
-	door      kind = "other"        // a session that cannot be recorded
-	ambiguous kind = "ambiguous"    // might be anything
+	ordinary     kind = "ordinary"     // not a session
+	exec         kind = "exec"         // recorded
+	attach       kind = "attach"       // recorded
+	forward      kind = "port-forward" // logged
+	unrecordable kind = "other"        // a session that cannot be recorded
+	ambiguous    kind = "ambiguous"    // may be any of them
 )
 
-// kindOf returns what a request that asks for i is.
+// kindOf returns the kind of a request that asks for i.
 func kindOf(i requestinfo.Info) kind {
-	switch {
-	case i.Ambiguous:
+	if i.Ambiguous {
 		return ambiguous
-	case !i.Interactive:
-		return ordinary
-	case i.IsResourceRequest && i.APIGroup == "" && i.Resource == "pods":
-		switch i.Subresource {
-		case "exec":
-			return exec
-		case "attach":
-			return attach
-		case "portforward":
-			return forward
-		case "ephemeralcontainers":
-			// It changes the pod, as creating one does. What leads into the
-			// container is attach.
-			if i.Verb == "patch" || i.Verb == "update" {
-				return ordinary
-			}
-		}
 	}
-	return door
+	switch i.Kind() {
+	case requestinfo.Exec:
+		return exec
+	case requestinfo.Attach:
+		return attach
+	case requestinfo.PortForward:
+		return forward
+	case requestinfo.Short, requestinfo.Watch, requestinfo.Log:
+		return ordinary
+	}
+	return unrecordable
 }
 
-// decision is what Begin decided about a request.
+// decision is what Begin decides about a request.
 type decision struct {
 	kind                   kind
-	namespace, name, query string
+	namespace, name, query string // empty if kind is ordinary
 }
 
 func decide(r *http.Request) decision {
@@ -70,25 +60,16 @@ func decide(r *http.Request) decision {
 	return d
 }
 
-type decisionKey struct{}
-
-// Confirm returns why r, the request that is about to be sent to the API server,
-// must not be: it is not what [Site.Begin] decided about. Requests about which
-// nothing was decided are confirmed.
-func Confirm(r *http.Request) *apierrors.StatusError {
-	decided, ok := r.Context().Value(decisionKey{}).(decision)
-	if !ok || decide(r) == decided {
-		return nil
+// holds returns an error if d is not the decision about out, the request that is about
+// to be sent.
+func (d decision) holds(out *http.Request) error {
+	if decide(out) != d {
+		return apistatus.Forbidden(apistatus.Rewritten, "the path or the query was changed on its way through the proxy, after it was decided whether to record the session")
 	}
-	return apistatus.Forbidden(apistatus.Rewritten, "the path or the query was changed on its way through the proxy, after it was decided whether to record the session")
+	return nil
 }
 
-// withDecision returns r with d in its context.
-func withDecision(r *http.Request, d decision) *http.Request {
-	return r.WithContext(context.WithValue(r.Context(), decisionKey{}, d))
-}
-
-// The protocols that are understood, by what is upgraded to.
+// The protocols of a session's connection.
 const (
 	spdyUpgrade      = "spdy/3.1"
 	websocketUpgrade = "websocket"
@@ -97,8 +78,9 @@ const (
 	v4Base64Channels = "v4.base64.channel.k8s.io"
 )
 
+// The names of the subprotocols that can be parsed. The streams are encoded in the
+// same way in all versions.
 var (
-	// What is said of a session's streams is the same in all versions.
 	spdyVersions = map[kind][]string{
 		exec: {
 			remotecommand.StreamProtocolV1Name, remotecommand.StreamProtocolV2Name, remotecommand.StreamProtocolV3Name,
@@ -115,37 +97,42 @@ var (
 	}
 )
 
-// versions returns the names of the protocols that can be spoken over upgrade in a
-// session of kind k.
-func versions(upgrade string, k kind) []string {
+// versions returns the names of the subprotocols that can be parsed in a session of
+// kind k over the given protocol.
+func versions(protocol string, k kind) []string {
 	if k == attach {
 		k = exec
 	}
-	if upgrade == spdyUpgrade {
+	if protocol == spdyUpgrade {
 		return spdyVersions[k]
 	}
 	return websocketVersions[k]
 }
 
-// upgradeOf returns what r's connection is to be upgraded to, or why a session
-// cannot be recorded that way.
-func upgradeOf(r *http.Request, k kind) (upgrade string, refused *apierrors.StatusError) {
-	asked := field(r.Header, "Upgrade")
-	if !httpguts.HeaderValuesContainsToken(field(r.Header, "Connection"), "upgrade") || len(asked) != 1 {
+// known reports whether version, which the API server chose, can be parsed.
+func known(version, protocol string, k kind) bool {
+	return version == "" && protocol == spdyUpgrade || slices.Contains(versions(protocol, k), version)
+}
+
+// upgradeOf returns the protocol that r asks to upgrade the connection to. It returns
+// an error if a session over it cannot be recorded.
+func upgradeOf(r *http.Request, k kind) (string, error) {
+	asked, _ := upgrade.Protocols(r.Header)
+	if len(asked) != 1 {
 		return "", apistatus.BadRequest(apistatus.Recording, "%s needs an upgrade of the connection, to SPDY/3.1 or websocket", k)
 	}
-	// The answer to a request with a body comes when all of the body has been sent,
-	// and the command runs before that: for as long as the client likes, unrecorded.
+	// The answer to a request with a body comes after the whole body, and the command
+	// runs before: unrecorded, for as long as the client likes.
 	if r.ContentLength != 0 {
 		return "", apistatus.BadRequest(apistatus.Recording, "%s with a body in the request cannot be recorded", k)
 	}
-	upgrade = strings.ToLower(asked[0])
-	if upgrade != spdyUpgrade && upgrade != websocketUpgrade {
+	protocol := strings.ToLower(asked[0])
+	if protocol != spdyUpgrade && protocol != websocketUpgrade {
 		return "", apistatus.BadRequest(apistatus.Recording, "%s over %q cannot be recorded, only over SPDY/3.1 or websocket", k, asked[0])
 	}
-	known := versions(upgrade, k)
-	offered := versionsIn(r.Header, upgrade)
-	if upgrade == websocketUpgrade && len(offered) == 0 {
+	known := versions(protocol, k)
+	offered := versionsIn(r.Header, protocol)
+	if protocol == websocketUpgrade && len(offered) == 0 {
 		return "", apistatus.BadRequest(apistatus.Recording, "%s over a WebSocket without a subprotocol cannot be recorded; offer one of %q", k, known)
 	}
 	for _, version := range offered {
@@ -153,13 +140,13 @@ func upgradeOf(r *http.Request, k kind) (upgrade string, refused *apierrors.Stat
 			return "", apistatus.BadRequest(apistatus.Recording, "%s with the protocol %q cannot be recorded; offer nothing but these: %q", k, version, known)
 		}
 	}
-	return upgrade, nil
+	return protocol, nil
 }
 
-// versionsIn returns the names of protocols in the headers h.
-func versionsIn(h http.Header, upgrade string) []string {
+// versionsIn returns the names of subprotocols in the headers h.
+func versionsIn(h http.Header, protocol string) []string {
 	name := "Sec-WebSocket-Protocol"
-	if upgrade == spdyUpgrade {
+	if protocol == spdyUpgrade {
 		name = "X-Stream-Protocol-Version"
 	}
 	var names []string
@@ -171,8 +158,8 @@ func versionsIn(h http.Header, upgrade string) []string {
 	return names
 }
 
-// field returns the values of the header name, in whatever spelling it is in h:
-// reverse_proxy writes some in another than net/http does.
+// field returns the values of the header name in any spelling: reverse_proxy does not
+// spell all of them as net/http does.
 func field(h http.Header, name string) []string {
 	var all []string
 	for key, values := range h {
@@ -183,7 +170,7 @@ func field(h http.Header, name string) []string {
 	return all
 }
 
-// removeField removes the header name from h.
+// removeField removes the header name in any spelling.
 func removeField(h http.Header, name string) {
 	for key := range h {
 		if strings.EqualFold(key, name) {

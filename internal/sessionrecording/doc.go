@@ -1,34 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package recording records what is done in a pod: the sessions of kubectl exec
-// and attach, as asciicast v2, sent to the recorders that a caller's grants name,
-// and written to a local directory. Of kubectl port-forward, which cannot be
-// replayed, it notes who, where, when and how much.
+// Package sessionrecording records what happens in a pod: the sessions of kubectl exec
+// and attach, in the format asciicast v2. It sends a recording to a recorder that the
+// caller's grants name, and writes it to a local directory. A kubectl port-forward
+// cannot be replayed, so only the caller, the ports, the times and the amount of data
+// are logged.
 //
-// # Where it stands
+// [Recorder.Begin] decides, before anything is sent to the API server, whether a
+// request becomes a session and whether that can be recorded. A required recorder has
+// answered when Begin returns. The session then takes the place of the client's
+// connection that reverse_proxy copies to and from ([Session.Wrap]). All data in both
+// directions passes through it, including what the client sends before the connection
+// is upgraded. It forwards only whole frames that it understands.
 //
-// [Site.Begin] decides, before anything is sent to the API server, whether a
-// request becomes a session and whether that can be recorded; a recorder that has
-// to be reached has been reached when it returns. The session then takes the place
-// of the connection that reverse_proxy copies between ([Session.Wrap]). All that
-// goes either way passes it, what a client sent ahead of the switch included, and
-// only whole frames that it has understood go on.
+// The caller who is recorded is an adversary who writes both the requests and the
+// frames. Therefore:
 //
-// # Threat model
-//
-// The one who is recorded is the one who writes the requests and the frames.
-// Hence:
-//
-//   - What a request is, is decided by what the API server will see. A path that
-//     can be understood in two ways is refused, and transport kubernetes decides
-//     once more about the request that it sends ([Confirm]).
-//   - A protocol that cannot be parsed is not spoken. Extensions of WebSocket, such
-//     as compression, are not offered to the API server.
-//   - Frames are parsed as the API server parses them. One that cannot be, and data
-//     on a stream of which it is not known what it carries, ends the session.
-//   - A frame goes on when it has been handed to the recording, not before. What a
-//     recorder has not taken yet is bounded: a slow one slows the session down.
-//   - What cannot be recorded by its nature, because it leads to something else
-//     than a pod's streams (the proxy subresources), is refused to callers that
-//     have to be recorded.
+//   - The kind of a request is decided from what the API server will see. An ambiguous
+//     path is refused, and transport kubernetes does not send a request that was
+//     changed after the decision (package pin).
+//   - A protocol that the package cannot parse is refused. The API server is not
+//     offered extensions of WebSocket, such as compression.
+//   - Frames are parsed as the API server parses them. A frame that cannot be parsed,
+//     or that has data on an unknown stream, ends the session.
+//   - A frame is forwarded after it was handed to the recording. The amount of data
+//     that waits for a recorder is limited: a slow recorder slows the session down.
+//   - A request that leads to something other than the streams of a pod, such as a
+//     proxy subresource, cannot be recorded. It is refused if the caller's grants
+//     enforce recording.
 package sessionrecording

@@ -9,20 +9,20 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// maxReason is how long a reason may be: some hold what a client wrote.
+// maxReason is the maximum length of a reason. Some quote what a client sent.
 const maxReason = 1000
 
-// shorten returns a reason of which no more is left than fits.
+// shorten cuts reason to maxReason.
 func shorten(reason string) string {
 	return strings.ToValidUTF8(reason[:min(len(reason), maxReason)], "")
 }
 
-// onTerminal returns reason as a line of its own, on a terminal in raw mode too.
+// onTerminal returns reason as a line of its own, also for a terminal in raw mode.
 func onTerminal(reason string) []byte { return []byte("\r\n" + reason + "\r\n") }
 
-// onErrorStream returns reason as what kubectl reads from the error stream and
-// prints when the session has ended: a Status, or in older versions of the protocol
-// the text.
+// onErrorStream returns reason in the form in which kubectl reads it from the error
+// stream, to print it when the session has ended: a Status, or text in older versions
+// of the protocol.
 func onErrorStream(reason string, asStatus bool) []byte {
 	if !asStatus {
 		return []byte(reason)

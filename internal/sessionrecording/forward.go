@@ -3,9 +3,12 @@
 package sessionrecording
 
 import (
+	"net/url"
 	"slices"
 	"strings"
+	"sync"
 
+	"go.uber.org/zap"
 	corev1 "k8s.io/api/core/v1"
 	portforward "k8s.io/apimachinery/pkg/util/portforward"
 )
@@ -13,65 +16,36 @@ import (
 // maxPorts is how many ports of a port-forward are noted.
 const maxPorts = 64
 
-// forwarded is a session as an observer of port-forward.
-type forwarded Session
+// forwarding is the observer of a port-forward. It notes the ports and counts bytes.
+type forwarding struct {
+	query url.Values // of the request
 
-// opened implements observer.
-func (f *forwarded) opened(h streamHeader) (stream, error) {
-	port := h.Get(corev1.PortHeader)
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.note(port)
-	return "", nil
+	mu       sync.Mutex
+	ports    []string
+	sent     int64 // to the pod
+	received int64 // from the pod
 }
 
-// note notes a port.
-func (f *forwarded) note(port string) {
-	switch {
-	case port == "" || slices.Contains(f.ports, port):
-	case len(f.ports) < maxPorts:
-		f.ports = append(f.ports, port)
-	case len(f.ports) == maxPorts:
-		f.ports = append(f.ports, "and more")
-	}
-}
-
-// fromClient implements observer.
-func (f *forwarded) fromClient(_ stream, p []byte) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.sent += int64(len(p))
-	return nil
-}
-
-// fromServer implements observer.
-func (f *forwarded) fromServer(_ stream, p []byte) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.received += int64(len(p))
-	return nil
-}
-
-// forwardProtocol returns the protocol of a port-forward.
-func (s *Session) forwardProtocol(version string) (protocol, error) {
-	if s.upgrade == websocketUpgrade && version != portforward.WebsocketsSPDYTunnelingPortForwardV1 {
-		// No other protocol heeds the ports of the query.
-		for _, port := range strings.Split(strings.Join(s.query["ports"], ","), ",") {
-			(*forwarded)(s).note(port)
+// protocol returns the protocol with the given version over upgrade.
+func (f *forwarding) protocol(upgrade, version string) (protocol, error) {
+	if upgrade == websocketUpgrade && version != portforward.WebsocketsSPDYTunnelingPortForwardV1 {
+		// The API server reads the ports in the query only with these protocols.
+		for _, port := range strings.Split(strings.Join(f.query["ports"], ","), ",") {
+			f.note(port)
 		}
 		return &webSocket{
-			observer: (*forwarded)(s),
+			observer: f,
 			base64:   version == v4Base64Channels,
 			channel:  func(byte) (stream, bool) { return "", true },
 			out:      noChannel, errors: noChannel,
 		}, nil
 	}
-	inner, err := newSPDY((*forwarded)(s))
+	inner, err := newSPDY(f)
 	if err != nil {
 		return nil, err
 	}
-	inner.anyStream = true // each is for one connection, and there is no limit to them
-	if s.upgrade == spdyUpgrade {
+	inner.anyStream = true // one for each connection, without a limit
+	if upgrade == spdyUpgrade {
 		return inner, nil
 	}
 	return &webSocket{
@@ -81,11 +55,60 @@ func (s *Session) forwardProtocol(version string) (protocol, error) {
 	}, nil
 }
 
-// tunnel is a SPDY connection inside of a WebSocket, as an observer of that.
+// note notes a port.
+func (f *forwarding) note(port string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case port == "" || slices.Contains(f.ports, port):
+	case len(f.ports) < maxPorts:
+		f.ports = append(f.ports, port)
+	case len(f.ports) == maxPorts:
+		f.ports = append(f.ports, "and more")
+	}
+}
+
+// noted returns the ports noted so far.
+func (f *forwarding) noted() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.ports)
+}
+
+// fields returns what the log says about the port-forward.
+func (f *forwarding) fields() []zap.Field {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return []zap.Field{zap.Strings("ports", slices.Clone(f.ports)), zap.Int64("bytes_sent", f.sent), zap.Int64("bytes_received", f.received)}
+}
+
+// streamOpened implements observer.
+func (f *forwarding) streamOpened(h streamHeader) (stream, error) {
+	f.note(h.Get(corev1.PortHeader))
+	return "", nil
+}
+
+// fromClient implements observer.
+func (f *forwarding) fromClient(_ stream, p []byte) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.sent += int64(len(p))
+	return nil
+}
+
+// fromServer implements observer.
+func (f *forwarding) fromServer(_ stream, p []byte) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.received += int64(len(p))
+	return nil
+}
+
+// tunnel is the observer of a WebSocket with a SPDY connection inside.
 type tunnel struct{ client, server filter }
 
-// opened implements observer. A WebSocket opens no streams.
-func (*tunnel) opened(streamHeader) (stream, error) { return "", nil }
+// streamOpened implements observer. A WebSocket opens no streams.
+func (*tunnel) streamOpened(streamHeader) (stream, error) { return "", nil }
 
 // fromClient implements observer.
 func (t *tunnel) fromClient(_ stream, p []byte) error {

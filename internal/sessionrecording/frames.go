@@ -2,51 +2,49 @@
 
 package sessionrecording
 
-// maxFrame is how long a frame may be. It is what fits into SPDY's 24 bits and its
-// header; the API server and kubectl write frames of 32 KiB.
+// maxFrame is the maximum length of a frame: what the 24 bits of SPDY can express, and the
+// header. The API server and kubectl write frames of 32 KiB.
 const maxFrame = 1<<24 + 8
 
-// protocol is a way of sending several streams over one connection.
+// protocol parses the frames of one connection, which carries several streams.
 type protocol interface {
-	// fromClient looks at the frame at the start of b, which the client has sent.
-	// It returns the frame's length, 0 if b does not hold all of it. An error ends
-	// the session.
+	// fromClient parses the frame at the start of b, which the client sent. It returns
+	// the length of the frame, 0 if b does not hold all of it. An error ends the session.
 	fromClient(b []byte) (int, error)
-	// fromServer is fromClient for what the API server has sent.
+	// fromServer is like fromClient for what the API server sent.
 	fromServer(b []byte) (int, error)
 	// farewell returns frames that tell the client why its session ends.
 	farewell(reason string) []byte
 }
 
-// observer is told what is in the frames of a session. Its errors end the session.
+// observer receives the content of a session's frames. Its errors end the session.
 type observer interface {
-	// opened returns what a stream with the given headers carries. Only SPDY's
-	// streams have headers; those of a WebSocket have fixed numbers.
-	opened(h streamHeader) (stream, error)
-	// fromClient and fromServer are given what is sent on a stream. They must not
-	// keep p.
+	// streamOpened returns what a stream with the headers h carries. Only the streams of
+	// SPDY have headers. Those of a WebSocket have fixed numbers.
+	streamOpened(h streamHeader) (stream, error)
+	// fromClient and fromServer receive the data of a stream. They must not keep p.
 	fromClient(s stream, p []byte) error
 	fromServer(s stream, p []byte) error
 }
 
-// streamHeader finds the values of a stream's headers.
+// streamHeader is the headers of a stream.
 type streamHeader interface{ Get(name string) string }
 
-// stream says what a stream carries, in the words of a SPDY stream's header.
+// stream is what a stream carries, as the header of a SPDY stream names it.
 type stream string
 
-// filter lets whole frames pass, one direction of a connection.
+// filter passes whole frames of one direction of a connection.
 type filter struct {
-	// next looks at the first frame of b and returns its length, 0 if b does not
-	// hold all of it.
+	// next parses the first frame of b and returns its length, 0 if b does not hold all
+	// of it.
 	next func(b []byte) (int, error)
-	// held is the start of a frame whose end has not arrived. It and spare take
-	// turns, since what was let pass may still be in use.
+	// held is the start of a frame whose end has not arrived. It and spare take turns,
+	// because the caller may still use the frames that push returned from held.
 	held, spare []byte
 }
 
-// push adds b to what has arrived. It returns the whole frames that may pass, up to
-// the first that may not. They are valid until the next call.
+// push appends b to what is held. It returns the whole frames up to the first one that
+// next rejects. They are valid until the next call.
 func (f *filter) push(b []byte) (pass []byte, err error) {
 	waited := len(f.held) > 0
 	if waited {
@@ -62,7 +60,7 @@ func (f *filter) push(b []byte) (pass []byte, err error) {
 		end += n
 	}
 	if end == 0 && waited {
-		return nil, err // and what is held is not copied for every byte that arrives
+		return nil, err // without a copy of what is held for every byte that arrives
 	}
 	f.held, f.spare = append(f.spare[:0], b[end:]...), f.held
 	return b[:end], err

@@ -4,233 +4,195 @@ package sessionrecording
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"io"
-	"net"
-	"net/http/httptrace"
-	"net/netip"
-	"os"
-	"sync"
+	"crypto/rand"
+	"net/http"
+	"strings"
 	"time"
 
+	"go.uber.org/zap"
 	"tailscale.com/sessionrecording"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recorder"
 )
 
-// connectTimeout is how long all recorders together may take to answer.
-const connectTimeout = 5 * time.Second
+// Outcome is what became of the recording of a session.
+type Outcome string
 
-// dialAttempt is how long a recorder may take to answer from one port. The network
-// stack of a tailnet node, which a recorder is, drops whatever comes from a port
-// that it had a connection from a minute ago; the next attempt is from another.
-const dialAttempt = 2 * time.Second
+// The outcomes.
+const (
+	Recorded   Outcome = "recorded"   // from its beginning to its end
+	Refused    Outcome = "refused"    // the session did not begin
+	Ended      Outcome = "ended"      // the session was ended because it could not be recorded any more
+	Unrecorded Outcome = "unrecorded" // the whole session was not recorded
+	Lost       Outcome = "lost"       // the session continued unrecorded, or the end of the recording is missing
+)
 
-// DialFunc connects to an address of the tailnet.
-type DialFunc func(ctx context.Context, network, address string) (net.Conn, error)
+var recordings = metrics.NewCounter("recordings_total",
+	"Sessions that were to be recorded, by what has become of that.",
+	"outcome", Recorded, Refused, Ended, Unrecorded, Lost)
 
-// upload is a recording on its way to a recorder.
-type upload struct {
-	io.WriteCloser
-	recorder netip.AddrPort
-	// ended is closed when the upload has ended, err says how.
-	ended chan struct{}
-	err   error
-	abort context.CancelFunc
-	conns *connections
+// Recorder records the sessions of one handler.
+type Recorder struct {
+	// Dir is the directory for recordings, empty if none are kept locally.
+	Dir string
+	// Client uploads recordings.
+	Client *recorder.Client
+	Logger *zap.Logger
 }
 
-// connections are those of one upload. The client opens more of them than it uses at
-// times, and keeps some open for half a minute after it is done with them.
-type connections struct {
-	dial DialFunc
-
-	mu     sync.Mutex
-	open   []*connection
-	used   *connection // by the latest request, which is the upload in the end
-	closed bool
+// Concerns reports whether requests of a caller whose grants say recording have to pass
+// Begin.
+func (rec *Recorder) Concerns(recording *impersonate.Recording) bool {
+	return rec.Dir != "" || recording.Wanted()
 }
 
-// connection notes when it has ended. The client that uses it does not see that
-// until it has something to send.
-type connection struct {
-	net.Conn
-	once sync.Once
-	gone chan struct{} // closed when it has ended
-	err  error         // how
-}
-
-// Read implements [net.Conn].
-func (c *connection) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
-	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-		c.once.Do(func() {
-			c.err = err
-			close(c.gone)
-		})
+// Begin returns the session that r becomes, or nil if r does not become one or is not
+// recorded. It returns an error if r has to be refused. The caller of Begin must close
+// the session. If the session has to be recorded, its recorder has answered.
+func (rec *Recorder) Begin(r *http.Request, caller authn.Caller) (*Session, error) {
+	session, err := rec.begin(r, caller)
+	if err != nil {
+		recordings.With(Refused).Inc()
 	}
-	return n, err
+	return session, err
 }
 
-// dialOnce connects, trying again from other ports.
-func (c *connections) dialOnce(ctx context.Context, network, address string) (net.Conn, error) {
-	for {
-		attempt, cancel := context.WithTimeout(ctx, dialAttempt)
-		conn, err := c.dial(attempt, network, address)
-		timedOut := attempt.Err() != nil
-		cancel()
-		if err != nil {
-			if timedOut && ctx.Err() == nil {
-				continue
-			}
+func (rec *Recorder) begin(r *http.Request, caller authn.Caller) (*Session, error) {
+	d := decide(r)
+	if !pin.Require(r, d.holds) {
+		return nil, apistatus.Forbidden(apistatus.Rewritten, "whether to record the session cannot be decided: the config sets a variable of tailscale_impersonate")
+	}
+	switch d.kind {
+	case ambiguous:
+		return nil, apistatus.BadRequest(apistatus.Recording, "the path %q can be understood in several ways, and whether the session has to be recorded depends on it", r.URL.EscapedPath())
+	case unrecordable:
+		if caller.Identity.Recording.Enforce {
+			return nil, apistatus.Forbidden(apistatus.Recording, "the sessions of %s have to be recorded, and what goes through %s cannot be", caller.Peer, r.URL.Path)
+		}
+		rec.Logger.Warn("a session that cannot be recorded goes on without",
+			zap.Stringer("user", caller.Peer), zap.String("method", r.Method), zap.String("path", r.URL.Path))
+		recordings.With(Unrecorded).Inc()
+		return nil, nil
+	case exec, attach, forward:
+	default:
+		return nil, nil
+	}
+
+	protocol, err := upgradeOf(r, d.kind)
+	if err != nil {
+		return nil, err
+	}
+	// The API server uses no extension that it is not offered.
+	removeField(r.Header, "Sec-Websocket-Extensions")
+	session := rec.newSession(r, caller, d, protocol)
+	if d.kind != forward {
+		if err := session.prepare(r.Context(), caller); err != nil {
 			return nil, err
 		}
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if c.closed {
-			_ = conn.Close()
-			return nil, net.ErrClosed
-		}
-		opened := &connection{Conn: conn, gone: make(chan struct{})}
-		c.open = append(c.open, opened)
-		return opened, nil
-	}
-}
-
-// trace returns ctx for requests whose connection is to be known.
-func (c *connections) trace(ctx context.Context) context.Context {
-	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) {
-		if conn, ok := got.Conn.(*connection); ok {
-			c.mu.Lock()
-			defer c.mu.Unlock()
-			c.used = conn
-		}
-	}})
-}
-
-// last returns the connection of the latest request, nil if that is not known.
-func (c *connections) last() *connection {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.used
-}
-
-func (c *connections) close() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.closed = true
-	for _, conn := range c.open {
-		_ = conn.Close()
-	}
-	c.open = nil
-}
-
-// connect returns the upload to the recorder that answers first, all being asked at
-// once. It is an error if none has within the timeout, or before ctx ends. The
-// upload outlives ctx.
-func connect(ctx context.Context, recorders []netip.AddrPort, dial DialFunc, timeout time.Duration) (*upload, error) {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	type attempt struct {
-		*upload
-		result <-chan error
-		err    error
-	}
-	attempts := make(chan attempt, len(recorders))
-	aborts := make(map[netip.AddrPort]context.CancelFunc, len(recorders))
-	for _, recorder := range recorders {
-		uploading, abort := context.WithCancel(context.WithoutCancel(ctx))
-		aborts[recorder] = abort
-		u := &upload{recorder: recorder, abort: abort, conns: &connections{dial: dial}}
-		go func() {
-			w, _, result, err := sessionrecording.ConnectToRecorder(u.conns.trace(uploading), []netip.AddrPort{recorder}, u.conns.dialOnce)
-			u.WriteCloser = w
-			attempts <- attempt{u, result, err}
-		}()
-	}
-
-	var won *upload
-	var result <-chan error
-	var errs []error
-	left := len(recorders)
-	for won == nil && left > 0 && ctx.Err() == nil {
-		select {
-		case <-ctx.Done():
-			errs = append(errs, fmt.Errorf("no answer of %d recorders within %v", left, timeout))
-		case a := <-attempts:
-			left--
-			if a.err != nil {
-				a.discard()
-				errs = append(errs, a.err)
-				continue
-			}
-			won, result = a.upload, a.result
+		if len(session.sinks) == 0 {
+			session.log.Warn("the session goes on without a recording")
+			recordings.With(Unrecorded).Inc()
+			return nil, nil
 		}
 	}
-	for recorder, abort := range aborts {
-		if won == nil || won.recorder != recorder {
-			abort()
+	return session, nil
+}
+
+// newSession returns the session that r becomes.
+func (rec *Recorder) newSession(r *http.Request, caller authn.Caller, d decision, upgrade string) *Session {
+	query := r.URL.Query()
+	now := time.Now()
+	session := &Session{
+		recorder: rec,
+		kind:     d.kind,
+		upgrade:  upgrade,
+		id:       now.UTC().Format("20060102T150405Z") + "-" + strings.ToLower(rand.Text()),
+		enforce:  caller.Identity.Recording.Enforce,
+		started:  now,
+		over:     make(chan struct{}),
+		cancel:   func() {},
+		header: sessionrecording.CastHeader{
+			Command:       strings.Join(query["command"], " "),
+			SrcNode:       caller.Peer.Node,
+			SrcNodeID:     caller.Peer.NodeID,
+			SrcNodeTags:   caller.Peer.Tags,
+			SrcNodeUserID: caller.Peer.UserID,
+			SrcNodeUser:   caller.Peer.Login,
+			Kubernetes: &sessionrecording.Kubernetes{
+				PodName:     d.name,
+				Namespace:   d.namespace,
+				Container:   query.Get("container"),
+				SessionType: string(d.kind),
+			},
+		},
+	}
+	if d.kind == forward {
+		session.forwarding = &forwarding{query: query}
+	} else {
+		session.terminal = newTerminal(isTrue(query["tty"]), session.over)
+	}
+	session.log = rec.Logger.With(
+		zap.String("session", session.id),
+		zap.String("type", string(d.kind)),
+		zap.Stringer("user", caller.Peer),
+		zap.String("node", caller.Peer.Node),
+		zap.Stringer("remote_addr", caller.Conn.Remote),
+		zap.String("namespace", d.namespace),
+		zap.String("pod", d.name),
+		zap.String("container", query.Get("container")),
+	)
+	return session
+}
+
+// isTrue reads a query parameter as the API server does.
+func isTrue(values []string) bool {
+	return len(values) > 0 && !strings.EqualFold(values[0], "false") && values[0] != "0"
+}
+
+// prepare opens what s is recorded to. It returns an error if s must not begin.
+func (s *Session) prepare(ctx context.Context, caller authn.Caller) error {
+	if caller.Identity.Recording.Wanted() {
+		if err := s.reach(ctx, caller); err != nil {
+			return err
 		}
 	}
-	go func() {
-		for range left {
-			(<-attempts).discard()
+	if s.recorder.Dir == "" {
+		return nil
+	}
+	var err error
+	if s.file, err = createFile(s.recorder.Dir, s.id); err != nil {
+		s.log.Error("the session cannot be recorded", zap.Error(err))
+		s.abandon()
+		return apistatus.Unavailable(apistatus.Recording, "the session cannot be recorded, as the proxy cannot write its recordings; its log says why")
+	}
+	s.toFile = newSink(s.file, errFileLost, s.fileFailed)
+	s.sinks = append(s.sinks, s.toFile)
+	return nil
+}
+
+// reach connects to a recorder. It returns an error if there is none and s must not
+// begin without.
+func (s *Session) reach(ctx context.Context, caller authn.Caller) error {
+	var err error
+	if s.upload, err = s.recorder.Client.Upload(ctx, caller.Node, &caller.Identity.Recording); err != nil {
+		s.log.Error("no recorder can be reached", zap.Error(err))
+		s.lost = true
+		if s.enforce {
+			return apistatus.Forbidden(apistatus.Recording, "the session has to be recorded, and no recorder can be reached; the proxy's log says why")
 		}
-	}()
-	if won == nil {
-		return nil, errors.Join(errs...)
+		return nil
 	}
-	won.ended = make(chan struct{})
-	go won.wait(result)
-	return won, nil
-}
-
-// verdictTimeout is how long after its connection an upload may say how it has ended.
-const verdictTimeout = time.Second
-
-// wait waits until the upload has ended.
-func (u *upload) wait(result <-chan error) {
-	defer close(u.ended)
-	conn := u.conns.last()
-	var gone <-chan struct{}
-	if conn != nil {
-		gone = conn.gone
+	s.log.Info("a recorder has been reached", zap.Stringer("recorder", s.upload.Recorder()))
+	var required error
+	if s.enforce {
+		required = errRecorderLost
 	}
-	select {
-	case u.err = <-result:
-		return
-	case <-gone:
-	}
-	timer := time.NewTimer(verdictTimeout)
-	defer timer.Stop()
-	select {
-	case u.err = <-result:
-	case <-timer.C:
-		u.err = fmt.Errorf("the connection has ended: %w", conn.err)
-	}
-}
-
-// discard cuts the upload off, whatever has become of it.
-func (u *upload) discard() {
-	u.abort()
-	if u.WriteCloser != nil {
-		_ = u.Close()
-	}
-	u.conns.close()
-}
-
-// complete ends the upload and returns an error unless the recorder says within a
-// few seconds that it has all of it.
-func (u *upload) complete() error {
-	defer u.discard()
-	if err := u.Close(); err != nil {
-		return err
-	}
-	timer := time.NewTimer(stall)
-	defer timer.Stop()
-	select {
-	case <-u.ended:
-		return u.err
-	case <-timer.C:
-		return errors.New("it does not confirm the recording")
-	}
+	s.sinks = append(s.sinks, newSink(s.upload, required, s.recorderFailed))
+	go s.watch()
+	return nil
 }

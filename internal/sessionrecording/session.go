@@ -11,58 +11,53 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
-	"net/url"
-	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"go.uber.org/zap"
-	"k8s.io/apimachinery/pkg/util/remotecommand"
 	"tailscale.com/sessionrecording"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recorder"
 )
 
 // Session is a request that becomes an exec, an attach or a port-forward.
 type Session struct {
-	site    *Site
-	kind    kind
-	upgrade string
-	id      string
-	enforce bool
-	started time.Time
-	header  sessionrecording.CastHeader
-	query   url.Values // of the request
-	tty     bool
-	unsized bool // the protocol has no sizes
-	log     *zap.Logger
+	recorder *Recorder
+	kind     kind
+	upgrade  string
+	id       string
+	enforce  bool
+	started  time.Time
+	header   sessionrecording.CastHeader
+	log      *zap.Logger
+
+	terminal   *terminal   // nil for a port-forward
+	forwarding *forwarding // nil for anything else
 
 	sinks  []*sink
-	upload *upload // nil if there is no recorder
-	file   *file   // nil if there is none
-	toFile *sink   // that of file
-	cast   *cast   // nil until the connection is switched
-	// headerIsDue writes the recording's header if the terminal does not say its size.
+	upload *recorder.Upload // nil if there is no recorder
+	file   *file            // nil if recordings are not kept locally
+	toFile *sink            // writes to file
+	// headerIsDue writes the recording's header if the client does not send the size
+	// of its terminal.
 	headerIsDue *time.Timer
-	sizes       sizes
 	over        chan struct{}      // closed by Close
-	cancel      context.CancelFunc // of the request that is sent on
+	cancel      context.CancelFunc // of the request to the API server
 
 	mu       sync.Mutex
-	conn     *conn // nil until the connection is switched
-	reason   error // why the session has to end, if it has to
-	out, in  int   // requests sent on, and answers that have come or begun to come
-	answered bool  // the client was told of an answer other than the switch
-	lost     bool  // the recorder has been lost
+	conn     *conn // nil until the connection is upgraded
+	reason   error // why the session has to end, nil if it does not
+	out, in  int   // requests sent to the API server, and answers that have begun to arrive
+	answered bool  // the client was sent an answer other than an upgrade
+	lost     bool  // the recorder is lost, or there was none
 	closing  bool
-	ports    []string // that are forwarded to
-	sent     int64    // to the pod
-	received int64    // from the pod
 }
 
-// Watch returns ctx for the request as it is sent on: s notes whether it is sent to
-// the API server, and answered, and cancels it when the session has to end. Whatever
-// is said to the client by others than the API server, once it has been sent, does not
-// say that nothing has run.
+// Watch returns ctx for the request to the API server. s notes whether that request is
+// sent and answered, and cancels it when the session has to end. An answer that others
+// than the API server write after the request was sent does not prove that the command
+// did not run.
 func (s *Session) Watch(ctx context.Context) context.Context {
 	ctx, s.cancel = context.WithCancel(ctx)
 	count := func(n *int) {
@@ -76,11 +71,9 @@ func (s *Session) Watch(ctx context.Context) context.Context {
 	})
 }
 
-// Wrap returns w for the handlers that follow. When one of them takes over the
-// connection, it is given one that records.
-//
-// It shows nothing of what is below it, so that there is no way to the connection
-// but this.
+// Wrap returns w for the handlers that follow. A handler that hijacks the connection
+// gets one that records. The result has no Unwrap method, so that no handler can reach
+// the client's connection itself.
 func (s *Session) Wrap(w http.ResponseWriter) http.ResponseWriter {
 	return &responseWriter{w, s, http.NewResponseController(w)}
 }
@@ -91,11 +84,11 @@ type responseWriter struct {
 	controller *http.ResponseController
 }
 
-// clientGone is what reverse_proxy says in the access log of a request whose client
-// has gone before the answer.
+// clientGone is the status code that reverse_proxy writes to the access log if the
+// client goes away before the answer.
 const clientGone = 499
 
-// WriteHeader writes the header of the answer.
+// WriteHeader implements [http.ResponseWriter].
 func (w *responseWriter) WriteHeader(code int) {
 	if code >= http.StatusOK && code != clientGone {
 		w.session.mu.Lock()
@@ -105,17 +98,14 @@ func (w *responseWriter) WriteHeader(code int) {
 	w.ResponseWriter.WriteHeader(code)
 }
 
-// FlushError sends what has been written.
-func (w *responseWriter) FlushError() error { return w.controller.Flush() }
-
-// SetReadDeadline and SetWriteDeadline are as those of [http.ResponseController].
+// FlushError, SetReadDeadline, SetWriteDeadline and EnableFullDuplex are for
+// [http.ResponseController].
+func (w *responseWriter) FlushError() error                  { return w.controller.Flush() }
 func (w *responseWriter) SetReadDeadline(t time.Time) error  { return w.controller.SetReadDeadline(t) }
 func (w *responseWriter) SetWriteDeadline(t time.Time) error { return w.controller.SetWriteDeadline(t) }
+func (w *responseWriter) EnableFullDuplex() error            { return w.controller.EnableFullDuplex() }
 
-// EnableFullDuplex is as that of [http.ResponseController].
-func (w *responseWriter) EnableFullDuplex() error { return w.controller.EnableFullDuplex() }
-
-// Hijack takes over the connection.
+// Hijack implements [http.Hijacker].
 func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	protocol, err := w.session.protocol(w.Header())
 	if err != nil {
@@ -126,11 +116,11 @@ func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	// The answer, which says that the protocol is switched, is still here.
+	// The answer that switches protocols is still in the buffer.
 	if err := buffered.Flush(); err != nil {
 		return nil, nil, errors.Join(err, nc.Close())
 	}
-	// What the client has sent behind its request, without waiting for the answer.
+	// The client may have sent data behind its request without waiting for the answer.
 	early := make([]byte, buffered.Reader.Buffered())
 	if _, err := io.ReadFull(buffered, early); err != nil {
 		return nil, nil, errors.Join(err, nc.Close())
@@ -140,8 +130,8 @@ func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return c, bufio.NewReadWriter(bufio.NewReader(c), bufio.NewWriter(c)), nil
 }
 
-// protocol returns the protocol that the API server has chosen in the headers h of
-// its answer.
+// protocol returns the protocol that the API server chose in the headers h of its
+// answer.
 func (s *Session) protocol(h http.Header) (protocol, error) {
 	if upgraded := field(h, "Upgrade"); len(upgraded) != 1 || !strings.EqualFold(upgraded[0], s.upgrade) {
 		return nil, fmt.Errorf("the API server switched to %q, not to %q", upgraded, s.upgrade)
@@ -149,59 +139,31 @@ func (s *Session) protocol(h http.Header) (protocol, error) {
 	if extensions := field(h, "Sec-Websocket-Extensions"); len(extensions) > 0 {
 		return nil, fmt.Errorf("the API server uses WebSocket extensions that it was not offered: %q", extensions)
 	}
-	chosen := versionsIn(h, s.upgrade)
-	version := strings.Join(chosen, ",")
+	version := strings.Join(versionsIn(h, s.upgrade), ",")
 	if !known(version, s.upgrade, s.kind) {
 		return nil, fmt.Errorf("the API server chose the protocol %q, which cannot be recorded", version)
 	}
-	status := slices.Contains([]string{remotecommand.StreamProtocolV4Name, remotecommand.StreamProtocolV5Name, v4Base64Channels}, version)
 	if s.kind == forward {
-		return s.forwardProtocol(version)
+		return s.forwarding.protocol(s.upgrade, version)
 	}
-	out := stderr
-	if s.tty {
-		out = stdout
-	}
-	if s.upgrade == spdyUpgrade {
-		protocol, err := newSPDY((*terminal)(s))
-		if err != nil {
-			return nil, err
-		}
-		protocol.status, protocol.out = status, out
-		s.unsized = !slices.Contains([]string{remotecommand.StreamProtocolV3Name, remotecommand.StreamProtocolV4Name, remotecommand.StreamProtocolV5Name}, version)
-		return protocol, nil
-	}
-	protocol := &webSocket{
-		observer: (*terminal)(s),
-		base64:   strings.HasSuffix(version, base64Channels),
-		closes:   version == remotecommand.StreamProtocolV5Name,
-		status:   status,
-		channel:  sessionChannels,
-		out:      remotecommand.StreamStdErr,
-		errors:   remotecommand.StreamErr,
-	}
-	if out == stdout {
-		protocol.out = remotecommand.StreamStdOut
-	}
-	return protocol, nil
+	return s.terminal.protocol(s.upgrade, version)
 }
 
-// begin starts the session on c, whose connection has been switched.
+// begin starts the session on c, the upgraded connection.
 func (s *Session) begin(c *conn) {
 	s.mu.Lock()
 	s.conn = c
 	s.started = time.Now()
-	if s.kind != forward {
-		s.cast = newCast(s.header, s.sinks...)
-	}
 	reason := s.reason
 	s.mu.Unlock()
 	if s.kind == forward {
-		s.log.Info("port-forward begins", zap.Strings("ports", s.ports))
+		s.log.Info("port-forward begins", zap.Strings("ports", s.forwarding.noted()))
 	} else {
+		s.terminal.cast = newCast(s.header, s.sinks...)
 		s.log.Info("the session is recorded", zap.String("command", s.header.Command))
-		// Who runs what is on record before anything is printed, as nothing may ever be.
-		if s.tty {
+		// The header is written even if nothing is ever printed. It holds the size of
+		// the terminal, which the client sends next.
+		if s.terminal.tty {
 			s.headerIsDue = time.AfterFunc(sizeTimeout, s.writeHeader)
 		} else {
 			s.writeHeader()
@@ -212,9 +174,9 @@ func (s *Session) begin(c *conn) {
 	}
 }
 
-// writeHeader writes the recording's header, unless that has been done.
+// writeHeader writes the recording's header, unless it is written.
 func (s *Session) writeHeader() {
-	if err := s.cast.open(); err != nil {
+	if err := s.terminal.cast.open(); err != nil {
 		s.end(err)
 	}
 }
@@ -232,12 +194,12 @@ func (s *Session) end(reason error) {
 	}
 }
 
-// watch waits for the end of the upload, which is not to come before that of the
-// session.
+// watch waits for the end of the upload. If it comes before the end of the session, the
+// recorder is lost.
 func (s *Session) watch() {
 	select {
-	case <-s.upload.ended:
-		err := s.upload.err
+	case <-s.upload.Ended():
+		err := s.upload.Err()
 		if err == nil {
 			err = errors.New("it has ended the recording")
 		}
@@ -246,17 +208,17 @@ func (s *Session) watch() {
 	}
 }
 
-// errUnanswered is why a session ended that had been sent to the API server, and to
-// which its answer has not come: its client has gone away, or the API server has.
+// errUnanswered is the reason of a session whose request was sent to the API server and
+// not answered: the client has gone away, or the API server has.
 var errUnanswered = errors.New("no answer of the API server has come; whether the command ran is not known")
 
-// Why a session ends, to its user.
+// Reasons for the end of a session. Its user reads them.
 var (
 	errRecorderLost = errors.New("this session has to be recorded, and its recorder was lost")
 	errFileLost     = errors.New("this session has to be recorded, and the proxy cannot write its recording")
 )
 
-// recorderFailed is called when the recorder takes nothing any more.
+// recorderFailed is called when the recorder fails.
 func (s *Session) recorderFailed(err error) {
 	s.mu.Lock()
 	late := s.lost || s.closing
@@ -265,53 +227,51 @@ func (s *Session) recorderFailed(err error) {
 	if late {
 		return
 	}
-	s.upload.discard()
+	s.upload.Discard()
 	if s.enforce {
-		s.log.Error("the recorder was lost, and the session ends", zap.Stringer("recorder", s.upload.recorder), zap.Error(err))
+		s.log.Error("the recorder was lost, and the session ends", zap.Stringer("recorder", s.upload.Recorder()), zap.Error(err))
 		s.end(errRecorderLost)
 		return
 	}
-	s.log.Error("the recorder was lost, and the session goes on without", zap.Stringer("recorder", s.upload.recorder), zap.Error(err))
+	s.log.Error("the recorder was lost, and the session goes on without", zap.Stringer("recorder", s.upload.Recorder()), zap.Error(err))
 }
 
-// fileFailed is called when the file cannot be written any more.
+// fileFailed is called when the file cannot be written.
 func (s *Session) fileFailed(err error) {
 	s.log.Error("the recording cannot be written, and the session ends", zap.String("file", s.file.Name()), zap.Error(err))
 	s.end(errFileLost)
 }
 
-// Close ends what Begin began, when the session is over or none has come of the
-// request.
+// Close releases what Begin returned s with. It must be called when the request has
+// been handled, whether or not it became a session.
 func (s *Session) Close() {
 	s.cancel()
 	s.mu.Lock()
 	c, reason, lost := s.conn, s.reason, s.lost
-	ports, sent, received := s.ports, s.sent, s.received
 	nothingRan := s.out == 0 || s.answered && s.in == s.out
 	s.mu.Unlock()
 	if c == nil && (nothingRan || s.kind == forward) {
 		s.abandon()
 		if reason != nil {
 			s.log.Warn("the session was ended before it began", zap.NamedError("reason", reason))
-			s.site.Count(Ended)
+			recordings.With(Ended).Inc()
 		}
 		return
 	}
 	s.stopWatching()
+	if s.kind == forward {
+		s.log.Info("port-forward has ended", append(s.forwarding.fields(), zap.Duration("duration", time.Since(s.started)))...)
+		return
+	}
 	switch {
 	case c == nil:
-		// The command may have run: who asked for it must not be lost.
-		s.cast = newCast(s.header, s.sinks...)
+		// The command may have run, so the recording has to say who asked for it.
+		s.terminal.cast = newCast(s.header, s.sinks...)
 		if reason == nil {
 			reason = errUnanswered
 		}
 	case reason == nil:
 		reason = c.failed()
-	}
-	if s.kind == forward {
-		s.log.Info("port-forward has ended", zap.Strings("ports", ports), zap.Duration("duration", time.Since(s.started)),
-			zap.Int64("bytes_sent", sent), zap.Int64("bytes_received", received))
-		return
 	}
 	outcome := Recorded
 	if lost {
@@ -330,10 +290,11 @@ func (s *Session) Close() {
 		fields = append(fields, zap.String("file", s.file.path))
 	}
 	s.log.Info("the session is over", fields...)
-	s.site.Count(outcome)
+	recordings.With(outcome).Inc()
 }
 
-// stopWatching makes the end of the recorder's connection nothing to report.
+// stopWatching stops what waits for the end of the session, so that the end of the
+// recorder's connection is not reported as its loss.
 func (s *Session) stopWatching() {
 	if s.headerIsDue != nil {
 		s.headerIsDue.Stop()
@@ -344,11 +305,11 @@ func (s *Session) stopWatching() {
 	close(s.over)
 }
 
-// complete has everything written that belongs into the recording.
+// complete writes the rest of the recording, and ends the file and the upload.
 func (s *Session) complete(lost bool) error {
-	errs := []error{s.cast.finish()}
+	errs := []error{s.terminal.cast.finish()}
 	for _, sink := range s.sinks {
-		// The recorder's may have failed, which has been reported.
+		// An error of the recorder's sink has been reported.
 		if err := sink.close(); sink == s.toFile {
 			errs = append(errs, s.file.complete(err))
 		}
@@ -356,25 +317,25 @@ func (s *Session) complete(lost bool) error {
 	switch {
 	case s.upload == nil:
 	case lost:
-		s.upload.discard()
+		s.upload.Discard()
 	default:
-		errs = append(errs, s.upload.complete())
+		errs = append(errs, s.upload.Complete())
 	}
 	return errors.Join(errs...)
 }
 
-// abandon leaves nothing of a recording that has not begun.
+// abandon removes a recording that has not begun.
 func (s *Session) abandon() {
 	s.stopWatching()
 	for _, sink := range s.sinks {
 		_ = sink.close() // nothing was written
 	}
 	if s.upload != nil {
-		s.upload.discard()
+		s.upload.Discard()
 	}
 	if s.file != nil {
 		if err := s.file.discard(); err != nil {
-			s.log.Error("the file of a session that did not begin is left", zap.Error(err))
+			s.log.Error("the file of a session that did not begin cannot be removed", zap.Error(err))
 		}
 	}
 }

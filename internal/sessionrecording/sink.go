@@ -10,10 +10,9 @@ import (
 )
 
 const (
-	// maxPending is how much a sink keeps that has not been written yet. With more
-	// of it, the session waits.
+	// maxPending is how many bytes a sink buffers. With more, the session waits.
 	maxPending = 256 << 10
-	// chunk is how much is written at once.
+	// chunk is how many bytes are written at once.
 	chunk = 16 << 10
 	// stall is how long writing a chunk may take.
 	stall = 5 * time.Second
@@ -21,14 +20,13 @@ const (
 
 var errStalled = errors.New("it has taken nothing for 5s")
 
-// sink writes what a session leaves behind in the background, as soon as it comes.
+// sink writes a recording in the background, as soon as possible.
 type sink struct {
 	to io.Writer
-	// required is the error for what the sink does not take, if the session must
-	// not go on without it, nil otherwise.
+	// required is why the session ends if the sink fails, nil if the session goes on
+	// without it.
 	required error
-	// failed is told once, without the session being held up, that to takes
-	// nothing any more.
+	// failed is called once, in a goroutine of its own, when writing has failed.
 	failed func(error)
 
 	mu      sync.Mutex
@@ -36,10 +34,10 @@ type sink struct {
 	err     error
 	closing bool
 
-	work chan struct{} // capacity 1: there is something pending, or closing
-	room chan struct{} // capacity 1: there is less pending
+	work chan struct{} // capacity 1: pending grew, or closing was set
+	room chan struct{} // capacity 1: pending shrank
 	dead chan struct{} // closed when err is set
-	done chan struct{} // closed when nothing is written any more
+	done chan struct{} // closed when run returns
 }
 
 func newSink(to io.Writer, required error, failed func(error)) *sink {
@@ -52,8 +50,8 @@ func newSink(to io.Writer, required error, failed func(error)) *sink {
 	return s
 }
 
-// write has b written, and waits as long as too much is pending. It returns why
-// nothing is written any more, if that is so.
+// write appends b to what is pending, and waits while too much is pending. It returns an
+// error if the sink has failed.
 func (s *sink) write(b []byte) error {
 	for {
 		s.mu.Lock()
@@ -121,7 +119,7 @@ func (s *sink) run() {
 	}
 }
 
-// fail has nothing more be written.
+// fail stops the sink.
 func (s *sink) fail(err error) {
 	s.mu.Lock()
 	if s.err != nil {
@@ -134,8 +132,8 @@ func (s *sink) fail(err error) {
 	go s.failed(err)
 }
 
-// close waits until all that is pending has been written and returns why it has
-// not, if so.
+// close waits until everything pending is written. It returns an error if the sink has
+// failed.
 func (s *sink) close() error {
 	s.mu.Lock()
 	s.closing = true
@@ -143,7 +141,7 @@ func (s *sink) close() error {
 	signal(s.work)
 	select {
 	case <-s.done:
-	case <-s.dead: // and whoever hangs in a write is left alone
+	case <-s.dead: // run may hang in a write
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

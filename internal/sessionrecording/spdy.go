@@ -13,18 +13,17 @@ import (
 	"github.com/moby/spdystream/spdy"
 )
 
-// spdySession is a SPDY/3.1 connection, whose streams say in their headers what they
-// carry.
+// spdySession is a SPDY/3.1 connection. The headers of its streams say what they carry.
 type spdySession struct {
 	observer observer
 	status   bool   // errors are reported as a Status
-	out      stream // for the farewell's text
-	// anyStream lets data on streams of which nothing is known pass.
+	out      stream // for the text of the farewell
+	// anyStream passes data on unknown streams.
 	anyStream bool
 
-	// framer reads the client's control frames out of control. It is the API
-	// server's own parser: header blocks are compressed as one, over all frames,
-	// so whoever reads one of them differently reads all that follow differently.
+	// framer reads the client's control frames from control. It is the parser of the API
+	// server: the header blocks of all frames are compressed as one stream, so a parser
+	// that reads one of them differently reads all later ones differently.
 	framer  *spdy.Framer
 	control bytes.Reader
 
@@ -34,7 +33,7 @@ type spdySession struct {
 
 const (
 	spdyHeader = 8
-	// Header blocks hold two or three short ones.
+	// Header blocks of kubectl hold two or three short headers.
 	maxHeaderSize  = 1 << 12
 	maxHeaderCount = 32
 
@@ -62,7 +61,8 @@ func spdyLength(b []byte) int {
 	return n
 }
 
-// spdyData returns the stream and the data of a frame, if it is one with data.
+// spdyData returns the stream and the data of a data frame. ok is false for a control
+// frame.
 func spdyData(frame []byte) (id uint32, data []byte, ok bool) {
 	id = binary.BigEndian.Uint32(frame)
 	return id, frame[spdyHeader:], id&(1<<31) == 0
@@ -95,7 +95,7 @@ func (s *spdySession) fromClient(b []byte) (int, error) {
 	return n, s.observer.fromClient(what, data)
 }
 
-// clientControl looks at a control frame of the client's.
+// clientControl parses a control frame of the client.
 func (s *spdySession) clientControl(b []byte) error {
 	if version := binary.BigEndian.Uint16(b) & 0x7fff; version != spdy.Version {
 		return fmt.Errorf("a frame of SPDY version %d", version)
@@ -106,14 +106,14 @@ func (s *spdySession) clientControl(b []byte) error {
 		return fmt.Errorf("a SPDY frame that cannot be read: %w", err)
 	}
 	if s.control.Len() > 0 {
-		// The API server would take the rest for the next frame.
+		// The API server would parse the rest as the next frame.
 		return errors.New("a SPDY frame that is longer than it has to be")
 	}
 	syn, ok := frame.(*spdy.SynStreamFrame)
 	if !ok {
 		return nil
 	}
-	what, err := s.observer.opened(syn.Headers)
+	what, err := s.observer.streamOpened(syn.Headers)
 	if err != nil || s.anyStream {
 		return err
 	}
@@ -172,7 +172,7 @@ func (s *spdySession) farewell(reason string) []byte {
 	return append(append(text, end...), status...)
 }
 
-// appendSPDY appends to b a frame with data.
+// appendSPDY appends a data frame to b.
 func appendSPDY(b []byte, id uint32, flags byte, data []byte) []byte {
 	size := len(data)
 	b = binary.BigEndian.AppendUint32(b, id)

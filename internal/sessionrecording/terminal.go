@@ -9,17 +9,59 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/remotecommand"
 )
 
-// terminal is a session as an observer of exec and attach.
-type terminal Session
+// terminal is the observer of an exec or an attach. It records what is printed.
+type terminal struct {
+	tty     bool            // the session has a terminal
+	unsized bool            // the protocol does not transmit its size
+	over    <-chan struct{} // closed when the session is over
+	sizes   sizes
+	cast    *cast // nil until the connection is upgraded
+}
 
-// opened implements observer.
-func (t *terminal) opened(h streamHeader) (stream, error) {
+func newTerminal(tty bool, over <-chan struct{}) *terminal {
+	return &terminal{tty: tty, over: over, sizes: sizes{known: make(chan struct{})}}
+}
+
+// protocol returns the protocol with the given version over upgrade.
+func (t *terminal) protocol(upgrade, version string) (protocol, error) {
+	status := slices.Contains([]string{remotecommand.StreamProtocolV4Name, remotecommand.StreamProtocolV5Name, v4Base64Channels}, version)
+	if upgrade == spdyUpgrade {
+		p, err := newSPDY(t)
+		if err != nil {
+			return nil, err
+		}
+		p.status, p.out = status, stderr
+		if t.tty {
+			p.out = stdout
+		}
+		t.unsized = !slices.Contains([]string{remotecommand.StreamProtocolV3Name, remotecommand.StreamProtocolV4Name, remotecommand.StreamProtocolV5Name}, version)
+		return p, nil
+	}
+	p := &webSocket{
+		observer: t,
+		base64:   strings.HasSuffix(version, base64Channels),
+		closes:   version == remotecommand.StreamProtocolV5Name,
+		status:   status,
+		channel:  sessionChannels,
+		out:      remotecommand.StreamStdErr,
+		errors:   remotecommand.StreamErr,
+	}
+	if t.tty {
+		p.out = remotecommand.StreamStdOut
+	}
+	return p, nil
+}
+
+// streamOpened implements observer.
+func (*terminal) streamOpened(h streamHeader) (stream, error) {
 	what := stream(h.Get(corev1.StreamType))
 	if !slices.Contains([]stream{stdin, stdout, stderr, errs, resize}, what) {
 		return "", fmt.Errorf("a stream of the unknown type %q", what)
@@ -29,7 +71,7 @@ func (t *terminal) opened(h streamHeader) (stream, error) {
 
 // fromClient implements observer.
 func (t *terminal) fromClient(s stream, p []byte) error {
-	// Without a terminal nothing has a size, whatever the client says.
+	// The API server ignores sizes unless there is a terminal.
 	if s != resize || !t.tty || t.unsized {
 		return nil
 	}
@@ -50,19 +92,19 @@ func (t *terminal) fromServer(s stream, p []byte) error {
 	return t.cast.output(s, p)
 }
 
-// sizeTimeout is how long a terminal that has not said its size keeps back what is
-// printed on it. kubectl says it at once; the recording begins with it.
+// sizeTimeout is how long the output of a terminal is held back until the client sends
+// the terminal's size, with which the recording begins. kubectl sends it at once.
 const sizeTimeout = time.Second
 
-// sizes reads the sizes that a client's terminal takes on.
+// sizes reads the sizes of a client's terminal.
 type sizes struct {
 	pending []byte
-	known   chan struct{} // closed with the first
+	known   chan struct{} // closed with the first size
 	once    sync.Once
 	waited  bool
 }
 
-// maxSize is how long a size may be, written as JSON.
+// maxSize is the maximum length of a size, as JSON.
 const maxSize = 1 << 10
 
 // add reads p, which may hold several sizes or a part of one, and calls f for each.
@@ -80,7 +122,7 @@ func (s *sizes) add(p []byte, f func(width, height uint16) error) error {
 			return fmt.Errorf("the size of a terminal: %w", err)
 		}
 		read = decoder.InputOffset()
-		// A terminal that is none says 0.
+		// A client without a terminal sends 0.
 		if size.Width == 0 || size.Height == 0 {
 			continue
 		}
@@ -96,7 +138,7 @@ func (s *sizes) add(p []byte, f func(width, height uint16) error) error {
 	return nil
 }
 
-// wait returns when a size is known, or none is to be expected.
+// wait waits, once, for the first size, for sizeTimeout, or until over is closed.
 func (s *sizes) wait(over <-chan struct{}) {
 	if s.waited {
 		return

@@ -9,17 +9,16 @@ import (
 	"fmt"
 )
 
-// webSocket is a WebSocket (RFC 6455) on which every message starts with the number
-// of a channel.
+// webSocket is a WebSocket (RFC 6455). Every message starts with the number of a channel.
 type webSocket struct {
-	whole  bool // messages do not, and are one stream
-	base64 bool // text: a digit and base64
-	closes bool // there are messages that close a channel
+	whole  bool // messages have no channel, and are one stream
+	base64 bool // messages are text: a digit and base64
+	closes bool // the client can close a channel with a message
 	status bool // errors are reported as a Status
-	// channel returns what a channel carries, and whether there is such a one.
+	// channel returns what a channel carries, and whether it exists.
 	channel func(number byte) (stream, bool)
-	// out is the channel for the farewell's text, errors that of its Status, each
-	// noChannel if there is none.
+	// out is the channel for the text of the farewell, errors that for its Status. Either
+	// may be noChannel.
 	out, errors byte
 
 	observer observer
@@ -27,10 +26,10 @@ type webSocket struct {
 	server   message
 }
 
-// message is what is known of the message whose frames are arriving.
+// message is the state of the message whose frames are arriving.
 type message struct {
 	unfinished bool
-	begun      bool // its stream is known
+	begun      bool // stream is set
 	stream     stream
 }
 
@@ -42,7 +41,7 @@ const (
 	opPing         = 9
 	opPong         = 10
 
-	// closeChannel is the number of no channel, but of messages that close one.
+	// closeChannel is the number in messages that close a channel.
 	closeChannel = 255
 	noChannel    = closeChannel
 
@@ -68,7 +67,7 @@ type wsFrame struct {
 	final  bool
 	opcode byte
 	mask   []byte // nil if there is none
-	data   []byte // masked
+	data   []byte // still masked
 	length int    // of the frame
 }
 
@@ -128,22 +127,21 @@ func (f *wsFrame) unmasked(offset int) []byte {
 	return data
 }
 
-// next parses the frame at the start of b and notes in m where its message is. It
-// returns where in the frame's data the stream's begins; -1 if the frame holds none
-// of it.
+// next parses the frame at the start of b and updates the state of its message. It returns
+// where in the frame's data the data of the stream begins, -1 if the frame has none.
 func (w *webSocket) next(m *message, b []byte, fromClient bool) (f wsFrame, offset int, err error) {
 	f, err = parseWSFrame(b)
 	if err != nil || f.length == 0 {
 		return f, -1, err
 	}
 	if (f.mask != nil) != fromClient {
-		return f, -1, errors.New("a WebSocket frame that is masked and must not be, or the other way round")
+		return f, -1, errors.New("a WebSocket frame that is masked although it must not be, or the reverse")
 	}
 	switch f.opcode {
 	case opClose, opPing, opPong:
 		return f, -1, nil
 	}
-	// Kubernetes takes each frame for a message of its own.
+	// Kubernetes treats each frame as a message.
 	if fromClient && !w.whole && (!f.final || f.opcode == opContinuation) {
 		return f, -1, errors.New("a WebSocket message that is sent in parts")
 	}
@@ -177,7 +175,7 @@ func (w *webSocket) next(m *message, b []byte, fromClient bool) (f wsFrame, offs
 	}
 	m.begun = true
 	if fromClient && w.closes && number == closeChannel {
-		m.stream = stdin // what follows is not looked at
+		m.stream = stdin // the rest of the message is ignored
 		return f, 1, nil
 	}
 	if w.base64 {
@@ -192,7 +190,7 @@ func (w *webSocket) next(m *message, b []byte, fromClient bool) (f wsFrame, offs
 
 func (w *webSocket) fromClient(b []byte) (int, error) {
 	f, offset, err := w.next(&w.client, b, true)
-	// What is typed is not looked at.
+	// Input is not recorded.
 	if err != nil || offset < 0 || w.client.stream == stdin {
 		return f.length, err
 	}
@@ -215,7 +213,7 @@ func (w *webSocket) fromServer(b []byte) (int, error) {
 	return f.length, w.observer.fromServer(w.server.stream, data)
 }
 
-// decode returns what data stands for.
+// decode decodes data if messages are in base64.
 func (w *webSocket) decode(data []byte) ([]byte, error) {
 	if !w.base64 {
 		return data, nil
@@ -231,8 +229,7 @@ func (w *webSocket) decode(data []byte) ([]byte, error) {
 func (w *webSocket) farewell(reason string) []byte {
 	var b []byte
 	if w.server.unfinished {
-		// Nothing but the rest of it may follow. The connection ends without a
-		// word.
+		// Only the rest of the message may follow, so the client is told nothing.
 		return nil
 	}
 	if w.out != noChannel {
@@ -241,10 +238,10 @@ func (w *webSocket) farewell(reason string) []byte {
 	if w.errors != noChannel {
 		b = w.message(b, w.errors, onErrorStream(reason, w.status))
 	}
-	return append(b, 0x80|opClose, 2, 1000>>8, 1000&0xff) // a normal end: what was sent counts
+	return append(b, 0x80|opClose, 2, 1000>>8, 1000&0xff) // a normal end, so that the client prints what was sent
 }
 
-// message appends to b a message on a channel.
+// message appends a message on a channel to b.
 func (w *webSocket) message(b []byte, channel byte, data []byte) []byte {
 	payload, opcode := append([]byte{channel}, data...), byte(opBinary)
 	if w.base64 {
@@ -254,7 +251,7 @@ func (w *webSocket) message(b []byte, channel byte, data []byte) []byte {
 	if size := len(payload); size < 126 {
 		b = append(b, byte(size))
 	} else {
-		b = append(b, 126, byte(size>>8&0xff), byte(size&0xff)) // not as long as 64 KiB
+		b = append(b, 126, byte(size>>8&0xff), byte(size&0xff)) // shorter than 64 KiB
 	}
 	return append(b, payload...)
 }
