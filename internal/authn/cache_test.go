@@ -36,7 +36,7 @@ func (a *asker) find(ctx context.Context, _ peerKey) (string, error) {
 	return strconv.Itoa(int(n)), a.err
 }
 
-func newCache(t *testing.T, ttl time.Duration, a *asker) *cache[string] {
+func testCache(t *testing.T, ttl time.Duration, a *asker) *cache[string] {
 	t.Helper()
 	c, err := newCache(ttl, a.find)
 	if err != nil {
@@ -62,9 +62,9 @@ func want(t *testing.T, c *cache[string], key peerKey, since time.Time, want str
 	}
 }
 
-func TestAnAnswerIsUsedUntilItExpires(t *testing.T) {
+func TestCache_AnswerIsUsedUntilItExpires(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCache(t, time.Second, new(asker))
+		c := testCache(t, time.Second, new(asker))
 		accepted := time.Now()
 		want(t, c, alice, accepted, "1")
 		time.Sleep(time.Second - time.Nanosecond)
@@ -75,9 +75,9 @@ func TestAnAnswerIsUsedUntilItExpires(t *testing.T) {
 }
 
 // The address may have been another peer's before.
-func TestAnAnswerFromBeforeTheConnectionIsNotUsed(t *testing.T) {
+func TestCache_AnswerFromBeforeConnectionIsNotUsed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCache(t, time.Second, new(asker))
+		c := testCache(t, time.Second, new(asker))
 		first := time.Now()
 		want(t, c, alice, first, "1")
 		time.Sleep(time.Millisecond)
@@ -87,9 +87,9 @@ func TestAnAnswerFromBeforeTheConnectionIsNotUsed(t *testing.T) {
 }
 
 // Nor is one that was on its way when the connection was accepted.
-func TestAnAnswerAskedForBeforeTheConnectionIsNotUsed(t *testing.T) {
+func TestCache_QuestionFromBeforeConnectionIsNotUsed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCache(t, time.Second, &asker{takes: 100 * time.Millisecond})
+		c := testCache(t, time.Second, &asker{takes: 100 * time.Millisecond})
 		first := time.Now()
 		go func() { _, _ = c.get(t.Context(), alice, first) }()
 		time.Sleep(50 * time.Millisecond)
@@ -97,9 +97,9 @@ func TestAnAnswerAskedForBeforeTheConnectionIsNotUsed(t *testing.T) {
 	})
 }
 
-func TestWithoutATTLEveryRequestAsks(t *testing.T) {
+func TestCache_ZeroTTLAsksForEveryRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCache(t, 0, new(asker))
+		c := testCache(t, 0, new(asker))
 		accepted := time.Now()
 		for _, answer := range []string{"1", "2", "3"} {
 			want(t, c, alice, accepted, answer)
@@ -110,9 +110,9 @@ func TestWithoutATTLEveryRequestAsks(t *testing.T) {
 
 // Nor does it wait for an answer that another request, on the same connection, asked
 // for before.
-func TestWithoutATTLNoEarlierQuestionIsWaitedFor(t *testing.T) {
+func TestCache_ZeroTTLDoesNotShareQuestions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCache(t, 0, &asker{takes: 100 * time.Millisecond})
+		c := testCache(t, 0, &asker{takes: 100 * time.Millisecond})
 		accepted := time.Now()
 		go func() { _, _ = c.get(t.Context(), alice, accepted) }()
 		time.Sleep(50 * time.Millisecond)
@@ -120,8 +120,8 @@ func TestWithoutATTLNoEarlierQuestionIsWaitedFor(t *testing.T) {
 	})
 }
 
-func TestCallersThatDifferInAnyWayAreAskedAboutApart(t *testing.T) {
-	c := newCache(t, time.Hour, new(asker))
+func TestCache_KeysThatDifferInAnyPartAreSeparate(t *testing.T) {
+	c := testCache(t, time.Hour, new(asker))
 	accepted := time.Now()
 	want(t, c, alice, accepted, "1")
 	for i, other := range []peerKey{
@@ -134,10 +134,10 @@ func TestCallersThatDifferInAnyWayAreAskedAboutApart(t *testing.T) {
 	want(t, c, alice, accepted, "1")
 }
 
-func TestConcurrentQuestionsAreOne(t *testing.T) {
+func TestCache_ConcurrentQuestionsAreMerged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &asker{takes: 100 * time.Millisecond}
-		c := newCache(t, time.Second, a)
+		c := testCache(t, time.Second, a)
 		accepted := time.Now()
 		var wg sync.WaitGroup
 		for range 100 {
@@ -151,10 +151,10 @@ func TestConcurrentQuestionsAreOne(t *testing.T) {
 }
 
 // The request that asks first may be gone before the answer comes.
-func TestTheQuestionOutlivesWhoeverAskedFirst(t *testing.T) {
+func TestCache_QuestionOutlivesFirstRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &asker{takes: 100 * time.Millisecond}
-		c := newCache(t, time.Second, a)
+		c := testCache(t, time.Second, a)
 		accepted := time.Now()
 		ctx, cancel := context.WithCancel(t.Context())
 		go func() {
@@ -175,14 +175,14 @@ func TestTheQuestionOutlivesWhoeverAskedFirst(t *testing.T) {
 }
 
 // An old answer does not help out when there is no new one.
-func TestAnExpiredAnswerIsNotUsedWhenAskingFails(t *testing.T) {
+func TestCache_ExpiredAnswerIsNotUsedWhenAskingFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := new(asker)
-		c := newCache(t, time.Second, a)
+		c := testCache(t, time.Second, a)
 		accepted := time.Now()
 		want(t, c, alice, accepted, "1")
 		time.Sleep(time.Second)
-		a.err = errors.newCache("no answer")
+		a.err = errors.New("no answer")
 		if got, err := c.get(t.Context(), alice, accepted); !errors.Is(err, a.err) {
 			t.Errorf("got answer %q, error %v; want error %v", got, err, a.err)
 		}
@@ -190,14 +190,14 @@ func TestAnExpiredAnswerIsNotUsedWhenAskingFails(t *testing.T) {
 }
 
 // What was found out later counts, also for those that might have used the old.
-func TestAnErrorTakesThePlaceOfTheAnswer(t *testing.T) {
+func TestCache_ErrorReplacesAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := new(asker)
-		c := newCache(t, time.Second, a)
+		c := testCache(t, time.Second, a)
 		first := time.Now()
 		want(t, c, alice, first, "1")
 		time.Sleep(time.Millisecond)
-		a.err = errors.newCache("unknown by now")
+		a.err = errors.New("unknown")
 		for _, since := range []time.Time{time.Now(), first} {
 			if got, err := c.get(t.Context(), alice, since); !errors.Is(err, a.err) {
 				t.Errorf("got answer %q, error %v; want error %v", got, err, a.err)
@@ -208,9 +208,9 @@ func TestAnErrorTakesThePlaceOfTheAnswer(t *testing.T) {
 	})
 }
 
-func TestSilenceIsAnErrorInTime(t *testing.T) {
+func TestCache_QuestionTimesOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newCache(t, time.Second, &asker{takes: time.Hour})
+		c := testCache(t, time.Second, &asker{takes: time.Hour})
 		began := time.Now()
 		go func() { _, _ = c.get(t.Context(), alice, began) }()
 		time.Sleep(tailnet.WhoIsTimeout / 2)
@@ -227,9 +227,9 @@ func TestSilenceIsAnErrorInTime(t *testing.T) {
 	})
 }
 
-func TestTheCacheIsBounded(t *testing.T) {
+func TestCache_IsBounded(t *testing.T) {
 	a := new(asker)
-	c := newCache(t, time.Hour, a)
+	c := testCache(t, time.Hour, a)
 	accepted := time.Now()
 	key := alice
 	for range cacheSize + 100 {
@@ -244,7 +244,7 @@ func TestTheCacheIsBounded(t *testing.T) {
 }
 
 // What is forgotten is asked about anew, and only that.
-func TestForgottenAnswersAreAskedForAnew(t *testing.T) {
+func TestCache_ForgottenAnswerIsAskedForAgain(t *testing.T) {
 	asked := make(map[peerKey]int)
 	c, err := newCache(time.Hour, func(_ context.Context, key peerKey) (int, error) {
 		asked[key]++
@@ -276,7 +276,7 @@ func TestForgottenAnswersAreAskedForAnew(t *testing.T) {
 }
 
 // What was asked before a caller was forgotten is not known about it afterwards.
-func TestWhatIsForgottenMeanwhileIsNotRemembered(t *testing.T) {
+func TestCache_ForgetDuringQuestionDiscardsAnswer(t *testing.T) {
 	asked, answers := make(chan bool), make(chan int)
 	c, err := newCache(time.Hour, func(context.Context, peerKey) (int, error) {
 		asked <- true
@@ -317,18 +317,18 @@ func TestWhatIsForgottenMeanwhileIsNotRemembered(t *testing.T) {
 	c.all(func(_ peerKey, value int) { t.Errorf("%d is remembered", value) })
 }
 
-func TestHitsAndMissesAreCounted(t *testing.T) {
+func TestCache_CountsHitsAndMisses(t *testing.T) {
 	c, err := newCache(time.Hour, func(context.Context, peerKey) (int, error) { return 1, nil })
 	if err != nil {
 		t.Fatal(err)
 	}
-	hits, misses := testutil.ToFloat64(hits), testutil.ToFloat64(misses)
+	wasHits, wasMisses := testutil.ToFloat64(hits), testutil.ToFloat64(misses)
 	for range 3 {
 		if _, err := c.get(t.Context(), peerKey{}, time.Time{}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if hits, misses = testutil.ToFloat64(hits)-hits, testutil.ToFloat64(misses)-misses; hits != 2 || misses != 1 {
+	if hits, misses := testutil.ToFloat64(hits)-wasHits, testutil.ToFloat64(misses)-wasMisses; hits != 2 || misses != 1 {
 		t.Errorf("got %v hits and %v misses; want 2 and 1", hits, misses)
 	}
 }
