@@ -126,7 +126,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := h.setUp(a, ctx.Logger(), server.Listen); err != nil {
+	if err := h.setUp(a.Generation(), ctx.Logger(), server.Listen); err != nil {
 		return err
 	}
 	a.OnStarted(h.auth, func() {
@@ -139,9 +139,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	return nil
 }
 
-// setUp makes everything that a request passes on its way through h, whose server
-// listens on the addresses listen.
-func (h *Handler) setUp(a *app.App, logger *zap.Logger, listen []string) (err error) {
+// setUp makes everything that a request passes on its way through h, which is part of
+// generation, and whose server listens on the addresses listen.
+func (h *Handler) setUp(generation *revocation.Generation, logger *zap.Logger, listen []string) (err error) {
 	h.logger = logger
 	h.auth, err = authn.New(authn.Options{
 		Capabilities: h.Capabilities(),
@@ -175,7 +175,7 @@ func (h *Handler) setUp(a *app.App, logger *zap.Logger, listen []string) (err er
 	if h.Events == caddyfile.LogEvents {
 		h.events.Log = logger.Named("events")
 	}
-	h.revocation = a.NewTracker(listen, h.Config, revocation.Policy{
+	h.revocation = generation.NewTracker(listen, h.Config, revocation.Policy{
 		Interval:    h.Interval(),
 		Grace:       h.Grace(),
 		Identify:    h.auth.Identify,

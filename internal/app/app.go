@@ -68,11 +68,8 @@ func (a *App) Provision(ctx caddy.Context) error {
 	return events.(*caddyevents.App).On("started", a)
 }
 
-// NewTracker returns a tracker for the requests of a handler: see
-// [revocation.Generation.NewTracker].
-func (a *App) NewTracker(listeners []string, settings any, policy revocation.Policy) *revocation.Tracker {
-	return a.generation.NewTracker(listeners, settings, policy)
-}
+// Generation returns the trackers of the config's handlers.
+func (a *App) Generation() *revocation.Generation { return a.generation }
 
 // OnStarted calls start once Caddy has started all apps of the config, and from then
 // on lists the authenticator among the running ones.
