@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 
-# Everything a clone needs besides Go, make and a C compiler (for the race
-# detector) is built here, once, into lab/.bin.
+# A clone needs Go, make and a C compiler (for the race detector). Everything else
+# is built here, once, into lab/.bin.
 
 MODULE := github.com/tailscale-impersonate/caddy-tailscale-impersonate
 BIN    := lab/.bin
 TOOLS  := lab/tools
 
-# The version of module $(2) in go.mod $(1): each pin stands in one place.
+# The version of module $(2) in go.mod $(1), so that each version is pinned in one place.
 version_in = $(shell awk '$$1 == "$(2)" { print $$2 }' $(1))
 
-CADDY_VERSION      := $(call version_in,go.mod,github.com/caddyserver/caddy/v2)
+CADDY              := github.com/caddyserver/caddy/v2
+CADDY_VERSION      := $(call version_in,go.mod,$(CADDY))
 KUBERNETES_VERSION := $(call version_in,$(TOOLS)/kubernetes/go.mod,k8s.io/kubernetes)
 
-# How long the lab's tests may take before they count as hung.
+# How long the lab's tests may take before go test gives up.
 LAB_TEST_TIMEOUT ?= 20m
 
 KUBERNETES_PARTS := etcd kube-apiserver kubectl
-MODULES_WANTED   := admin.api.tailscale_impersonate http.handlers.tailscale_impersonate http.reverse_proxy.transport.kubernetes http.matchers.kubernetes
+MODULES_WANTED   := tailscale_impersonate admin.api.tailscale_impersonate http.handlers.tailscale_impersonate http.reverse_proxy.transport.kubernetes http.matchers.kubernetes
 
-# KUBEBUILDER_ASSETS may name a folder with the parts of Kubernetes. One that
-# lacks any of them is not used at all, as versions had better match.
+# KUBEBUILDER_ASSETS may name a folder with etcd, kube-apiserver and kubectl. If one
+# is missing, none is used, so that all come from the same version.
 ifneq ($(KUBEBUILDER_ASSETS),)
 ASSETS_MISSING := $(foreach part,$(KUBERNETES_PARTS),$(if $(wildcard $(KUBEBUILDER_ASSETS)/$(part)),,$(part)))
 ifeq ($(strip $(ASSETS_MISSING)),)
@@ -28,14 +29,14 @@ KUBERNETES_PARTS :=
 ASSETS_NOTE := using etcd, kube-apiserver and kubectl from KUBEBUILDER_ASSETS=$(KUBEBUILDER_ASSETS)
 else
 unexport KUBEBUILDER_ASSETS
-ASSETS_NOTE := not using KUBEBUILDER_ASSETS=$(KUBEBUILDER_ASSETS), it has no: $(ASSETS_MISSING)
+ASSETS_NOTE := not using KUBEBUILDER_ASSETS=$(KUBEBUILDER_ASSETS), which lacks: $(ASSETS_MISSING)
 endif
 endif
 
 # $(call build,name,tools module,package,time it takes,linker flags)
 define build
 	@mkdir -p $(BIN)
-	@echo "==> building $(1) from $(TOOLS)/$(2), once; takes about $(4) when Go has nothing cached"
+	@echo "==> building $(1) from $(TOOLS)/$(2), once; takes about $(4) with an empty build cache"
 	@start=$$(date +%s) && \
 	cd $(TOOLS)/$(2) && go build -trimpath -gcflags=all=-dwarf=false -ldflags "-w $(5)" -o ../../.bin/$(1).new $(3) && mv ../../.bin/$(1).new ../../.bin/$(1) && \
 	echo "==> built $(1) in $$(( $$(date +%s) - start )) s"
@@ -49,25 +50,25 @@ endef
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# What the demo runs, and what only the tests run.
+# What the demo and the tests run, and what only the tests run.
 DEMO_PARTS := $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale)
 TEST_PARTS := $(addprefix $(BIN)/,helm tailscaled promql)
 
 components: assets-note $(DEMO_PARTS) $(TEST_PARTS) browser asciicast ## build what the lab runs (once)
 
-# asciinema's own parser, which the tests play recordings with. Without it, the test
-# that does says that it is skipped.
+# asciinema's own parser, with which a test plays recordings. Without it, that test
+# is skipped.
 ASCIICAST := $(TOOLS)/asciicast/node_modules/.package-lock.json
 
 asciicast:
 	@if [ ! -e $(ASCIICAST) ] || [ $(TOOLS)/asciicast/package-lock.json -nt $(ASCIICAST) ]; then \
 		echo "==> installing asciinema's parser with npm, once"; \
 		(cd $(TOOLS)/asciicast && npm ci --no-audit --no-fund --silent && touch node_modules/.package-lock.json) || \
-			echo "==> it cannot be installed: the test that plays recordings with it is skipped"; \
+			echo "==> cannot install asciinema's parser: the test that plays recordings is skipped"; \
 	fi
 
-# A browser for the tests of the whoami page: Debian's, where it can be installed.
-# Without one, these tests say that they are skipped.
+# A browser for the tests of the whoami page, from Debian's packages where possible.
+# Without one, these tests are skipped.
 BROWSERS := chromium-headless-shell chromium chromium-browser google-chrome
 
 browser:
@@ -76,66 +77,67 @@ browser:
 		echo "==> installing Chromium from Debian's packages, once, for the tests of the whoami page"; \
 		export DEBIAN_FRONTEND=noninteractive; \
 		apt-get update -qq && apt-get install -yqq --no-install-recommends chromium-headless-shell fonts-dejavu-core >/dev/null || \
-			echo "==> Chromium cannot be installed: the tests of the whoami page in a browser are skipped"; \
+			echo "==> cannot install Chromium: the tests of the whoami page in a browser are skipped"; \
 	else \
-		echo "==> there is no Chromium, and no apt-get and root to install it with: the tests of the whoami page in a browser are skipped"; \
+		echo "==> no Chromium, and installing it needs apt-get and root: the tests of the whoami page in a browser are skipped"; \
 	fi
 
 assets-note:
 	@$(if $(ASSETS_NOTE),echo "==> $(ASSETS_NOTE)",:)
 
-demo: assets-note $(DEMO_PARTS) ## bring the lab up and show who may do what; ONCE=1 stops after the table
+demo: assets-note $(DEMO_PARTS) ## start the lab and show who may do what; ONCE=1 stops after the table
 	cd lab && go run ./cmd/demo $(if $(filter-out 0,$(ONCE)),-once)
 
-# Most of a first run is compiling. Debugger information, and vet on every
-# dependency, are a good part of that and of no use here: make lint vets.
+# A first run mostly compiles. Debug information and vet take a good part of that and
+# are not needed here: make lint vets.
 TEST_FLAGS := -vet=off -gcflags=all=-dwarf=false -ldflags=-w
 
-# Caddy 2.11 has a data race of its own, without consequence: reverse_proxy counts
-# what is read of a request's body, and looks at the count when the body is closed,
-# which an API server that answers early makes two goroutines do at once. It would
-# fail whatever test is running. So the race detector is run with a copy of that
-# Caddy in which these two methods are not watched; they are compiled as they are.
-# A Caddy that has changed them fails here, and may not need this.
+# Caddy 2.11 has a harmless data race: the wrapper that reverse_proxy puts around a
+# request's body counts what is read and looks at the count when the body is closed,
+# and an API server that answers early makes two goroutines do both at once. The race
+# detector would fail whichever test is running. So it runs with an overlay of the one
+# file, in which it does not watch these two methods. If a new Caddy has changed them,
+# this target fails; the overlay may then be unnecessary.
+#
+# Go refuses overlays of files in the module cache. So the overlay also has both go.mod
+# files with Caddy replaced by a symbolic link to its folder in the module cache.
 RACE := $(abspath $(BIN))/race
 
-$(RACE)/stamp: go.mod go.sum lab/go.mod lab/go.sum Makefile
-	@rm -rf $(RACE) && mkdir -p $(RACE)
-	@cp -r "$$(go list -m -f '{{.Dir}}' github.com/caddyserver/caddy/v2)" $(RACE)/caddy && chmod -R u+w $(RACE)/caddy
-	@proxy=$(RACE)/caddy/modules/caddyhttp/reverseproxy/reverseproxy.go && \
-	sed -i 's|^func (b \*bodyNopCloserIfNotRead)|//go:norace\n&|' $$proxy && \
-	if [ "$$(grep -c '^//go:norace' $$proxy)" != 2 ]; then echo "==> Caddy's bodyNopCloserIfNotRead is not what it was: see what the Makefile says about it" >&2; exit 1; fi
-	@for module in . lab; do \
-		mkdir -p $(RACE)/$$module && cp $$module/go.mod $$module/go.sum $(RACE)/$$module/ && \
-		go mod edit -replace=github.com/caddyserver/caddy/v2=$(RACE)/caddy $(RACE)/$$module/go.mod || exit 1; \
-	done
-	@touch $@
+$(RACE)/overlay.json: go.mod lab/go.mod Makefile
+	@rm -rf $(RACE) && mkdir -p $(RACE)/lab
+	@ln -s "$$(go list -m -f '{{.Dir}}' $(CADDY))" $(RACE)/caddy
+	@for dir in . lab; do go mod edit -print -replace=$(CADDY)=$(RACE)/caddy $$dir/go.mod > $(RACE)/$$dir/go.mod || exit 1; done
+	@proxy=modules/caddyhttp/reverseproxy/reverseproxy.go && \
+	sed 's|^func (b \*bodyNopCloserIfNotRead)|//go:norace\n&|' $(RACE)/caddy/$$proxy > $(RACE)/reverseproxy.go && \
+	if [ "$$(grep -c '^//go:norace' $(RACE)/reverseproxy.go)" != 2 ]; then echo "==> Caddy's bodyNopCloserIfNotRead has changed: see the Makefile's comment" >&2; exit 1; fi && \
+	printf '{"Replace": {"%s": "%s", "%s": "%s", "%s": "%s"}}\n' $(RACE)/caddy/$$proxy $(RACE)/reverseproxy.go \
+		$(CURDIR)/go.mod $(RACE)/go.mod $(CURDIR)/lab/go.mod $(RACE)/lab/go.mod > $@
 
-# The lab's outcomes depend on processes that Go's test cache knows nothing about.
-test: components $(RACE)/stamp ## run every test with the race detector
+# The lab's tests depend on processes that Go's test cache does not see, hence -count=1.
+test: components $(RACE)/overlay.json ## run every test with the race detector
 	@failed=; \
 	echo "==> go test -race ./..."; \
-	go test -race -modfile=$(RACE)/go.mod $(TEST_FLAGS) ./... || failed="$$failed root"; \
+	go test -race -overlay=$(RACE)/overlay.json $(TEST_FLAGS) ./... || failed="$$failed root"; \
 	echo "==> (in lab) go test -race -count=1 -timeout $(LAB_TEST_TIMEOUT) ./..."; \
-	(cd lab && go test -race -modfile=$(RACE)/lab/go.mod -count=1 $(TEST_FLAGS) -timeout $(LAB_TEST_TIMEOUT) ./...) || failed="$$failed lab"; \
+	(cd lab && go test -race -overlay=$(RACE)/overlay.json -count=1 $(TEST_FLAGS) -timeout $(LAB_TEST_TIMEOUT) ./...) || failed="$$failed lab"; \
 	if [ -n "$$failed" ]; then echo "==> tests failed in:$$failed"; exit 1; fi; \
 	echo "==> all tests passed"
 
-# All end-to-end tests again, and those that take minutes, under constrained
-# impersonation; make test has had the older verb, and the race detector, with which
-# one of these would show a race of Caddy's own.
+# The end-to-end tests again, now under constrained impersonation, and those that take
+# minutes. make test runs them with the older verb and with the race detector, which
+# is off here: one of the long tests would hit another race of Caddy's.
 test-long: components ## run the end-to-end tests under constrained impersonation, with those that take minutes
 	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 45m -v ./e2e -long -constrained
 
-conformance: $(DEMO_PARTS) ## attack the plugin in every way that such proxies are known to fail
+conformance: $(DEMO_PARTS) ## attack the plugin, also in the ways in which other such proxies have failed
 	cd lab && go run ./cmd/conformance
 
-conformance-mutants: $(DEMO_PARTS) ## take away each line that security rests on, one at a time, and see a test or an attack notice
+conformance-mutants: $(DEMO_PARTS) ## remove each line that security depends on, one at a time: a test or an attack must fail
 	cd lab && go run ./cmd/conformance-mutants
 
-# Each fuzz target for that long.
+# How long each fuzz target runs.
 FUZZTIME ?= 60s
-FUZZ_TARGETS := .:FuzzRequest impersonate:FuzzStripClient impersonate:FuzzIdentity impersonate:FuzzParseTarget guard:FuzzLimit apirequest:FuzzParse transport:FuzzPath
+FUZZ_TARGETS := .:FuzzRequest impersonate:FuzzStripClient impersonate:FuzzIdentity impersonate:FuzzParseTarget impersonate:FuzzLimit internal/requestinfo:FuzzParse internal/sessionrecording:FuzzFrames internal/transport:FuzzPath
 
 fuzz: ## run every fuzz target for FUZZTIME (default 60s)
 	@for target in $(FUZZ_TARGETS); do \
@@ -143,10 +145,10 @@ fuzz: ## run every fuzz target for FUZZTIME (default 60s)
 		go test -run '^$$' -fuzz "^$${target#*:}$$" -fuzztime $(FUZZTIME) ./$${target%:*} || exit 1; \
 	done
 
-bench: $(DEMO_PARTS) ## measure what a request costs, beside the alternatives; writes docs/performance.md
+bench: $(DEMO_PARTS) ## measure what a request costs, compared with the alternatives; writes docs/performance.md
 	cd lab && go build -o .bin/bench ./cmd/bench && .bin/bench
 
-lint: $(BIN)/golangci-lint ## run the linters over both modules
+lint: $(BIN)/golangci-lint ## run the linters on both modules
 	@failed=; \
 	for dir in . lab; do \
 		echo "==> (in $$dir) golangci-lint run"; \
@@ -154,29 +156,29 @@ lint: $(BIN)/golangci-lint ## run the linters over both modules
 	done; \
 	if [ -n "$$failed" ]; then echo "==> lint failed in:$$failed"; exit 1; fi
 
-xcaddy: $(BIN)/xcaddy ## build Caddy with the plugin through xcaddy, and look for its modules
+xcaddy: $(BIN)/xcaddy ## build Caddy with the plugin through xcaddy, and check that it has the plugin's modules
 	@echo "==> xcaddy build $(CADDY_VERSION) --with $(MODULE)"
 	$(BIN)/xcaddy build $(CADDY_VERSION) --with $(MODULE)@v0.0.0=$(CURDIR) --output $(BIN)/caddy
 	@$(BIN)/caddy list-modules > $(BIN)/caddy.modules
 	@for module in $(MODULES_WANTED); do \
-		grep -qx "$$module" $(BIN)/caddy.modules || { echo "==> $(BIN)/caddy has no module $$module"; exit 1; }; \
+		grep -qx "$$module" $(BIN)/caddy.modules || { echo "==> $(BIN)/caddy lacks module $$module"; exit 1; }; \
 		echo "==> $(BIN)/caddy has $$module"; \
 	done
 
-clean: ## remove everything that was built, and what lab runs left
+clean: ## remove everything that was built, and what runs of the lab left
 	rm -rf $(BIN) lab/.run
 
 $(BIN)/etcd: $(TOOLS)/etcd/go.mod $(TOOLS)/etcd/go.sum
 	$(call build,etcd,etcd,go.etcd.io/etcd/server/v3,20 seconds)
 
-# Without the version the server calls itself v0.0.0-master.
+# Without the version, the server reports v0.0.0-master.
 $(BIN)/kube-apiserver: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
 	$(call build,kube-apiserver,kubernetes,k8s.io/kubernetes/cmd/kube-apiserver,4 minutes,-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION))
 
 $(BIN)/kubectl: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
 	$(call build,kubectl,kubernetes,k8s.io/kubernetes/cmd/kubectl,1 minute,-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION))
 
-# The one controller the lab runs, from Kubernetes' own package.
+# The only controller that the lab runs, from Kubernetes' own package.
 $(BIN)/clusterrole-aggregation: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum $(wildcard $(TOOLS)/kubernetes/clusterrole-aggregation/*.go)
 	$(call build,clusterrole-aggregation,kubernetes,./clusterrole-aggregation,10 seconds)
 

@@ -13,23 +13,23 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"tailscale.com/tsnet"
 
-	// The modules that the lab's Caddyfiles use.
+	// Caddy's own modules, which the lab's Caddyfiles use.
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
-	// The module that the lab is for.
+	// The plugin under test.
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
 )
 
-// Caddy is the Caddy of this process, which is the only one it can have.
+// Caddy is the Caddy that runs in this process. A process can have only one.
 type Caddy struct {
 	lab *Lab
 }
 
-// Globals returns the global options of a Caddyfile for the lab, further ones
-// included. Nothing in them leaves the lab, and the log goes to a file: the one
-// named default stays on standard error and is silenced, since Caddy would
-// announce there that it was redirected.
+// Globals returns the global options of the lab's Caddyfiles, with further ones
+// added. They keep everything inside the lab, and write the log to a file: the log
+// named default would announce on standard error that it was redirected, so it is
+// silenced.
 func (l *Lab) Globals(authKey string, further ...string) string {
 	globals := fmt.Sprintf(`{
 	admin off
@@ -64,8 +64,8 @@ func (l *Lab) Globals(authKey string, further ...string) string {
 	return globals + "}\n"
 }
 
-// startCaddy runs Caddy with a Caddyfile and waits until the node of the proxy is
-// on the tailnet.
+// startCaddy runs Caddy with a Caddyfile and waits until the proxy's node is on the
+// tailnet.
 func startCaddy(ctx context.Context, l *Lab, caddyfile string) (*Caddy, error) {
 	c := &Caddy{lab: l}
 	if err := c.Load(caddyfile); err != nil {
@@ -77,7 +77,7 @@ func startCaddy(ctx context.Context, l *Lab, caddyfile string) (*Caddy, error) {
 	return c, nil
 }
 
-// Load makes Caddy run a Caddyfile, in place of the one that it ran before.
+// Load makes Caddy run a Caddyfile in place of its current one.
 func (c *Caddy) Load(caddyfile string) error {
 	if err := os.WriteFile(filepath.Join(c.lab.Dir, "Caddyfile"), []byte(caddyfile), 0o600); err != nil {
 		return err
@@ -89,8 +89,8 @@ func (c *Caddy) Load(caddyfile string) error {
 	return caddy.Load(adapted, true)
 }
 
-// Restart stops Caddy, with its listeners and tailnet nodes, and starts it again
-// with a Caddyfile. Unlike [Caddy.Load] it leaves nothing of the old config behind.
+// Restart stops Caddy with its listeners and tailnet nodes, and starts it again with
+// a Caddyfile. Unlike [Caddy.Load], it keeps nothing of the old config.
 func (c *Caddy) Restart(ctx context.Context, caddyfile string) error {
 	if err := c.Stop(); err != nil {
 		return err
@@ -109,7 +109,7 @@ func Adapt(caddyfile string) ([]byte, error) {
 		return nil, fmt.Errorf("adapting the Caddyfile: %w", err)
 	}
 	for _, w := range warnings {
-		// Not a matter of content.
+		// Formatting does not matter here.
 		if w.Message != "Caddyfile input is not formatted; run 'caddy fmt --overwrite' to fix inconsistencies" {
 			return nil, fmt.Errorf("adapting the Caddyfile: %s", w)
 		}
@@ -117,12 +117,11 @@ func Adapt(caddyfile string) ([]byte, error) {
 	return adapted, nil
 }
 
-// Node waits until the tailnet node that Caddy listens on under that name is
-// connected, and returns it.
+// Node waits until Caddy's tailnet node of that name is connected, and returns it.
 func (c *Caddy) Node(ctx context.Context, name string) (*tsnet.Server, error) {
 	node, ok := standin.Node(name)
 	if !ok {
-		return nil, fmt.Errorf("caddy listens on no tailnet node %q", name)
+		return nil, fmt.Errorf("caddy has no tailnet node %q", name)
 	}
 	if _, err := node.Up(ctx); err != nil {
 		return nil, fmt.Errorf("tailnet node %q: %w", name, err)
@@ -130,8 +129,7 @@ func (c *Caddy) Node(ctx context.Context, name string) (*tsnet.Server, error) {
 	return node, nil
 }
 
-// CA returns the certificate of the authority that issues the certificates of
-// sites that say `tls internal`.
+// CA returns the root certificate of `tls internal`.
 func (c *Caddy) CA() ([]byte, error) {
 	return os.ReadFile(filepath.Join(c.lab.Dir, "caddy", "pki", "authorities", "local", "root.crt"))
 }

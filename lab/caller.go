@@ -26,11 +26,10 @@ type Caller struct {
 	CallerSpec
 	// Server is its tailnet node.
 	Server *tsnet.Server
-	// Kubeconfig is the path of a kubeconfig file for kubectl as this caller,
-	// empty in a lab without Caddy.
-	// The token in it means nothing: being on the tailnet is the credential. What
-	// counts is the way into this one node of it, a SOCKS proxy on loopback
-	// whose password only the file's reader knows.
+	// Kubeconfig is the path of a kubeconfig file with which kubectl acts as this
+	// caller. It is empty in a lab without Caddy. Its token means nothing, as being
+	// on the tailnet is the credential. What matters is its SOCKS proxy on loopback,
+	// which leads into this tailnet node and whose password is in the file.
 	Kubeconfig string
 
 	lab   *Lab
@@ -39,7 +38,7 @@ type Caller struct {
 	proxy *url.URL // with the password
 }
 
-// Join connects a further caller to the tailnet. It is stopped with the lab.
+// Join connects another caller to the tailnet. It stops with the lab.
 func (l *Lab) Join(ctx context.Context, spec CallerSpec) (*Caller, error) {
 	c := &Caller{CallerSpec: spec, lab: l}
 	if err := c.join(ctx); err != nil {
@@ -76,13 +75,13 @@ func (c *Caller) join(ctx context.Context) error {
 		return err
 	}
 	if c.lab.Caddy == nil {
-		return nil // nothing that it could be for
+		return nil // there is no proxy to call
 	}
 	c.Kubeconfig = filepath.Join(c.lab.Dir, c.Name+".kubeconfig")
 	return c.WriteKubeconfig(c.Kubeconfig, "https://"+ProxyName+"."+Domain)
 }
 
-// serveProxy opens the way for kubectl: a SOCKS proxy on loopback.
+// serveProxy starts the SOCKS proxy that kubectl uses, on loopback.
 func (c *Caller) serveProxy(logf func(string, ...any)) (err error) {
 	if c.socks, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
 		return err
@@ -97,7 +96,7 @@ func (c *Caller) serveProxy(logf func(string, ...any)) (err error) {
 	return nil
 }
 
-// key returns a key for joining as what the caller is.
+// key returns an auth key for the caller's user or tags.
 func (c *Caller) key(ctx context.Context) (string, error) {
 	if len(c.Tags) > 0 {
 		return c.lab.Headscale.TagKey(ctx, c.Tags...)
@@ -113,22 +112,23 @@ func (c *Caller) Dial(ctx context.Context, network, address string) (net.Conn, e
 	return Dial(ctx, c.Server, network, address)
 }
 
-// dialAttempt is how long Dial waits for an answer before it tries another port, and
-// for a name that the node does not know.
+// dialAttempt is how long Dial waits for an answer before it tries from another
+// port, and how long it retries a name that the node does not know.
 const dialAttempt = 3 * time.Second
 
 // Dial connects to an address of the tailnet as node.
 //
-// Every attempt is from another port. For a minute after a connection that the
-// server has closed, the network stack of a tsnet server drops whatever comes from
-// the same port of the client: it waits for leftovers, and a new connection would
-// need a listening socket in that stack, which tsnet's listeners are not. Clients
-// choose their ports at random, so among some thousand connections it happens.
+// Each attempt uses another local port. For a minute after the server has closed a
+// connection, the network stack of a tsnet server drops all packets from the
+// client's port of that connection: it waits for late packets, and would accept a
+// new connection only on a listening socket of its own, which tsnet's listeners do
+// not have. As clients choose their ports at random, this happens once in some
+// thousand connections.
 //
-// It has been seen that a node did not know the name of a peer for a tenth of a second,
-// and then did again. Such a name is looked up in the host's DNS, so the error is that
-// of a name that does not exist. It is tried again as well; an error that remains says
-// which peers the node sees.
+// A node may also fail to resolve the name of a peer for a tenth of a second. It
+// then asks the host's DNS, so the error says that the name does not exist. Dial
+// tries again in this case too. If the error remains, it names the peers that the
+// node sees.
 func Dial(ctx context.Context, node *tsnet.Server, network, address string) (net.Conn, error) {
 	began := time.Now()
 	for {
@@ -172,11 +172,11 @@ func peersOf(ctx context.Context, node *tsnet.Server) string {
 	return fmt.Sprintf("%q", names)
 }
 
-// patience is how long kubectl waits for a connection. The SOCKS proxy would give up
-// after 5 s, which is two attempts.
+// patience is how long kubectl waits for a connection. The SOCKS proxy's own limit
+// is 5 s, which is too short for two attempts.
 const patience = 20 * time.Second
 
-// dialPatiently is [Dial] for kubectl, which does not try again. What fails is logged.
+// dialPatiently is [Dial] for kubectl, which does not retry. It logs failures.
 func dialPatiently(ctx context.Context, node *tsnet.Server, network, address string, logf func(string, ...any)) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 	defer cancel()
@@ -199,8 +199,8 @@ func (c *Caller) REST() (*rest.Config, error) {
 	return config, nil
 }
 
-// WriteKubeconfig writes a kubeconfig for kubectl as this caller to path, for the
-// proxy at that URL.
+// WriteKubeconfig writes a kubeconfig to path with which kubectl calls the proxy at
+// server as this caller.
 func (c *Caller) WriteKubeconfig(path, server string) error {
 	cluster := &api.Cluster{Server: server, ProxyURL: c.proxy.String()}
 	if u, err := url.Parse(server); err == nil && u.Scheme == "https" {
@@ -210,25 +210,25 @@ func (c *Caller) WriteKubeconfig(path, server string) error {
 	}
 	return clientcmd.WriteToFile(api.Config{
 		Clusters: map[string]*api.Cluster{"lab": cluster},
-		// Without any credentials kubectl would ask for a user name. The proxy
-		// removes what it is given here.
+		// Without any credentials, kubectl would ask for a user name. The proxy
+		// removes this token.
 		AuthInfos:      map[string]*api.AuthInfo{c.Name: {Token: "unused"}},
 		Contexts:       map[string]*api.Context{"lab": {Cluster: "lab", AuthInfo: c.Name}},
 		CurrentContext: "lab",
 	}, path)
 }
 
-// closeTimeout is how long a node may take to leave the tailnet. It takes a tenth of
-// a second.
+// closeTimeout is how long a node may take to leave the tailnet. It usually takes a
+// tenth of a second.
 const closeTimeout = 10 * time.Second
 
 // Stop takes the caller off the tailnet.
 func (c *Caller) Stop() error {
 	var errs []error
 	if c.Server != nil {
-		// A node with some thousand connections that are not quite closed never
-		// ends (tsnet 1.102): it resets each of them into a queue that nobody
-		// empties any more. It goes with the process.
+		// Closing a node that has some thousand half-closed connections never
+		// returns (tsnet 1.102): it resets each of them into a queue that has no
+		// reader left. The node then ends with the process.
 		closed := make(chan error, 1)
 		go func() { closed <- c.Server.Close() }()
 		select {

@@ -21,9 +21,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/rbac"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/cluster"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/headscale"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/rbac"
 )
 
 // What the lab's parts are called.

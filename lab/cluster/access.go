@@ -16,7 +16,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/envtest"
 )
 
-// AdminKubeconfig writes a kubeconfig that may do everything.
+// AdminKubeconfig writes the administrator's kubeconfig.
 func (c *Cluster) AdminKubeconfig(path string) error {
 	return c.writeKubeconfig(path, &api.AuthInfo{
 		ClientCertificateData: c.admin.CertData,
@@ -24,8 +24,8 @@ func (c *Cluster) AdminKubeconfig(path string) error {
 	})
 }
 
-// As returns a configuration for clients that come with a certificate of their own,
-// for a user in groups.
+// As returns a configuration for clients that authenticate as user, in groups, with
+// a certificate of their own.
 func (c *Cluster) As(user string, groups ...string) (*rest.Config, error) {
 	added, err := c.plane.AddUser(envtest.User{Name: user, Groups: groups}, &rest.Config{QPS: -1})
 	if err != nil {
@@ -35,7 +35,7 @@ func (c *Cluster) As(user string, groups ...string) (*rest.Config, error) {
 }
 
 // WriteTokenKubeconfig writes a kubeconfig that authenticates with the token in
-// tokenFile, which is read again when it changes.
+// tokenFile. Clients read the file again when it changes.
 func (c *Cluster) WriteTokenKubeconfig(path, tokenFile string) error {
 	tokenFile, err := filepath.Abs(tokenFile)
 	if err != nil {
@@ -58,8 +58,8 @@ func (c *Cluster) writeKubeconfig(path string, user *api.AuthInfo) error {
 	return nil
 }
 
-// ServiceAccountToken returns a token of an existing service account that is
-// valid for d. The API server refuses less than ten minutes.
+// ServiceAccountToken returns a token of an existing service account that is valid
+// for d. The API server refuses less than ten minutes.
 func (c *Cluster) ServiceAccountToken(ctx context.Context, namespace, name string, d time.Duration) (string, error) {
 	seconds := int64(d.Seconds())
 	request := &authenticationv1.TokenRequest{

@@ -20,9 +20,9 @@ import (
 	"k8s.io/client-go/restmapper"
 )
 
-// Apply creates or updates the objects of a YAML stream in their order, as
-// "kubectl apply --server-side" does. Objects without a namespace that need one
-// go to the namespace default.
+// Apply creates or updates the objects of a YAML stream in order, as "kubectl apply
+// --server-side" does. Namespaced objects without a namespace go to the namespace
+// default.
 func (c *Cluster) Apply(ctx context.Context, manifests []byte) error {
 	objects, err := parse(manifests)
 	if err != nil {
@@ -60,7 +60,7 @@ func apply(ctx context.Context, client dynamic.Interface, mapper *restmapper.Def
 	return err
 }
 
-// parse returns the objects of a YAML stream, those in lists included.
+// parse returns the objects of a YAML stream, including those in lists.
 func parse(manifests []byte) ([]*unstructured.Unstructured, error) {
 	var objects []*unstructured.Unstructured
 	documents := yaml.NewYAMLReader(bufio.NewReader(bytes.NewReader(manifests)))
@@ -77,7 +77,7 @@ func parse(manifests []byte) ([]*unstructured.Unstructured, error) {
 			return nil, fmt.Errorf("document %d: %w", n, err)
 		}
 		if len(object.Object) == 0 {
-			continue // nothing but comments
+			continue // only comments
 		}
 		if object.GetAPIVersion() == "" || object.GetKind() == "" {
 			return nil, fmt.Errorf("document %d: apiVersion or kind is missing", n)

@@ -29,7 +29,7 @@ const (
 	stopTimeout = 20 * time.Second
 )
 
-// What is in the folder of a cluster, beside the components' logs and the
+// Files and folders in a cluster's folder, besides the components' logs and the
 // kubelet's folder.
 const (
 	dataDir  = "etcd"
@@ -37,9 +37,9 @@ const (
 	auditLog = "audit.log"
 )
 
-// auditPolicy logs every request once, when it is answered. Requests that stay
-// open, such as watches and exec, are logged when they begin as well. Of reviews of
-// who may do what, the question and the answer are logged.
+// auditPolicy logs every request once, when it is answered, and requests that stay
+// open, such as watches and exec, also when they begin. For SubjectAccessReviews, it
+// logs the question and the answer.
 const auditPolicy = `apiVersion: audit.k8s.io/v1
 kind: Policy
 omitStages: [RequestReceived]
@@ -51,13 +51,13 @@ rules:
 
 // Config says how to run a cluster.
 type Config struct {
-	// AssetsDir is the folder with etcd and kube-apiserver. Default: that of
-	// the lab. As in envtest, $KUBEBUILDER_ASSETS overrides both.
+	// AssetsDir is the folder with etcd and kube-apiserver. Default: the lab's own.
+	// As in envtest, $KUBEBUILDER_ASSETS overrides both.
 	AssetsDir string
 
-	// Dir is the folder for everything the cluster writes, its logs included.
-	// It is created if necessary. It stays when the cluster is stopped, except
-	// for etcd's data.
+	// Dir is the folder for everything that the cluster writes, including its logs.
+	// It is created if necessary. When the cluster stops, everything but etcd's data
+	// and the certificates stays.
 	Dir string
 }
 
@@ -68,15 +68,15 @@ type Cluster struct {
 	apiServer  *component
 	plane      envtest.ControlPlane
 	kubelet    *kubelet.Server
-	ca         *pki.CA // of the kubelet, and of the API server towards it
+	ca         *pki.CA // issues the kubelet's certificate and the API server's client certificate
 	admin      *rest.Config
 	client     kubernetes.Interface
 	watch      *podWatch
 	controller *process.Process
 }
 
-// Start starts a cluster and waits until it can be used. If that fails, the
-// error names the component that failed, the reason, and its log.
+// Start starts a cluster and waits until it is usable. If that fails, the error
+// names the component that failed, the reason, and its log.
 func Start(ctx context.Context, cfg Config) (*Cluster, error) {
 	dir, err := filepath.Abs(cfg.Dir)
 	if err != nil {
@@ -89,10 +89,10 @@ func Start(ctx context.Context, cfg Config) (*Cluster, error) {
 	return c, nil
 }
 
-// start does the work of Start, which stops what it has begun when it fails.
+// start does the work of Start. If it fails, Start stops what it has started.
 func (c *Cluster) start(ctx context.Context, assets string) error {
-	// Whatever a cluster that was killed has left here is of no use to this one,
-	// and envtest would keep its certificates.
+	// Remove what a killed cluster has left here: envtest would reuse its
+	// certificates.
 	for _, name := range []string{dataDir, certsDir, auditLog} {
 		if err := os.RemoveAll(c.path(name)); err != nil {
 			return err
@@ -118,7 +118,7 @@ func (c *Cluster) start(ctx context.Context, assets string) error {
 	return c.startNode(ctx)
 }
 
-// startKubelet starts the endpoint of the node.
+// startKubelet starts the node's kubelet endpoint.
 func (c *Cluster) startKubelet() (err error) {
 	if c.ca, err = pki.NewCA("lab kubelet"); err != nil {
 		return err
@@ -184,8 +184,8 @@ func (c *Cluster) startAPIServer(ctx context.Context, assets string) (err error)
 	server.Configure().
 		Set("audit-policy-file", filepath.Join(certs, "audit-policy.yaml")).
 		Set("audit-log-path", c.AuditLog()).
-		// The two know each other by their certificates, as in any cluster
-		// worth the name.
+		// The API server and the kubelet authenticate each other by certificate, as
+		// in a secure cluster.
 		Set("kubelet-certificate-authority", filepath.Join(certs, "kubelet-ca.crt")).
 		Set("kubelet-client-certificate", filepath.Join(certs, "kubelet-client.crt")).
 		Set("kubelet-client-key", filepath.Join(certs, "kubelet-client.key")).
@@ -195,7 +195,7 @@ func (c *Cluster) startAPIServer(ctx context.Context, assets string) (err error)
 	}
 	admin, err := c.plane.AddUser(
 		envtest.User{Name: "lab-admin", Groups: []string{"system:masters"}},
-		&rest.Config{QPS: -1}, // no rate limit of the client's own
+		&rest.Config{QPS: -1}, // no rate limit in the client
 	)
 	if err != nil {
 		return fmt.Errorf("kube-apiserver: %w", err)
@@ -206,14 +206,14 @@ func (c *Cluster) startAPIServer(ctx context.Context, assets string) (err error)
 	return err
 }
 
-// Stop stops the cluster, waits until every process is gone, and removes etcd's
+// Stop stops the cluster, waits until every process has ended, and removes etcd's
 // data and the certificates.
 func (c *Cluster) Stop() error {
 	var errs []error
 	if c.watch != nil {
 		c.watch.stop()
 	}
-	if c.kubelet != nil { // and with it the streams through the API server
+	if c.kubelet != nil { // this also ends the streams through the API server
 		errs = append(errs, c.kubelet.Stop())
 	}
 	if c.controller != nil {
@@ -242,15 +242,14 @@ func (c *Cluster) Stop() error {
 // Host returns the URL of the API server, without a path.
 func (c *Cluster) Host() string { return c.admin.Host }
 
-// CA returns the certificate of the authority that has signed the API server's,
-// as PEM.
+// CA returns the certificate authority of the API server's certificate, as PEM.
 func (c *Cluster) CA() []byte { return c.admin.CAData }
 
-// Admin returns a new configuration for clients that may do everything.
+// Admin returns a new client configuration of the administrator.
 func (c *Cluster) Admin() *rest.Config { return rest.CopyConfig(c.admin) }
 
-// AuditLog returns the file with one audit event per line, as JSON: who asked
-// for what, as whom, and what became of it.
+// AuditLog returns the path of the audit log. It has one JSON event per line, which
+// says who asked for what, as which user, and how it was answered.
 func (c *Cluster) AuditLog() string { return c.path(auditLog) }
 
 // path returns the path of a file in the cluster's folder.

@@ -30,16 +30,16 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
 )
 
-// testContext returns a context that ends with the test, and long before the
-// test's own timeout.
+// testContext returns a context that ends with the test, and long before the test's
+// own timeout.
 func testContext(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
 
-// start starts a cluster that ends with the test, and checks that nothing is
-// left of it then.
+// start starts a cluster that ends with the test, and checks that it leaves nothing
+// behind.
 func start(ctx context.Context, t *testing.T) *Cluster {
 	t.Helper()
 	begin := time.Now()
@@ -65,7 +65,7 @@ func start(ctx context.Context, t *testing.T) *Cluster {
 	return c
 }
 
-// checkGone checks that the processes have been started and have ended.
+// checkGone checks that the processes were started and have ended.
 func checkGone(t *testing.T, pids map[string]int) {
 	t.Helper()
 	for name, pid := range pids {
@@ -132,7 +132,7 @@ func (k kubectl) check(ctx context.Context, t *testing.T, want string, args ...s
 // counter is the command of a pod that prints a line ten times a second.
 var counter = []string{"/bin/sh", "-c", `echo started; i=0; while :; do i=$((i+1)); echo "line $i"; sleep 0.1; done`}
 
-// protocols are the two ways kubectl streams.
+// protocols are the environment variables that select kubectl's streaming protocol.
 var protocols = map[string][]string{
 	"websocket": nil,
 	"spdy":      {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false", "KUBECTL_PORT_FORWARD_WEBSOCKETS=false"},
@@ -147,7 +147,7 @@ func TestKubectl(t *testing.T) {
 	if err := c.RunPod(ctx, "default", "cat", []string{"cat"}); err != nil {
 		t.Fatal(err)
 	}
-	// Only what streams differs.
+	// Only streaming commands depend on the protocol.
 	k := newKubectl(t, c)
 	t.Run("pods", func(t *testing.T) {
 		k.check(ctx, t, "cat       Running   True\ncounter   Running   True\n", "get", "pods", "--no-headers", "-o",
@@ -183,7 +183,7 @@ func testExec(ctx context.Context, t *testing.T, k kubectl) {
 		t.Errorf("terminated by a signal: %q, status %d; want %d", stderr, status, 128+15)
 	}
 	if _, stderr, status = k.run(ctx, t, nil, "exec", "counter", "--", "no-such-command"); status == 0 || !strings.Contains(stderr, "executable file not found") {
-		t.Errorf("a command that does not exist: %q, status %d", stderr, status)
+		t.Errorf("exec of a missing command: %q, status %d; want an error", stderr, status)
 	}
 }
 
@@ -213,7 +213,7 @@ func testTTY(ctx context.Context, t *testing.T, k kubectl) {
 			if line == "ready\r\n" {
 				close(ready)
 			}
-			if err != nil { // EIO at the end
+			if err != nil { // EIO when the terminal closes
 				output <- all.String()
 				return
 			}
@@ -221,8 +221,8 @@ func testTTY(ctx context.Context, t *testing.T, k kubectl) {
 	}()
 	select {
 	case <-ready:
-		// kubectl looks at its terminal's size again on SIGWINCH, which the
-		// kernel sends only where the terminal is the controlling one.
+		// kubectl reads its terminal's size again on SIGWINCH, which the kernel
+		// sends only if the terminal is the controlling one.
 		if err := pty.Setsize(terminal, &pty.Winsize{Rows: 44, Cols: 88}); err != nil {
 			t.Error(err)
 		}
@@ -233,12 +233,12 @@ func testTTY(ctx context.Context, t *testing.T, k kubectl) {
 			t.Error(err)
 		}
 	case <-ctx.Done():
-		t.Error("the size of the terminal has not arrived")
+		t.Error("the new size of the terminal did not arrive")
 	}
 	err = cmd.Wait()
 	got := <-output
 	if cmd.ProcessState.ExitCode() != 5 || !strings.Contains(got, "/dev/pts/") || !strings.Contains(got, "got typed\r\n") {
-		t.Errorf("printed %q, %v; want a terminal, what was typed, and status 5", got, err)
+		t.Errorf("printed %q, %v; want a terminal, the typed line, and status 5", got, err)
 	}
 }
 
@@ -274,7 +274,7 @@ func testLogs(ctx context.Context, t *testing.T, k kubectl) {
 	}
 	k.check(ctx, t, "start", "logs", "counter", "--limit-bytes=5")
 	if _, stderr, status = k.run(ctx, t, nil, "logs", "counter", "--timestamps"); status == 0 || !strings.Contains(stderr, "does not support") {
-		t.Errorf("logs --timestamps: %q, status %d; want that it is not supported", stderr, status)
+		t.Errorf("logs --timestamps: %q, status %d; want an error: not supported", stderr, status)
 	}
 
 	ctx, cancel := context.WithCancel(ctx)
@@ -289,7 +289,7 @@ func testLogs(ctx context.Context, t *testing.T, k kubectl) {
 	lines := bufio.NewScanner(out)
 	for range 5 {
 		if !lines.Scan() {
-			t.Fatalf("logs -f has ended: %v", lines.Err())
+			t.Fatalf("logs -f ended: %v", lines.Err())
 		}
 	}
 	if !strings.HasPrefix(lines.Text(), "line ") {
@@ -297,7 +297,7 @@ func testLogs(ctx context.Context, t *testing.T, k kubectl) {
 	}
 	cancel()
 	if err := cmd.Wait(); err == nil {
-		t.Error("logs -f has ended by itself")
+		t.Error("logs -f ended by itself")
 	}
 }
 
@@ -324,7 +324,7 @@ func testAttach(ctx context.Context, t *testing.T, k kubectl) {
 	}
 	cancel()
 	if err := cmd.Wait(); err == nil {
-		t.Error("attach has ended by itself")
+		t.Error("attach ended by itself")
 	}
 }
 
@@ -369,11 +369,11 @@ func testPortForward(ctx context.Context, t *testing.T, k kubectl) {
 	}
 	cancel()
 	if err := cmd.Wait(); err == nil {
-		t.Error("port-forward has ended by itself")
+		t.Error("port-forward ended by itself")
 	}
 }
 
-// testDisconnect checks that a silent command does not outlive kubectl.
+// testDisconnect checks that a silent command ends with kubectl.
 func testDisconnect(ctx context.Context, t *testing.T, k kubectl) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -395,12 +395,12 @@ func testDisconnect(ctx context.Context, t *testing.T, k kubectl) {
 	}
 	cancel()
 	if err := cmd.Wait(); err == nil {
-		t.Error("exec has ended by itself")
+		t.Error("exec ended by itself")
 	}
 	waitGone(t, proc)
 }
 
-// testDelete checks that deleting a pod ends its process, and no other's.
+// testDelete checks that deleting a pod ends its process and no other.
 func testDelete(ctx context.Context, t *testing.T, c *Cluster, k kubectl) {
 	for _, args := range [][]string{{}, {"--force", "--grace-period=0"}} {
 		const name = "mortal"
@@ -411,8 +411,8 @@ func testDelete(ctx context.Context, t *testing.T, c *Cluster, k kubectl) {
 		if status != 0 {
 			t.Errorf("delete %q: %q, %q, status %d", args, stdout, stderr, status)
 		}
-		// The name is free again, and what is late of the old pod's end does not
-		// end the new one.
+		// A new pod of the same name starts, and late events of the old pod do not
+		// end it.
 		if err := c.RunPod(ctx, "default", name, []string{"sleep", "1000"}); err != nil {
 			t.Fatal(err)
 		}
@@ -420,15 +420,15 @@ func testDelete(ctx context.Context, t *testing.T, c *Cluster, k kubectl) {
 		k.run(ctx, t, nil, "delete", "pod", name, "--timeout=20s")
 	}
 	if _, stderr, status := k.run(ctx, t, nil, "exec", "mortal", "--", "true"); status == 0 {
-		t.Errorf("exec in a pod that is gone: %q", stderr)
+		t.Errorf("exec in a deleted pod: %q; want an error", stderr)
 	}
-	// Whatever kubectl says, the kubelet must not know the pod any more.
+	// The kubelet itself must not have the pod any more.
 	if err := c.kubelet.AddPod("default", "mortal", ContainerName, []string{"true"}); err != nil {
 		t.Errorf("the kubelet still has the pod: %v", err)
 	}
 }
 
-// testAudit checks that the audit log says who did what.
+// testAudit checks that the audit log names the user and the object of an exec.
 func testAudit(t *testing.T, c *Cluster) {
 	f, err := os.Open(c.AuditLog())
 	if err != nil {
@@ -489,7 +489,7 @@ data: {a: b}
 func TestAccess(t *testing.T) {
 	ctx := testContext(t)
 	c := start(ctx, t)
-	for range 2 { // the second time nothing changes
+	for range 2 { // the second time, nothing changes
 		if err := c.Apply(ctx, []byte(manifests)); err != nil {
 			t.Fatal(err)
 		}
@@ -515,7 +515,7 @@ func TestAccess(t *testing.T) {
 		}
 	}
 
-	// A service account is itself, and may impersonate because it was bound.
+	// A service account authenticates as itself, and its role lets it impersonate.
 	token, err := c.ServiceAccountToken(ctx, "proxy", "proxy", time.Hour)
 	if err != nil {
 		t.Fatal(err)
@@ -544,21 +544,21 @@ func TestAccess(t *testing.T) {
 		t.Errorf("server %q, Host() = %q; want https://127.0.0.1:<port>", got, c.Host())
 	}
 	if _, err := c.ServiceAccountToken(ctx, "proxy", "nobody", time.Hour); err == nil || !strings.Contains(err.Error(), "proxy/nobody") {
-		t.Errorf("token for nobody: error %v", err)
+		t.Errorf("token of a missing service account: error %v", err)
 	}
 	if err := c.RunPod(ctx, "nowhere", "x", counter); err == nil || !strings.Contains(err.Error(), `namespaces "nowhere" not found`) {
-		t.Errorf("RunPod in a namespace that does not exist: error %v", err)
+		t.Errorf("RunPod in a missing namespace: error %v", err)
 	}
 	if err := c.RunPod(ctx, "default", "x", []string{"no-such-command"}); err == nil || !strings.Contains(err.Error(), "executable file not found") {
-		t.Errorf("RunPod with a command that does not exist: error %v", err)
+		t.Errorf("RunPod with a missing command: error %v", err)
 	}
 	if _, err := admin.CoreV1().Pods("default").Get(ctx, "x", metav1.GetOptions{}); err == nil {
-		t.Error("the pod that does not run is still there")
+		t.Error("the pod that failed to start still exists")
 	}
 }
 
-// envHelper makes the test binary start a component, print its process ID, and
-// hang. It names the folder for the component's files.
+// envHelper makes the test binary start a component, print its process ID, and hang.
+// Its value is the folder for the component's files.
 const envHelper = "LAB_CLUSTER_TEST_HELPER"
 
 func TestMain(m *testing.M) {
@@ -583,9 +583,9 @@ func TestMain(m *testing.M) {
 	select {}
 }
 
-func TestAComponentDiesWithTheLab(t *testing.T) {
+func TestComponent_DiesWithLab(t *testing.T) {
 	if _, err := exec.LookPath("setpriv"); err != nil {
-		t.Skip("there is no setpriv")
+		t.Skip("setpriv is not installed")
 	}
 	dir := fakeAssets(t, map[string]string{"etcd": "exec sleep 1000"})
 	if err := os.Mkdir(filepath.Join(dir, certsDir), 0o700); err != nil {
@@ -612,7 +612,7 @@ func TestAComponentDiesWithTheLab(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := helper.Wait(); err == nil {
-		t.Error("the helper has ended by itself")
+		t.Error("the helper ended by itself")
 	}
 	waitGone(t, proc)
 }
@@ -620,7 +620,7 @@ func TestAComponentDiesWithTheLab(t *testing.T) {
 // waitGone waits until the process with the given folder in /proc has ended.
 func waitGone(t *testing.T, proc string) {
 	t.Helper()
-	deadline := time.Now().Add(time.Minute) // on a machine that compiles meanwhile
+	deadline := time.Now().Add(time.Minute) // long, for a busy machine
 	for {
 		stat, err := os.ReadFile(filepath.Join(proc, "stat"))
 		if err != nil || bytes.Contains(stat, []byte(") Z ")) {
@@ -633,8 +633,7 @@ func waitGone(t *testing.T, proc string) {
 	}
 }
 
-// fakeAssets returns a folder of binaries in which the named ones are shell
-// scripts.
+// fakeAssets returns a folder of binaries. The named ones are shell scripts.
 func fakeAssets(t *testing.T, scripts map[string]string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -657,7 +656,7 @@ func fakeAssets(t *testing.T, scripts map[string]string) string {
 	return dir
 }
 
-func TestAFailedStartSaysWhyAndLeavesNothing(t *testing.T) {
+func TestStart_FailureNamesReasonAndLeavesNothing(t *testing.T) {
 	assets := map[string]string{}
 	for name, scripts := range map[string]map[string]string{
 		"etcd":           {"etcd": `[ "$1" = --help ] || { echo "disk on fire" >&2; exit 1; }`},
@@ -672,7 +671,7 @@ func TestAFailedStartSaysWhyAndLeavesNothing(t *testing.T) {
 			dir := t.TempDir()
 			_, err := Start(testContext(t), Config{AssetsDir: assets[name], Dir: dir})
 			if err == nil {
-				t.Fatal("it has started")
+				t.Fatal("the cluster started; want an error")
 			}
 			for _, want := range []string{"start cluster: " + name + ": ", "disk on fire", filepath.Join(dir, name+".log")} {
 				if !strings.Contains(err.Error(), want) {

@@ -19,11 +19,11 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
 )
 
-// component is a process that envtest starts. Left to itself, envtest cannot be
-// interrupted while it waits for one, and one outlives a lab that is killed. So
-// it is given a shell script in place of the binary, which notes the process ID
-// and, where there is setpriv (on Linux, as a rule), makes the kernel kill the
-// process along with its parent.
+// component is a process that envtest starts. envtest alone cannot be interrupted
+// while it waits for a process to start, and its processes outlive a lab that is
+// killed. So envtest is given a shell script in place of the binary. The script
+// records the process ID and, where setpriv exists (usually on Linux), makes the
+// kernel kill the process along with its parent.
 type component struct {
 	name    string
 	wrapper string // the script
@@ -32,8 +32,8 @@ type component struct {
 	ended   chan struct{} // closed by release
 }
 
-// newComponent returns the component whose binary has the given name. Its files
-// are in dir.
+// newComponent returns the component whose binary has the given name. Its files go
+// to dir.
 func newComponent(name, assets, dir string) (*component, error) {
 	var binary string
 	var err error
@@ -55,8 +55,9 @@ func newComponent(name, assets, dir string) (*component, error) {
 	if setpriv, err := exec.LookPath("setpriv"); err == nil && runtime.GOOS == "linux" {
 		run = "exec " + quote(setpriv) + " --pdeathsig KILL --"
 	}
-	// envtest also starts the binary to ask for its flags: that is not the one
-	// to remember. Whoever reads the process ID can rely on the process to die.
+	// envtest also runs the binary to list its flags: do not record that process.
+	// The process ID is recorded last, so a reader knows that the process dies with
+	// its parent.
 	script := fmt.Sprintf("#!/bin/sh\n[ \"$1\" = --help ] && exec %[3]s \"$@\"\n%[1]s /bin/sh -c 'echo $$ > \"$0\"; exec \"$@\"' %[2]s %[3]s \"$@\"\n",
 		run, quote(c.pidFile), quote(binary))
 	if err := os.WriteFile(c.wrapper, []byte(script), 0o700); err != nil {
@@ -70,16 +71,16 @@ func newComponent(name, assets, dir string) (*component, error) {
 }
 
 // start calls run, which starts the component and waits until it answers. If ctx
-// ends meanwhile, it kills the component.
+// ends first, start kills the component.
 func (c *component) start(ctx context.Context, run func() error) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("%s: %w", c.name, context.Cause(ctx))
 	}
-	var err error // how run has ended; set before ready is closed
+	var err error // result of run; set before ready is closed
 	ready := make(chan struct{})
 	go func() {
-		// To the kernel the parent is the thread that forked, not the process.
-		// This goroutine keeps its thread for as long as the component lives.
+		// The kernel considers the thread that forked the parent, not the process.
+		// So this goroutine keeps its thread as long as the component runs.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		err = run()
@@ -97,7 +98,7 @@ func (c *component) start(ctx context.Context, run func() error) error {
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		c.kill() // it may not have been started yet
+		c.kill() // does nothing until the process has started
 		select {
 		case <-ready:
 			return fmt.Errorf("%s: %w (log: %s)", c.name, context.Cause(ctx), c.log.Name())
@@ -109,12 +110,12 @@ func (c *component) start(ctx context.Context, run func() error) error {
 // kill kills the process, if there is one.
 func (c *component) kill() {
 	if pid := c.pid(); pid > 1 {
-		_ = syscall.Kill(-pid, syscall.SIGKILL) // fails if it has ended
+		_ = syscall.Kill(-pid, syscall.SIGKILL) // fails if the process has ended
 	}
 }
 
-// pid returns the ID of the process, which is also that of its group, or 0 if it
-// has not been started.
+// pid returns the ID of the process, which is also that of its process group, or 0
+// if it has not been started.
 func (c *component) pid() int {
 	b, err := os.ReadFile(c.pidFile)
 	if err != nil {
@@ -122,13 +123,13 @@ func (c *component) pid() int {
 	}
 	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	if err != nil {
-		return 0 // the script is about to write it
+		return 0 // the script has not finished writing it
 	}
 	return pid
 }
 
-// release frees what was needed while the process ran. It may only be called
-// once envtest has stopped the process.
+// release frees what the running process needs. Call it only after envtest has
+// stopped the process.
 func (c *component) release() error {
 	close(c.ended)
 	if err := c.log.Close(); err != nil && !errors.Is(err, fs.ErrClosed) {
@@ -137,8 +138,8 @@ func (c *component) release() error {
 	return nil
 }
 
-// lastLogLine returns the last line the component has logged: as a rule that is
-// why it has ended.
+// lastLogLine returns the last line that the component has logged, which usually
+// says why it ended.
 func (c *component) lastLogLine() string {
 	log, err := os.ReadFile(c.log.Name())
 	if err != nil {

@@ -17,11 +17,11 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/process"
 )
 
-// aggregated are the cluster roles whose rules are collected from others.
+// aggregated are the cluster roles whose rules are collected from other roles.
 var aggregated = []string{"admin", "edit", "view"}
 
-// startController starts the one controller that the lab cannot do without: the
-// cluster roles that people bind to are empty until it has filled them.
+// startController starts the only controller that the lab needs: the one that fills
+// the aggregated cluster roles, which are empty without it.
 func (c *Cluster) startController(ctx context.Context) error {
 	binary, err := components.Path("clusterrole-aggregation")
 	if err != nil {
@@ -59,7 +59,7 @@ func (c *Cluster) rolesFilled(ctx context.Context) (bool, error) {
 	for _, name := range aggregated {
 		role, err := c.client.RbacV1().ClusterRoles().Get(ctx, name, metav1.GetOptions{})
 		if err != nil || len(role.Rules) == 0 {
-			// The API server creates them a moment after it is ready.
+			// The API server creates them shortly after it is ready.
 			return false, nil
 		}
 	}

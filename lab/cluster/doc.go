@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package cluster runs a Kubernetes cluster on the loopback interface: the real
-// etcd and kube-apiserver, started through envtest, and one node whose kubelet
-// endpoint is that of package kubelet. Authentication, RBAC, the audit log and
-// everything an API server streams through a kubelet are therefore real.
+// Package cluster runs a Kubernetes cluster on the loopback interface: the real etcd
+// and kube-apiserver, started through envtest, and one node whose kubelet endpoint
+// is that of package kubelet. So authentication, RBAC, the audit log and everything
+// that an API server streams through a kubelet are real.
 //
-// There are no controllers and no scheduler: a pod runs if RunPod has started
-// it, and service accounts exist if a manifest creates them. Deleting a running
-// pod works, as that is up to the kubelet.
+// There are no controllers and no scheduler: a pod runs only if RunPod starts it,
+// and a service account exists only if a manifest creates it. Deleting a running pod
+// works, as that is up to the kubelet.
 package cluster

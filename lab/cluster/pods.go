@@ -30,7 +30,7 @@ const (
 	ContainerName = "main"
 )
 
-// startNode creates the node and begins to look after its pods.
+// startNode creates the node and starts watching its pods.
 func (c *Cluster) startNode(ctx context.Context) error {
 	now := metav1.Now()
 	node := &corev1.Node{
@@ -70,9 +70,9 @@ func (c *Cluster) startNode(ctx context.Context) error {
 	return nil
 }
 
-// RunPod creates a pod whose only container runs command, as a process on this
-// machine, and returns once it runs and its status says so. The namespace has to
-// exist.
+// RunPod creates a pod whose only container runs command as a process on this
+// machine. It returns when the process runs and the pod's status says so. The
+// namespace has to exist.
 func (c *Cluster) RunPod(ctx context.Context, namespace, name string, command []string) error {
 	pods := c.client.CoreV1().Pods(namespace)
 	pod, err := pods.Create(ctx, &corev1.Pod{
@@ -81,7 +81,7 @@ func (c *Cluster) RunPod(ctx context.Context, namespace, name string, command []
 			NodeName: NodeName,
 			Containers: []corev1.Container{{
 				Name:    ContainerName,
-				Image:   "lab.example/process", // there is none
+				Image:   "lab.example/process", // not a real image
 				Command: command,
 				Stdin:   true,
 			}},
@@ -133,19 +133,19 @@ func runningStatus(pod *corev1.Pod) corev1.PodStatus {
 	return status
 }
 
-// podWatch runs pods, and ends those that are being deleted. Somebody deletes a
-// pod by marking it; it is up to the kubelet to kill the processes and to let go
-// of it.
+// podWatch runs pods and ends those that are being deleted. The API server only
+// marks a pod as deleted; the kubelet then kills its processes and removes the
+// object.
 type podWatch struct {
 	client  kubernetes.Interface
 	kubelet *kubelet.Server
 	factory informers.SharedInformerFactory
 
-	ctx    context.Context // ends with stop
+	ctx    context.Context // cancelled by stop
 	cancel context.CancelFunc
 
-	// News of a pod's end may arrive when there is another of that name, so
-	// pods are told apart by their UIDs.
+	// An event about a deleted pod may arrive when a new pod has its name, so pods
+	// are told apart by UID.
 	mu   sync.Mutex
 	pods map[types.NamespacedName]types.UID
 }
@@ -176,16 +176,17 @@ func watchPods(ctx context.Context, client kubernetes.Interface, k *kubelet.Serv
 	return w, nil
 }
 
-// changed ends a pod that has been marked.
+// changed ends a pod that is marked as deleted.
 func (w *podWatch) changed(obj any) {
 	if pod, ok := obj.(*corev1.Pod); ok && pod.DeletionTimestamp != nil {
 		w.end(pod)
-		// If this fails, the pod is gone or the cluster is being stopped.
+		// If this fails, the pod is gone or the cluster is stopping.
 		_ = deletePod(w.ctx, w.client, pod)
 	}
 }
 
-// deleted ends a pod that is gone already: with --force nobody asks the kubelet.
+// deleted ends a pod that was removed at once: --force does not wait for the
+// kubelet.
 func (w *podWatch) deleted(obj any) {
 	if last, ok := obj.(cache.DeletedFinalStateUnknown); ok {
 		obj = last.Obj
@@ -200,7 +201,7 @@ func (w *podWatch) begin(pod *corev1.Pod) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	name := podName(pod)
-	if _, ok := w.pods[name]; ok { // gone, but the news has not arrived
+	if _, ok := w.pods[name]; ok { // deleted, but its event has not arrived
 		w.kubelet.RemovePod(pod.Namespace, pod.Name)
 		delete(w.pods, name)
 	}
@@ -212,7 +213,7 @@ func (w *podWatch) begin(pod *corev1.Pod) error {
 	return nil
 }
 
-// end kills the processes of a pod, if there are any.
+// end kills the processes of a pod, if it has any.
 func (w *podWatch) end(pod *corev1.Pod) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

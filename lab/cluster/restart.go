@@ -9,17 +9,15 @@ import (
 	"time"
 )
 
-// restartGrace is how long the API server may take to stop when it is going to be
-// started again.
+// restartGrace is how long the API server may take to stop before it is restarted.
 const restartGrace = 2 * time.Second
 
-// WithoutAPIServer stops the API server, calls f while it is away, and starts it
-// again at the same address, with the same certificates and the same content. It
-// returns once the API server can be used, also when f ends its goroutine, as a
-// test that fails does.
+// WithoutAPIServer stops the API server, calls f, and starts the API server again
+// with the same address, certificates and data. It returns when the API server is
+// usable again, even if f ends its goroutine, as a failing test does.
 func (c *Cluster) WithoutAPIServer(ctx context.Context, f func()) (err error) {
-	// It no longer listens from the moment that it is told to stop, but waits a
-	// minute for watches to end by themselves.
+	// The API server stops listening at once, but waits up to a minute for watches
+	// to end.
 	kill := time.AfterFunc(restartGrace, c.apiServer.kill)
 	defer kill.Stop()
 	if err := c.plane.APIServer.Stop(); err != nil {
@@ -27,22 +25,22 @@ func (c *Cluster) WithoutAPIServer(ctx context.Context, f func()) (err error) {
 	}
 	defer func() {
 		if startErr := c.restartAPIServer(context.WithoutCancel(ctx)); startErr != nil {
-			err = errors.Join(err, fmt.Errorf("start kube-apiserver again: %w", startErr))
+			err = errors.Join(err, fmt.Errorf("restart kube-apiserver: %w", startErr))
 		}
 	}()
 	f()
 	return nil
 }
 
-// restartAPIServer starts the API server, which has been stopped.
+// restartAPIServer starts the stopped API server.
 func (c *Cluster) restartAPIServer(ctx context.Context) error {
-	// Otherwise envtest would give it all arguments twice.
+	// Otherwise envtest would pass all arguments twice.
 	c.plane.APIServer.Args = nil //nolint:staticcheck // deprecated, but envtest uses it itself
 	if err := c.apiServer.start(ctx, c.plane.APIServer.Start); err != nil {
 		return err
 	}
-	// envtest asks for /healthz, which does not wait until the API server has
-	// read who may do what.
+	// envtest polls /healthz, which succeeds before the API server has loaded the
+	// RBAC rules.
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	return poll(ctx, func() (bool, error) {

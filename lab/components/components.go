@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package components finds the binaries the lab runs: Headscale, etcd,
-// kube-apiserver, kubectl and the tools beside them. "make components" builds
-// them into a folder that git ignores.
+// Package components finds the binaries that the lab runs: Headscale, etcd,
+// kube-apiserver, kubectl and other tools. "make components" builds them into a
+// folder that git ignores.
 package components
 
 import (
@@ -14,22 +14,22 @@ import (
 	"slices"
 )
 
-// The environment variables that say where binaries are.
+// The environment variables with the folders of binaries.
 const (
 	// EnvDir names the folder that holds all of the lab's binaries.
 	EnvDir = "LAB_BIN"
 
-	// EnvKubernetes names the folder that holds etcd, kube-apiserver and
-	// kubectl. It is the variable that envtest and its tools use.
+	// EnvKubernetes names the folder that holds etcd, kube-apiserver and kubectl.
+	// envtest and its tools use the same variable.
 	EnvKubernetes = "KUBEBUILDER_ASSETS"
 )
 
-// hint ends every error of this package: the reader most likely has not built
-// the components yet.
+// hint ends every error of this package, as the components have probably not been
+// built.
 const hint = `run "make components" first`
 
-// Dir returns the folder the lab's binaries are in: $LAB_BIN, or the nearest
-// lab/.bin at or above the working directory.
+// Dir returns the folder of the lab's binaries: $LAB_BIN, or the nearest lab/.bin at
+// or above the working directory.
 func Dir() (string, error) {
 	if dir := os.Getenv(EnvDir); dir != "" {
 		if !isDir(dir) {
@@ -55,8 +55,8 @@ func Dir() (string, error) {
 	}
 }
 
-// Path returns the path of the named binary, such as "headscale". The binaries
-// of Kubernetes are taken from $KUBEBUILDER_ASSETS where it is set.
+// Path returns the path of the named binary, such as "headscale". Kubernetes'
+// binaries come from $KUBEBUILDER_ASSETS if it is set.
 func Path(name string) (string, error) {
 	dir, err := dirOf(name)
 	if err != nil {
@@ -80,7 +80,7 @@ func In(dir, name string) (string, error) {
 	return path, nil
 }
 
-// dirOf returns the folder the named binary belongs in.
+// dirOf returns the folder in which the named binary belongs.
 func dirOf(name string) (string, error) {
 	if slices.Contains([]string{"etcd", "kube-apiserver", "kubectl"}, name) {
 		if dir := os.Getenv(EnvKubernetes); dir != "" {

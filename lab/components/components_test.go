@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// write puts an empty file with the given mode at path.
+// write creates an empty file with the given mode at path.
 func write(t *testing.T, path string, mode os.FileMode) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -20,7 +20,7 @@ func write(t *testing.T, path string, mode os.FileMode) {
 	}
 }
 
-func TestDirIsTheNearestLabBin(t *testing.T) {
+func TestDir_IsNearestLabBin(t *testing.T) {
 	t.Setenv(EnvDir, "")
 	root, err := filepath.EvalSymlinks(t.TempDir())
 	if err != nil {
@@ -40,7 +40,7 @@ func TestDirIsTheNearestLabBin(t *testing.T) {
 	}
 }
 
-func TestDirIsTakenFromTheEnvironment(t *testing.T) {
+func TestDir_EnvironmentOverrides(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv(EnvDir, dir)
 	if got, err := Dir(); err != nil || got != dir {
@@ -48,7 +48,7 @@ func TestDirIsTakenFromTheEnvironment(t *testing.T) {
 	}
 }
 
-func TestPathPrefersTheFolderOfEnvtest(t *testing.T) {
+func TestPath_EnvtestFolderOverrides(t *testing.T) {
 	lab, assets := t.TempDir(), t.TempDir()
 	t.Setenv(EnvDir, lab)
 	t.Setenv(EnvKubernetes, assets)
@@ -65,7 +65,7 @@ func TestPathPrefersTheFolderOfEnvtest(t *testing.T) {
 	}
 }
 
-func TestWhatIsMissingSaysHowToBuildIt(t *testing.T) {
+func TestPath_MissingBinaryNamesMakeTarget(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv(EnvKubernetes, "")
 	write(t, filepath.Join(dir, "xcaddy"), 0o644)
@@ -83,7 +83,7 @@ func TestWhatIsMissingSaysHowToBuildIt(t *testing.T) {
 
 	t.Setenv(EnvDir, filepath.Join(dir, "gone"))
 	if _, err := Dir(); err == nil || !strings.Contains(err.Error(), hint) {
-		t.Errorf("Dir() with a folder that is gone: error %v; want %q", err, hint)
+		t.Errorf("Dir() with a missing folder: error %v; want %q", err, hint)
 	}
 	t.Setenv(EnvDir, "")
 	t.Chdir(dir)

@@ -10,24 +10,24 @@ import (
 	"strings"
 )
 
-// forged is an address that nobody has, for headers that name one.
+// forged is an address that no caller has, for headers that name an address.
 const forged = "192.0.2.66"
 
-// generated is how many attacks are put together at random where that adds
-// something to those that are listed. They are the same in every run.
+// generated is how many random attacks are added where they complement the listed
+// ones. They are the same in every run.
 const generated = 150
 
-// behind is a request that hides behind or inside of another.
+// behind is a second request, smuggled behind or inside of another one.
 const behind = "GET %s/second HTTP/1.1\r\nHost: %h\r\nImpersonate-User: system:admin\r\nAuthorization: Bearer stolen\r\n\r\n"
 
-// identityHeaders are those that a client may want to write, or have removed.
+// identityHeaders are headers that an attacker may try to set or to have removed.
 var identityHeaders = []string{
 	"Impersonate-User", "Impersonate-Group", "Impersonate-Uid", "Impersonate-Extra-Scopes", "Impersonate-Something-New", "Authorization",
 }
 
-// attacks returns everything that is tried.
+// attacks returns all attacks.
 func attacks() []attack {
-	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // it has to be the same in every run
+	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // every run needs the same attacks
 	var tried []attack
 	add := func(pitfall string, a attack) {
 		a.pitfall = pitfall
@@ -163,7 +163,7 @@ func attacks() []attack {
 	}
 	add(framing, attack{fields: lines("Host", " other.example"), only: http1, refused: true})
 	add(framing, attack{method: "POST", fields: lines("Content-Length", " 0", "Transfer-Encoding", " chunked", "Connection", " Impersonate-User"), body: "0\r\n\r\n", only: http1})
-	// A second request inside of the first, for whoever counts bytes differently.
+	// A second request in the body of the first, for servers that count bytes differently.
 	for _, name := range []string{"Transfer-Encoding", "Transfer-Encoding ", "transfer_encoding", "X-Any"} {
 		for _, coding := range []string{" chunked", " xchunked", "\tchunked", " identity, chunked", " chunked, identity"} {
 			add(framing, attack{method: "POST", fields: lines(name, coding), body: "0\r\n\r\n" + behind, only: http1})
@@ -226,8 +226,8 @@ func attacks() []attack {
 		add(unknown, attack{fields: lines("Connection", " Upgrade, Impersonate-User, HTTP2-Settings", "Upgrade", " "+upgrade, "HTTP2-Settings", " AAMAAABkAAQAoAAAAAIAAAAA")})
 	}
 
-	// What the upstream answers leaves the connection to HTTP, or does not: the
-	// recorder sees a second request only where it is one.
+	// The upstream's answer decides whether the connection stays HTTP. The recorder
+	// sees a second request only if it does.
 	for _, upgrade := range []string{"websocket", "SPDY/3.1", "h2c"} {
 		for _, answer := range []string{"", "/status/200", "/status/302", "/status/400", "/status/403"} {
 			for _, second := range []string{"Impersonate-User: system:admin", "Connection: Impersonate-User, Impersonate-Group", "Authorization: Bearer stolen", "X-Any: x"} {
@@ -257,7 +257,7 @@ func attacks() []attack {
 	return tried
 }
 
-// spellings returns a name in several cases.
+// spellings returns a name in several letter cases.
 func spellings(name string) []string {
 	mixed := []byte(strings.ToLower(name))
 	for i := 0; i < len(mixed); i += 2 {

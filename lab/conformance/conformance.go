@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package conformance attacks a proxy that impersonates its callers to a
-// Kubernetes API server, and judges it by what the API server would have seen.
+// Package conformance attacks a proxy that impersonates its callers to a Kubernetes
+// API server, and judges it by what the API server would have seen.
 //
-// It knows the ways in which such proxies have gone wrong, tries each in many
-// spellings, over HTTP/1.1 and HTTP/2, as raw bytes and frames: HTTP clients do not
-// send what they know to be forged. A [Recorder] takes the place of the API server.
-// Whatever is sent, there are two ways for it to end: the recorder sees exactly the
-// caller's identity, or it sees nothing.
+// It tries each way in which such proxies have failed in many spellings, over
+// HTTP/1.1 and HTTP/2. It sends raw bytes and frames, as HTTP clients refuse to send
+// malformed requests. A [Recorder] takes the place of the API server. Each attack
+// may end in two ways: the recorder sees exactly the caller's identity, or it sees
+// nothing.
 package conformance
 
 import (
@@ -21,42 +21,41 @@ import (
 	"time"
 )
 
-// Identity is who the recorder has to see.
+// Identity is the identity that the recorder has to see.
 type Identity struct {
 	User   string
 	Groups []string
 }
 
-// Proxy is a proxy under attack, by one way to it.
+// Proxy is a proxy under attack, reached in one way.
 type Proxy struct {
-	// Name is what messages call it.
+	// Name names it in messages.
 	Name string
-	// Address is its host:port, and Host the name that requests give it.
+	// Address is its host:port, and Host the host name in requests.
 	Address, Host string
-	// TLS says that it is to be spoken to over TLS, which is what HTTP/2 needs
-	// here. Certificates are not checked.
+	// TLS selects TLS, which HTTP/2 needs here. Certificates are not checked.
 	TLS bool
 	// Dial connects to it as the caller.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
-	// Packets returns a socket of the caller's for HTTP/3 and the proxy's address
+	// Packets returns a UDP socket of the caller for HTTP/3, and the proxy's address
 	// as seen from there. If nil, HTTP/3 is not tried.
 	Packets func(ctx context.Context) (net.PacketConn, net.Addr, error)
-	// Want is the caller's identity, and From its address as the API server's
-	// audit log has to name it, empty if that is not to be judged.
+	// Want is the caller's identity, and From its address in the API server's audit
+	// log. If From is empty, the address is not checked.
 	Want Identity
 	From string
-	// Nobody says that whoever comes this way is no caller: nothing may arrive.
+	// Nobody says that requests made in this way have no caller: none may arrive.
 	Nobody bool
-	// Pitfall is the ID of the one that this way stands for, whatever is sent over
-	// it. Default: the attack's.
+	// Pitfall is the ID of the pitfall that this way of reaching the proxy is about,
+	// whatever the attack. Default: the attack's.
 	Pitfall string
 	// Authorization is the proxy's own credential, empty if it has none.
 	Authorization string
-	// Seen is where its requests arrive.
+	// Seen receives the proxy's requests.
 	Seen *Recorder
 }
 
-// protocol is how a request travels.
+// protocol is an HTTP version.
 type protocol string
 
 const (
@@ -65,7 +64,7 @@ const (
 	http3 protocol = "HTTP/3"
 )
 
-// protocols are those in which p can be attacked.
+// protocols returns the protocols over which p can be attacked.
 func (p Proxy) protocols() []protocol {
 	protocols := []protocol{http1}
 	if p.TLS {
@@ -77,34 +76,34 @@ func (p Proxy) protocols() []protocol {
 	return protocols
 }
 
-// field is a header field as it is sent: nothing is corrected.
+// field is a header field, sent exactly as written.
 type field struct{ name, value string }
 
-// attack is a request that tries something. In what is sent raw, %s stands for the
-// path and %h for the proxy's name.
+// attack is a request that tries something. In raw parts, %s stands for the path and
+// %h for the proxy's name.
 type attack struct {
 	pitfall string  // ID
 	method  string  // default: GET
-	path    string  // what is asked for, behind the marker; default: nothing
+	path    string  // follows the marker; default: empty
 	target  string  // the request target; default: the path
 	host    *string // default: the proxy's name
-	preface string  // raw, ahead of the request
+	preface string  // raw, sent before the request
 	fields  []field
-	body    string // raw, behind the header
+	body    string // raw, sent after the header
 	trailer bool   // whether body is chunked and ends with trailers
-	behind  string // raw, a further request in the same breath
-	// trailers are those of HTTP/2.
+	behind  string // raw, a second request sent at once
+	// trailers are sent over HTTP/2.
 	trailers []field
-	// refused says that nothing may arrive, whatever identity it has, and
-	// refusedPlain that it may not over plain HTTP.
+	// refused says that the request may not arrive, even with the right identity,
+	// and refusedPlain that it may not over plain HTTP.
 	refused, refusedPlain bool
-	// arrives says what else is wrong about what arrived; nil for nothing.
+	// arrives describes further faults of a request that arrived. May be nil.
 	arrives func(*http.Request) string
-	// only is the one protocol in which it can be expressed; empty for 1.1 and 2.
+	// only is the only protocol that can express the attack; empty: HTTP/1.1 and 2.
 	only protocol
 }
 
-// in reports whether the attack can be expressed in a protocol.
+// in reports whether a protocol can express the attack.
 func (a attack) in(proto protocol) bool {
 	if a.only == "" {
 		return proto != http3
@@ -112,38 +111,39 @@ func (a attack) in(proto protocol) bool {
 	return a.only == proto
 }
 
-// Failure is a request with which the proxy failed.
+// Failure is an attack that succeeded.
 type Failure struct {
 	Pitfall, Protocol, Reason string
 	// Attack is the number of the attack, for [Options].Only.
 	Attack int
-	// Request is what was sent: a shell command that prints the bytes of HTTP/1.1,
-	// or the fields of HTTP/2 and HTTP/3.
+	// Request is the request: a shell command that prints its bytes for HTTP/1.1, or
+	// its fields for HTTP/2 and HTTP/3.
 	Request string
 }
 
-// Result counts what came of the attacks of one kind.
+// Result counts the outcomes of attacks of one pitfall over one protocol.
 type Result struct {
 	Pitfall, Protocol    string
-	Tried, Passed, Ended int // ended: with nothing at the recorder
+	Tried, Passed, Ended int // Ended: nothing arrived at the recorder
 	Failures             []Failure
 }
 
-// Options narrow a run down.
+// Options restrict a run.
 type Options struct {
-	// Only is the number of the one attack to make; all if it is 0.
+	// Only is the number of the only attack to make. Default: all.
 	Only int
-	// First says that the first failure ends the run.
+	// First ends the run at the first failure.
 	First bool
 }
 
 // timeout is how long a proxy may take to answer a request.
 const timeout = 10 * time.Second
 
-// Run makes all attacks and returns what came of them, by pitfall and protocol. It
-// is an error if an honest request does not get through, or is not answered where
-// none may: then nothing is shown. One that arrives as somebody else is a failure,
-// and the only one that is looked for then.
+// Run makes all attacks and returns their outcomes by pitfall and protocol. It first
+// sends honest requests. It returns an error if one does not get through, or, where
+// none may, if one is not answered: the attacks would then prove nothing. If an
+// honest request arrives with another identity, that is a failure, and the only one
+// returned.
 func Run(ctx context.Context, p Proxy, options Options) ([]Result, error) {
 	results, err := p.probe(ctx)
 	if err != nil {
@@ -189,7 +189,7 @@ func Run(ctx context.Context, p Proxy, options Options) ([]Result, error) {
 			}
 		}
 	}
-	// A proxy that has hung up may have sent something on nevertheless.
+	// A proxy that has closed the connection may still have sent a request upstream.
 	for marker, requests := range p.Seen.takeAll() {
 		for _, r := range requests {
 			late, ok := tried[marker]
@@ -204,7 +204,7 @@ func Run(ctx context.Context, p Proxy, options Options) ([]Result, error) {
 	return results, nil
 }
 
-// tryOf says what a marker was for.
+// tryOf says which attack used a marker.
 type tryOf struct {
 	attack attack
 	number int
@@ -212,7 +212,8 @@ type tryOf struct {
 	result int
 }
 
-// resultOf returns the index of the result of a kind, which it adds if need be.
+// resultOf returns the index of the result of a pitfall and protocol. It adds the
+// result if necessary.
 func resultOf(results *[]Result, pitfall string, proto protocol) int {
 	i := slices.IndexFunc(*results, func(r Result) bool { return r.Pitfall == pitfall && r.Protocol == string(proto) })
 	if i < 0 {
@@ -222,8 +223,8 @@ func resultOf(results *[]Result, pitfall string, proto protocol) int {
 	return i
 }
 
-// probe makes honest requests. It is an error if they do not fare as they have to,
-// but a failure if one arrives as somebody else.
+// probe makes honest requests. It returns an error if one does not end as it has to,
+// and a failure if one arrives with another identity.
 func (p Proxy) probe(ctx context.Context) ([]Result, error) {
 	for _, proto := range p.protocols() {
 		for _, honest := range []attack{{}, {method: "POST", body: "{}"}} {
@@ -233,7 +234,7 @@ func (p Proxy) probe(ctx context.Context) ([]Result, error) {
 				failure := Failure{Pitfall: honestID, Protocol: string(proto), Reason: reason, Request: honest.show(p, proto)}
 				return []Result{{Pitfall: honestID, Protocol: string(proto), Tried: 1, Failures: []Failure{failure}}}, nil
 			case p.Nobody || proto == http3:
-				// It has to be refused. That nobody was there is no refusal.
+				// The request has to be refused. No answer is not a refusal.
 				if err != nil {
 					return nil, fmt.Errorf("a request is not answered over %s: %w", proto, err)
 				}
@@ -245,10 +246,10 @@ func (p Proxy) probe(ctx context.Context) ([]Result, error) {
 	return nil, nil
 }
 
-// verdict says what is wrong about a request of an attack that arrived.
+// verdict says what is wrong with an attack's request that arrived.
 func (p Proxy) verdict(a attack, r *http.Request) string {
 	if p.Nobody || a.refused || (a.refusedPlain && !p.TLS) {
-		return fmt.Sprintf("it arrived, as user %q; it must not at all", r.Header["Impersonate-User"])
+		return fmt.Sprintf("it arrived, as user %q; it must not arrive at all", r.Header["Impersonate-User"])
 	}
 	if reason := p.judge(r); reason != "" || a.arrives == nil {
 		return reason
@@ -256,9 +257,9 @@ func (p Proxy) verdict(a attack, r *http.Request) string {
 	return a.arrives(r)
 }
 
-// try sends an attack and says what is wrong about what arrived, nothing if all is
-// well, and whether anything did. An error says that there was no answer: it was
-// hung up on, reset, or not understood.
+// try sends an attack, says what is wrong with the request that arrived (empty if
+// nothing is), and reports whether any arrived. An error means that there was no
+// answer: the connection was closed or reset, or the answer was malformed.
 func (p Proxy) try(ctx context.Context, marker string, proto protocol, a attack) (reason string, arrived bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -279,7 +280,7 @@ func (p Proxy) try(ctx context.Context, marker string, proto protocol, a attack)
 	return "", arrived, err
 }
 
-// judge says what is wrong about a request that arrived.
+// judge says what is wrong with a request that arrived.
 func (p Proxy) judge(r *http.Request) string {
 	var users, groups []string
 	for name, values := range r.Header {
@@ -293,7 +294,7 @@ func (p Proxy) judge(r *http.Request) string {
 			return fmt.Sprintf("%s: %q arrived", name, values)
 		case folded == "authorization":
 			if len(values) != 1 || p.Authorization == "" || values[0] != p.Authorization {
-				return fmt.Sprintf("%s: %q arrived, which is not the proxy's", name, values)
+				return fmt.Sprintf("%s: %q arrived, which is not the proxy's own", name, values)
 			}
 		case folded == "sec-websocket-protocol":
 			if strings.Contains(fold(strings.Join(values, ",")), "bearer-authorization") {
@@ -301,12 +302,12 @@ func (p Proxy) judge(r *http.Request) string {
 			}
 		case folded == "x-forwarded-for":
 			if p.From != "" && !slices.Equal(values, []string{p.From}) {
-				return fmt.Sprintf("%s: %q arrived; the audit log is to name %s", name, values, p.From)
+				return fmt.Sprintf("%s: %q arrived; the audit log must name %s", name, values, p.From)
 			}
 		}
 		for _, canary := range canaries {
 			if strings.Contains(strings.Join(values, ","), canary) {
-				return fmt.Sprintf("%s: %q arrived, which the client made up", name, values)
+				return fmt.Sprintf("%s: %q arrived, which the client forged", name, values)
 			}
 		}
 	}
@@ -327,10 +328,10 @@ func (p Proxy) judge(r *http.Request) string {
 	return ""
 }
 
-// canaries are in values that clients make up, and must not arrive in any header.
+// canaries are parts of forged values. They must not arrive in any header.
 var canaries = []string{forged, "stolen", "c3RvbGVu"}
 
-// fold returns the name of a header as something on the way may read it.
+// fold returns a header name in the form that lenient parsers reduce it to.
 func fold(name string) string {
 	return strings.NewReplacer("_", "-", ".", "-").Replace(strings.ToLower(name))
 }

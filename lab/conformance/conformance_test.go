@@ -22,22 +22,22 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
 
-// ways are the pitfalls that a way to a proxy stands for, rather than an attack: see
-// lab/cmd/conformance.
+// ways are the pitfalls that are about a way of reaching the proxy rather than about
+// an attack: see lab/cmd/conformance.
 var ways = []string{honestID, "2", "14", "16", "17", "20b", "36"}
 
-func TestEveryPitfallIsTriedOrShownByATest(t *testing.T) {
+func TestPitfalls_EachHasAttackOrTest(t *testing.T) {
 	const root = "../.." // of the project
 	attacked := make(map[string]bool)
 	for _, a := range attacks() {
 		attacked[a.pitfall] = true
 		if !slices.ContainsFunc(pitfalls, func(p pitfall) bool { return p.id == a.pitfall }) {
-			t.Errorf("an attack is for pitfall %q, which is none", a.pitfall)
+			t.Errorf("an attack names the unknown pitfall %q", a.pitfall)
 		}
 	}
 	for _, p := range pitfalls {
 		if !attacked[p.id] && len(p.tests) == 0 && !slices.Contains(ways, p.id) {
-			t.Errorf("pitfall %s (%s) is neither tried nor shown by a test", p.id, p.title)
+			t.Errorf("pitfall %s (%s) has neither an attack nor a test", p.id, p.title)
 		}
 		for _, test := range p.tests {
 			folder, name, _ := strings.Cut(test, ":")
@@ -68,7 +68,7 @@ func declares(t *testing.T, folder, test string) bool {
 	return false
 }
 
-// proxyOf returns a proxy that director makes of net/http/httputil's, in front of a
+// proxyOf returns net/http/httputil's proxy with the given director, in front of a
 // recorder.
 func proxyOf(t *testing.T, director func(*httputil.ProxyRequest)) Proxy {
 	t.Helper()
@@ -97,25 +97,25 @@ func asBob(r *httputil.ProxyRequest) {
 	r.Out.Header.Set("Impersonate-Group", "tailnet-readers")
 }
 
-func TestAProxyThatOnlySetsHeadersFails(t *testing.T) {
+func TestRun_ProxyThatOnlySetsHeadersFails(t *testing.T) {
 	results, err := Run(t.Context(), proxyOf(t, asBob), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, id := range []string{"4", "6", "8", "9", "10", "20a", "21"} {
 		if i := slices.IndexFunc(results, func(r Result) bool { return r.Pitfall == id }); i < 0 || len(results[i].Failures) == 0 {
-			t.Errorf("no attack of pitfall %s succeeds", id)
+			t.Errorf("no attack of pitfall %s succeeds; want one", id)
 		}
 	}
 }
 
-func TestWhatANobodySendsMustNotArrive(t *testing.T) {
+func TestRun_RequestWithoutCallerMustNotArrive(t *testing.T) {
 	p := proxyOf(t, asBob)
 	p.Nobody = true
 	wantHonestToFail(t, p)
 }
 
-func TestAnHonestRequestAsSomebodyElseIsAFailure(t *testing.T) {
+func TestRun_HonestRequestAsAnotherUserFails(t *testing.T) {
 	wantHonestToFail(t, proxyOf(t, func(*httputil.ProxyRequest) {}))
 }
 
@@ -126,25 +126,25 @@ func wantHonestToFail(t *testing.T, p Proxy) {
 		t.Fatal(err)
 	}
 	if len(results) != 1 || results[0].Pitfall != honestID || len(results[0].Failures) != 1 {
-		t.Errorf("got %+v; want one failure, of an honest request", results)
+		t.Errorf("got %+v; want one failure, that of an honest request", results)
 	}
 }
 
-func TestWhereHonestRequestsAreNotAnsweredNothingIsShown(t *testing.T) {
+func TestRun_UnansweredHonestRequestIsError(t *testing.T) {
 	for _, nobody := range []bool{false, true} {
 		p := proxyOf(t, asBob)
 		p.Nobody = nobody
 		p.Dial = func(context.Context, string, string) (net.Conn, error) { return nil, io.EOF }
 		if _, err := Run(t.Context(), p, Options{}); err == nil {
-			t.Errorf("a proxy that is not there (nobody: %v): got no error", nobody)
+			t.Errorf("an unreachable proxy (nobody: %v): got no error", nobody)
 		}
 	}
 }
 
-// What package impersonate does to headers is enough for all attacks that are about
-// them, in the hands of a proxy that does nothing for its own security: like Caddy's,
-// it removes what Connection names after everybody else has had a say.
-func TestTheHeadersOfThisModulePassAllAttacksOnHeaders(t *testing.T) {
+// The functions of package impersonate withstand all attacks on headers, even in a
+// proxy that does nothing else for its security: like Caddy's, it removes the
+// headers that Connection names after all other changes.
+func TestRun_ImpersonatePackagePassesHeaderAttacks(t *testing.T) {
 	seen := new(Recorder)
 	upstream := httptest.NewServer(seen)
 	t.Cleanup(func() { upstream.CloseClientConnections(); upstream.Close() })
@@ -153,7 +153,7 @@ func TestTheHeadersOfThisModulePassAllAttacksOnHeaders(t *testing.T) {
 		t.Fatal(err)
 	}
 	forward := &httputil.ReverseProxy{
-		Director: func(r *http.Request) { r.URL.Scheme, r.URL.Host = target.Scheme, target.Host }, //nolint:staticcheck // Rewrite would remove them before
+		Director: func(r *http.Request) { r.URL.Scheme, r.URL.Host = target.Scheme, target.Host }, //nolint:staticcheck // Rewrite would remove the headers earlier
 		ErrorLog: log.New(io.Discard, "", 0),
 	}
 	bob := impersonate.Identity{User: "bob@example.com", Groups: []string{"tailnet-readers"}}
@@ -182,7 +182,7 @@ func TestTheHeadersOfThisModulePassAllAttacksOnHeaders(t *testing.T) {
 	}
 	for _, r := range results {
 		if r.Pitfall == "20a" {
-			continue // that is about who sends a request
+			continue // about who sends the request
 		}
 		for _, f := range r.Failures {
 			t.Errorf("attack %d over %s (pitfall %s): %s\n%s", f.Attack, f.Protocol, f.Pitfall, f.Reason, f.Request)
@@ -190,9 +190,9 @@ func TestTheHeadersOfThisModulePassAllAttacksOnHeaders(t *testing.T) {
 	}
 }
 
-// A failure names an attack, which makes the same request again, and the request as
-// a command of the shell.
-func TestAFailureCanBeReplayed(t *testing.T) {
+// A failure names its attack, which sends the same request again, and has the
+// request as a shell command.
+func TestFailure_CanBeReplayed(t *testing.T) {
 	p := proxyOf(t, asBob)
 	results, err := Run(t.Context(), p, Options{First: true})
 	if err != nil {
@@ -214,7 +214,7 @@ func TestAFailureCanBeReplayed(t *testing.T) {
 	}
 	for i, a := range attacks() {
 		if !a.in(http1) || strings.Contains(a.bytesFor(p, "/conformance/0"), "\x00") || i%50 != 0 {
-			continue // a shell passes on all but NUL; some of them do
+			continue // a shell cannot pass on NUL; a sample of the others is enough
 		}
 		printed, err := exec.CommandContext(t.Context(), "sh", "-c", a.show(p, http1)).Output()
 		if err != nil {
@@ -226,7 +226,7 @@ func TestAFailureCanBeReplayed(t *testing.T) {
 	}
 }
 
-func TestTheRecorderAnswersAsThePathSays(t *testing.T) {
+func TestRecorder_AnswersWithStatusInPath(t *testing.T) {
 	seen := new(Recorder)
 	w := httptest.NewRecorder()
 	seen.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/conformance/7/status/403", nil))

@@ -13,15 +13,15 @@ import (
 )
 
 // Recorder takes the place of the API server and keeps the requests that arrive. It
-// switches to whatever protocol a request asks for, unless its path ends in
-// /status/CODE: then that is the answer.
+// switches to the protocol that a request asks to upgrade to, unless the path ends
+// in /status/CODE: then it answers with that status.
 type Recorder struct {
 	next atomic.Int64
 	mu   sync.Mutex
 	seen map[string][]*http.Request
 }
 
-// marker returns the start of a path that no other request has.
+// marker returns a unique path prefix.
 func (r *Recorder) marker() string { return "/conformance/" + strconv.FormatInt(r.next.Add(1), 10) }
 
 // take returns the requests whose path starts with marker.
@@ -33,7 +33,7 @@ func (r *Recorder) take(marker string) []*http.Request {
 	return requests
 }
 
-// takeAll returns all requests that nobody has taken, by marker.
+// takeAll returns all requests not taken yet, by marker.
 func (r *Recorder) takeAll() map[string][]*http.Request {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -44,8 +44,8 @@ func (r *Recorder) takeAll() map[string][]*http.Request {
 
 // ServeHTTP implements [http.Handler].
 func (r *Recorder) ServeHTTP(w http.ResponseWriter, req *http.Request) {
-	_, _ = io.Copy(io.Discard, req.Body) // and the trailers with it; it may be cut off
-	// By what stands in the path, wherever: a proxy may have cleaned it.
+	_, _ = io.Copy(io.Discard, req.Body) // also reads the trailers; fails if the body is cut off
+	// Look for the marker anywhere in the path, which a proxy may have cleaned.
 	path := req.URL.Path
 	if i := strings.Index(path, "/conformance/"); i >= 0 {
 		number, _, _ := strings.Cut(path[i+len("/conformance/"):], "/")
@@ -58,7 +58,7 @@ func (r *Recorder) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	}
 	if _, status, ok := strings.Cut(path, "/status/"); ok {
 		if code, err := strconv.Atoi(status); err == nil {
-			w.Header().Set("Location", "/elsewhere") // for those that need one
+			w.Header().Set("Location", "/elsewhere") // redirects need one
 			w.WriteHeader(code)
 			return
 		}

@@ -21,7 +21,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// connect connects to the proxy, speaking protocol where there is TLS.
+// connect connects to the proxy. Over TLS, it negotiates protocol.
 func (p Proxy) connect(ctx context.Context, protocol string) (net.Conn, error) {
 	conn, err := p.Dial(ctx, "tcp", p.Address)
 	if err != nil {
@@ -42,13 +42,12 @@ func (p Proxy) connect(ctx context.Context, protocol string) (net.Conn, error) {
 	return secured, nil
 }
 
-// expand replaces what stands for the path and for the proxy's name in what is
-// sent raw.
+// expand replaces the placeholders for the path and the proxy's name in raw.
 func (p Proxy) expand(raw, path string) string {
 	return strings.NewReplacer("%s", path, "%h", p.Host).Replace(raw)
 }
 
-// bytesFor returns the attack as HTTP/1.1.
+// bytesFor returns the attack's HTTP/1.1 bytes.
 func (a attack) bytesFor(p Proxy, marker string) string {
 	path, host, body := marker+a.path, p.Host, p.expand(a.body, marker)
 	if a.host != nil {
@@ -70,9 +69,9 @@ func (a attack) bytesFor(p Proxy, marker string) string {
 	return b.String()
 }
 
-// sendHTTP1 sends raw bytes over a connection of their own, and waits for an
-// answer, and for one more if they hold a second request, which need not be
-// answered. An error means that there was none.
+// sendHTTP1 sends raw bytes over a new connection and waits for an answer. If they
+// hold a second request, it also waits for the second answer, which may be missing.
+// An error means that there was no answer.
 func (p Proxy) sendHTTP1(ctx context.Context, raw string, second bool) error {
 	conn, err := p.connect(ctx, "http/1.1")
 	if err != nil {
@@ -97,8 +96,8 @@ func (p Proxy) sendHTTP1(ctx context.Context, raw string, second bool) error {
 	return resp.Body.Close()
 }
 
-// fieldsFor returns the attack as the fields of HTTP/2. Names are in lower case, as
-// anything else is malformed there.
+// fieldsFor returns the attack's HTTP/2 fields. Names are in lower case, as HTTP/2
+// requires.
 func (a attack) fieldsFor(p Proxy, marker string) []hpack.HeaderField {
 	fields := []hpack.HeaderField{
 		{Name: ":method", Value: cmp.Or(a.method, http.MethodGet)}, {Name: ":scheme", Value: "https"},
@@ -114,8 +113,7 @@ func hpackFields(fields []field) (out []hpack.HeaderField) {
 	return out
 }
 
-// sendHTTP2 sends an attack as frames over a connection of its own, and waits for an
-// answer.
+// sendHTTP2 sends an attack as frames over a new connection and waits for an answer.
 func (p Proxy) sendHTTP2(ctx context.Context, a attack, marker string) error {
 	conn, err := p.connect(ctx, "h2")
 	if err != nil {
@@ -169,8 +167,8 @@ func (p Proxy) sendHTTP2(ctx context.Context, a attack, marker string) error {
 	}
 }
 
-// sendHTTP3 sends an attack over HTTP/3, over a connection of its own, and waits for
-// an answer. CONNECT is extended CONNECT, for a WebSocket.
+// sendHTTP3 sends an attack over a new HTTP/3 connection and waits for an answer. It
+// sends CONNECT as extended CONNECT, for a WebSocket.
 func (p Proxy) sendHTTP3(ctx context.Context, a attack, marker string) error {
 	packets, address, err := p.Packets(ctx)
 	if err != nil {
@@ -201,7 +199,7 @@ func (p Proxy) sendHTTP3(ctx context.Context, a attack, marker string) error {
 	return resp.Body.Close()
 }
 
-// show returns the attack as it was sent, with a marker that can be sent again.
+// show returns the attack as it was sent, with a marker for sending it again.
 func (a attack) show(p Proxy, proto protocol) string {
 	const marker = "/conformance/0"
 	if proto == http1 {
@@ -218,7 +216,7 @@ func (a attack) show(p Proxy, proto protocol) string {
 	return b.String()
 }
 
-// printfEscape returns what a shell's printf, given it in single quotes, makes raw.
+// printfEscape escapes raw for the shell's printf, in single quotes.
 func printfEscape(raw string) string {
 	var b strings.Builder
 	for _, c := range []byte(raw) {

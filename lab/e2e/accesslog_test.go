@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-func TestTheAccessLogNamesTheUser(t *testing.T) {
+func TestAccessLog_NamesUser(t *testing.T) {
 	const path = "/api/v1/namespaces/default/pods?labelSelector=access-log"
 	if resp := send(t, "bob", "80", get(path)); resp.StatusCode != http.StatusOK {
 		t.Fatalf("%s %s", resp.Status, resp.body)
@@ -24,8 +24,8 @@ func TestTheAccessLogNamesTheUser(t *testing.T) {
 	})
 }
 
-// loggedUser returns the user that the access log names for a request of that
-// path, or io.EOF if it has none yet.
+// loggedUser returns the user in the access log's entry for a request of that path,
+// or io.EOF if there is no entry yet.
 func loggedUser(path string) (string, error) {
 	file, err := os.Open(theLab.Log("caddy"))
 	if err != nil {

@@ -22,9 +22,9 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// erinsRights are what erin may act as. What starts with "old" she may by the verb
-// impersonate, what starts with "new" by the constrained form, and that for some
-// requests only.
+// erinsRights are erin's rights to impersonate. Names that start with "old" are
+// covered by the verb impersonate, names that start with "new" by constrained
+// impersonation, and only for some requests.
 const erinsRights = `
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
@@ -64,7 +64,7 @@ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: e2e-act-as}
 subjects:
 - {apiGroup: rbac.authorization.k8s.io, kind: User, name: erin@example.com}
 ---
-# A right that comes with a group, and one on as much as anybody may ask for.
+# A right granted to a group, and one with wildcards.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {name: e2e-act-as-by-group}
@@ -92,13 +92,13 @@ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: e2e-act-
 subjects:
 - {apiGroup: rbac.authorization.k8s.io, kind: Group, name: system:authenticated}
 ---
-# What the proxy's account has to be allowed for what these ask for.
+# The rights that the proxy's account needs for these requests.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {name: e2e-act-as-proxy}
 rules:
 - {apiGroups: [authentication.k8s.io], verbs: [impersonate], resources: [uids, userextras/scopes, userextras/example.com/role, userextras/example.com/other]}
-- {apiGroups: [""], verbs: [impersonate], resources: [groups]} # beside those of the policy file
+- {apiGroups: [""], verbs: [impersonate], resources: [groups]} # in addition to those of the policy file
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -108,7 +108,7 @@ subjects:
 - {kind: ServiceAccount, name: proxy, namespace: tailscale-impersonate}
 `
 
-// erinDirectly is erin with a certificate of her own, at the API server itself.
+// erinDirectly returns a configuration with which erin calls the API server directly, with a certificate.
 func erinDirectly(t *testing.T) *rest.Config {
 	t.Helper()
 	config, err := theLab.Cluster.As("erin@example.com", "b", "a", "c")
@@ -125,7 +125,7 @@ func giveErinRights(t *testing.T) {
 	if err := theLab.Cluster.Apply(t.Context(), []byte(erinsRights)); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { // so that the other tests do not find the proxy with more rights than it needs
+	t.Cleanup(func() { // the other tests need a proxy without unnecessary rights
 		if _, stderr, err := runKubectl(t, theLab.AdminKubeconfig(), nil, "delete", "clusterrolebinding", "e2e-act-as-proxy", "--ignore-not-found"); err != nil {
 			t.Errorf("taking the proxy's rights away: %v: %s", err, stderr)
 		}
@@ -149,7 +149,7 @@ const (
 	version    = "get /version"
 )
 
-// dotless encodes the dots in the names of headers.
+// dotless encodes dots in header names.
 type dotless struct{ http.RoundTripper }
 
 func (d dotless) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -163,10 +163,10 @@ func (d dotless) RoundTrip(r *http.Request) (*http.Response, error) {
 	return d.RoundTripper.RoundTrip(r)
 }
 
-// outcome is what became of a request.
+// outcome is the result of a request.
 type outcome struct {
 	Who     authenticationv1.UserInfo // of selfReview
-	Refused string                    // the API server's, or the proxy's, words
+	Refused string                    // the refusal's message
 	Code    int32
 }
 
@@ -202,9 +202,9 @@ func do(ctx context.Context, config *rest.Config, as rest.ImpersonationConfig, r
 	return o, err
 }
 
-// Whatever erin asks for with a certificate of her own, at the API server itself, and
-// over the tailnet, comes to the same.
-func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
+// A request of erin's has the same outcome over the tailnet as directly at the API
+// server, with a certificate.
+func TestActAs_DecidesLikeAPIServer(t *testing.T) {
 	giveErinRights(t)
 	direct := erinDirectly(t)
 	proxied, err := theLab.Callers["erin"].REST()
@@ -213,8 +213,8 @@ func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
 	}
 	proxied.Host, proxied.TLSClientConfig, proxied.QPS = "http://"+lab.ProxyName+":"+portAuthorize, rest.TLSClientConfig{}, -1
 
-	// Caddy drops headers with dots in their names. Encoded, they are the same to
-	// the API server.
+	// Caddy drops headers with dots in their names. The API server decodes them, so
+	// encoded ones mean the same.
 	proxied.WrapTransport = func(rt http.RoundTripper) http.RoundTripper { return dotless{rt} }
 
 	as := func(user string, groups ...string) rest.ImpersonationConfig {
@@ -274,7 +274,7 @@ func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
 		{as(account+"old-account", "old-group"), selfReview, true},
 		{as(account+"old-account", "nobodys"), selfReview, false},
 		{uid(as(account+"old-account"), "old-uid"), selfReview, true},
-		{as("system:serviceaccount:default"), selfReview, false}, // is none
+		{as("system:serviceaccount:default"), selfReview, false}, // not a valid service account
 		{as("system:node:old-node"), selfReview, true},
 		{as("system:node:nobodys"), selfReview, false},
 		{as("system:node:old-node", "old-group"), selfReview, true},
@@ -282,7 +282,7 @@ func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
 		{as("system:kube-scheduler"), selfReview, true},
 		{as("system:kube-controller-manager"), selfReview, false},
 
-		// The constrained form, which goes by the request as well.
+		// Constrained impersonation, which also depends on the request.
 		{as("new-user"), selfReview, true},
 		{as("new-user"), pods, true},
 		{as("new-user"), secrets, false},
@@ -292,7 +292,7 @@ func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
 		{as("new-user", "nobodys"), selfReview, false},
 		{as("new-user", "system:masters"), selfReview, false},
 		{as("new-user", "g1", "g2", "g3"), selfReview, false},
-		{as("new-user", "g1", "g2", "g3", "g4"), selfReview, true}, // from four on, "*" is enough
+		{as("new-user", "g1", "g2", "g3", "g4"), selfReview, true}, // for four or more, "*" suffices
 		{as("new-user", "g1", "g2", "g3", "system:masters"), selfReview, false},
 		{uid(as("new-user"), "new-uid"), selfReview, true},
 		{uid(as("new-user"), "old-uid"), selfReview, false},
@@ -307,7 +307,7 @@ func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
 		{as("system:node:new-node"), pods, false},
 		{uid(as("system:node:new-node"), "new-uid"), selfReview, false},
 
-		// Half of each form is none of them.
+		// Half of a right by each form is not a right.
 		{as("old-user", "new-group"), selfReview, false},
 		{as("new-user", "old-group"), selfReview, false},
 		{uid(as("old-user"), "new-uid"), selfReview, false},
@@ -337,17 +337,17 @@ func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
 			}
 			refused := strings.Contains(want.Refused, `User "erin@example.com" cannot impersonate`)
 			if refused == row.may {
-				t.Errorf("the API server says %q to erin herself; want her to be let through: %t", want.Refused, row.may)
+				t.Errorf("the API server answers erin directly with %q; want it to let her through: %t", want.Refused, row.may)
 			}
 			if refused {
 				if got.Code != want.Code || !strings.HasPrefix(got.Refused, "tailscale_impersonate: ") || !strings.Contains(got.Refused, want.Refused) {
-					t.Errorf("the proxy says %d %q; want the refusal that the API server gives: %d %q", got.Code, got.Refused, want.Code, want.Refused)
+					t.Errorf("the proxy answers %d %q; want the API server's refusal: %d %q", got.Code, got.Refused, want.Code, want.Refused)
 				}
 				return
 			}
 			if row.request == selfReview && got.Refused == "" {
 				if got.Who.Extra[impersonate.ExtraOriginalUser] == nil {
-					t.Errorf("the extra fields are %v; want erin to be in them", got.Who.Extra)
+					t.Errorf("the extra fields are %v; want them to name erin", got.Who.Extra)
 				}
 				for _, key := range impersonate.OriginalExtras {
 					delete(got.Who.Extra, key)
@@ -357,7 +357,7 @@ func TestActingAsSomebodyElseIsDecidedAsByTheAPIServer(t *testing.T) {
 				}
 			}
 			if diff := cmp.Diff(want, got); diff != "" {
-				t.Errorf("the proxy comes to something else (-direct +proxied):\n%s", diff)
+				t.Errorf("different outcome through the proxy (-direct +proxied):\n%s", diff)
 			}
 		})
 	}

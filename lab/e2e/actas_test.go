@@ -17,7 +17,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-func TestKubectlAsWorksForWhoMay(t *testing.T) {
+func TestActAs_AllowedUserIsImpersonated(t *testing.T) {
 	useOlderVerb(t)
 	kubeconfig := kubeconfigFor(t, "alice", portAuthorize)
 	got := whoAmIAt(t, kubeconfig, "--as", "bob@example.com", "--as-group", "tailnet-readers")
@@ -33,17 +33,17 @@ func TestKubectlAsWorksForWhoMay(t *testing.T) {
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("kubectl auth whoami --as (-want +got):\n%s", diff)
 	}
-	// Alice, who may do anything, has asked to be somebody who may not.
+	// While alice acts as bob, she has only bob's rights.
 	_, stderr, err := runKubectl(t, kubeconfig, nil, "get", "secrets", "--as", "bob@example.com")
 	if err == nil || !strings.Contains(stderr, `User "bob@example.com" cannot list resource "secrets"`) {
-		t.Errorf("alice as bob reads secrets: %v %s", err, stderr)
+		t.Errorf("alice reading secrets as bob: %v %s; want a refusal that names bob", err, stderr)
 	}
 	if _, stderr, err := runKubectl(t, kubeconfig, nil, "get", "secrets"); err != nil {
 		t.Errorf("alice as herself: %v %s", err, stderr)
 	}
 }
 
-func TestKubectlAsSaysWhichPermissionIsMissing(t *testing.T) {
+func TestActAs_RefusalNamesMissingPermission(t *testing.T) {
 	kubeconfig := kubeconfigFor(t, "dave", portAuthorize)
 	for _, tt := range []struct {
 		args []string
@@ -62,17 +62,17 @@ func TestKubectlAsSaysWhichPermissionIsMissing(t *testing.T) {
 	} {
 		_, stderr, err := runKubectl(t, kubeconfig, nil, tt.args...)
 		if err == nil {
-			t.Errorf("kubectl %s went through", tt.args)
+			t.Errorf("kubectl %s succeeded; want a refusal", tt.args)
 		}
 		for _, want := range append(tt.want, "Forbidden") {
 			if !strings.Contains(stderr, want) {
-				t.Errorf("kubectl %s prints %q; want it to say %q", tt.args, stderr, want)
+				t.Errorf("kubectl %s printed %q; want %q", tt.args, stderr, want)
 			}
 		}
 	}
 }
 
-func TestTheAuditLogKnowsWhoActsAsWhom(t *testing.T) {
+func TestActAs_AuditLogNamesBothUsers(t *testing.T) {
 	giveErinRights(t)
 	const uri = "/api/v1/namespaces/default/pods?labelSelector=acting"
 	log := tail(t, theLab.Cluster.AuditLog())
@@ -96,8 +96,8 @@ func TestTheAuditLogKnowsWhoActsAsWhom(t *testing.T) {
 	}
 }
 
-// What erin may act as by RBAC is more than what the site lets anybody be.
-func TestGuardRailsHoldForWhomSomebodyActsAs(t *testing.T) {
+// RBAC lets erin act as more users and groups than the site's limits allow.
+func TestActAs_LimitsApplyToTarget(t *testing.T) {
 	giveErinRights(t)
 	kubeconfig := kubeconfigFor(t, "erin", portAuthorizeRails)
 	for _, tt := range []struct {
@@ -121,9 +121,9 @@ func TestGuardRailsHoldForWhomSomebodyActsAs(t *testing.T) {
 	}
 }
 
-// Impersonation headers that the API server does not know, or reads in a way of its
-// own, are refused before it is asked anything.
-func TestImpersonationHeadersThatAreNotKubectlsAreRefused(t *testing.T) {
+// Impersonation headers that the API server does not know, or parses in its own way,
+// are refused before the API server is asked.
+func TestActAs_UnusualHeadersAreRefused(t *testing.T) {
 	for _, lines := range [][]string{
 		{"Impersonate-Group: system:masters"},
 		{"Impersonate-User: bob@example.com", "Impersonate-User: system:admin"},
@@ -138,26 +138,26 @@ func TestImpersonationHeadersThatAreNotKubectlsAreRefused(t *testing.T) {
 	}
 }
 
-// Caddy lets headers with dots in their names through only if it is told to.
-func TestExtraFieldsWithADomainPassIfCaddyExpectsThem(t *testing.T) {
+// Caddy drops headers with dots in their names unless it is configured not to.
+func TestActAs_ExtraKeyWithDotsPassesWhenCaddyAllowsIt(t *testing.T) {
 	giveErinRights(t)
 	resp := send(t, "erin", portAuthorize, request("POST", "/apis/authentication.k8s.io/v1/selfsubjectreviews", `{"apiVersion":"authentication.k8s.io/v1","kind":"SelfSubjectReview"}`,
 		"Content-Type: application/json", "Impersonate-User: old-user", "Impersonate-Extra-example.com%2Frole: old-value"))
 	if want := `"example.com/role":["old-value"]`; resp.StatusCode != http.StatusCreated || !strings.Contains(resp.body, want) {
-		t.Errorf("%s %s; want it to say %s", resp.Status, resp.body, want)
+		t.Errorf("%s %s; want it to contain %s", resp.Status, resp.body, want)
 	}
 	resp = send(t, "erin", portAuthorize, get("/version", "Impersonate-User: old-user", "Impersonate-Extra-example.com%2Frole: nobodys"))
 	if resp.StatusCode != http.StatusForbidden {
-		t.Errorf("a value that erin may not ask for: %s %s; want 403", resp.Status, resp.body)
+		t.Errorf("a value that erin may not use: %s %s; want 403", resp.Status, resp.body)
 	}
 }
 
-func TestKubectlAsIsNotSentByAnotherTransport(t *testing.T) {
+func TestActAs_OtherTransportIsRefused(t *testing.T) {
 	plain.take()
 	resp := send(t, "alice", portAuthorizeHTTP, get("/api", "Impersonate-User: bob@example.com"))
 	wantNothing(t, plain.take(), resp.StatusCode, http.StatusServiceUnavailable)
 	if !strings.Contains(resp.body, "transport kubernetes, which kubectl --as needs") {
-		t.Errorf("the answer is %s; want it to say what is needed", resp.body)
+		t.Errorf("the answer is %s; want it to name the transport that is needed", resp.body)
 	}
 	send(t, "alice", portAuthorizeHTTP, get("/api"))
 	if requests := plain.take(); len(requests) != 1 || requests[0].Header.Get("Impersonate-User") != "alice@example.com" {
@@ -165,8 +165,8 @@ func TestKubectlAsIsNotSentByAnotherTransport(t *testing.T) {
 	}
 }
 
-// Dave may act as a viewer, opens a watch as that, and may no longer.
-func TestARightToActThatIsWithdrawnEndsOpenStreams(t *testing.T) {
+// Dave opens a watch as a viewer, and then loses the right to act as that user.
+func TestActAs_RevokedRightEndsOpenStreams(t *testing.T) {
 	const rights = `
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
@@ -223,9 +223,9 @@ subjects:
 	carols.want(t, "MODIFIED")
 }
 
-// Without the right to ask, nothing is let through, and the answer says what is
-// missing.
-func TestAProxyThatMayNotAskRefuses(t *testing.T) {
+// Without the right to create SubjectAccessReviews, the proxy refuses kubectl --as,
+// and the refusal names the missing right.
+func TestActAs_ProxyWithoutReviewRightRefuses(t *testing.T) {
 	useOlderVerb(t)
 	admin := theLab.AdminKubeconfig()
 	stdout, stderr, err := runKubectl(t, admin, nil, "get", "clusterrolebinding", "tailscale-impersonate-act-as", "-o", "json")
@@ -250,12 +250,12 @@ func TestAProxyThatMayNotAskRefuses(t *testing.T) {
 		if err := theLab.Cluster.Apply(context.Background(), restored); err != nil {
 			t.Error(err)
 		}
-		eventually(t, "the right to ask is back", func() error { _, err := asBob(); return err })
+		eventually(t, "the proxy's right to ask is restored", func() error { _, err := asBob(); return err })
 	})
 	if _, stderr, err := runKubectl(t, admin, nil, "delete", "clusterrolebinding", "tailscale-impersonate-act-as"); err != nil {
 		t.Fatal(stderr)
 	}
-	eventually(t, "the right to ask is gone", func() error {
+	eventually(t, "the proxy's right to ask is removed", func() error {
 		stderr, err := asBob()
 		if err == nil || !strings.Contains(stderr, `cannot create resource "subjectaccessreviews"`) {
 			return fmt.Errorf("%w %s", err, stderr)

@@ -21,9 +21,9 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
-// The parser has to say what the API server's audit log says, about every spelling,
-// and what it calls ambiguous has to be nothing that anybody needs.
-func TestTheParserSaysWhatTheAuditLogSays(t *testing.T) {
+// For each spelling, the parser agrees with the API server's audit log. Only
+// requests that no client needs are ambiguous.
+func TestRequestInfo_AgreesWithAuditLog(t *testing.T) {
 	const (
 		ns          = "/api/v1/namespaces/default"
 		pod         = ns + "/pods/web"
@@ -56,7 +56,7 @@ func TestTheParserSaysWhatTheAuditLogSays(t *testing.T) {
 		{"OPTIONS", ns + "/pods", ordinary, 405},
 		{"PROPFIND", ns + "/pods", ordinary, 405},
 
-		// Spellings of the same.
+		// Other spellings.
 		{"GET", "/api/v1/pods/", ordinary, 200},
 		{"GET", ns + "/s%65crets", ordinary, 200},
 		{"GET", ns + "/s%65crets/", ordinary, 200},
@@ -64,7 +64,7 @@ func TestTheParserSaysWhatTheAuditLogSays(t *testing.T) {
 		{"GET", "/API/v1/pods", ordinary, 404},
 		{"GET", "http://elsewhere" + ns + "/pods", ordinary, 200},
 
-		// Shells and tunnels. Without an upgrade, exec and attach are refused.
+		// Shells and tunnels. Without an upgrade, the API server refuses exec and attach.
 		{"GET", pod + "/exec?command=true&stdout=1", interactive, 400},
 		{"POST", pod + "/%65xec?command=true&stdout=1", interactive, 400},
 		{"POST", pod + "/exec/?command=true&stdout=1", interactive, 400},
@@ -78,7 +78,7 @@ func TestTheParserSaysWhatTheAuditLogSays(t *testing.T) {
 		{"GET", ns + "/services/https:none:443/proxy/a%2Fb//c/./d/../e", interactive, 404},
 		{"GET", ns + "/services/none/prox%79//x", interactive, 503},
 
-		// What is left has no use, but two spellings of one.
+		// Paths that could be read in two ways. No client needs them.
 		{"GET", ns + "/secrets%2Fnone", ambiguous, 404},
 		{"GET", ns + "/pods%2fweb", ambiguous, 200},
 		{"GET", ns + "/pods/web%2Flog?tailLines=1", ambiguous, 200},
@@ -112,7 +112,7 @@ func TestTheParserSaysWhatTheAuditLogSays(t *testing.T) {
 				t.Errorf("the API server answers %d; want %d", status, tt.status)
 			}
 			if tt.status == http.StatusInternalServerError {
-				return // the API server's own parser gave up, before the audit log
+				return // the API server's parser fails before it writes to the audit log
 			}
 			eventually(t, "the audit log has the request", func() error {
 				for _, line := range audit.lines(t) {
@@ -132,13 +132,13 @@ func TestTheParserSaysWhatTheAuditLogSays(t *testing.T) {
 					}
 					return nil
 				}
-				return errors.New("it has not")
+				return errors.New("no such event")
 			})
 		})
 	}
 }
 
-// asked is what the audit log says that a request asks for.
+// asked is what a request asks for, according to the audit log.
 type asked struct {
 	Verb      string
 	ObjectRef *objectRef
@@ -146,8 +146,8 @@ type asked struct {
 
 type objectRef struct{ APIGroup, APIVersion, Resource, Subresource, Namespace, Name string }
 
-// askAPIServer writes a request as it is to the API server, as its administrator,
-// and returns the status of the answer.
+// askAPIServer writes a raw request to the API server as the administrator, and
+// returns the status of the answer.
 func askAPIServer(t *testing.T, method, raw string) int {
 	t.Helper()
 	config := theLab.Cluster.Admin()

@@ -28,7 +28,7 @@ func kubeconfigFor(t *testing.T, caller, port string) string {
 	return path
 }
 
-// userInfo is who the API server takes somebody for.
+// userInfo is a user as the API server sees it.
 type userInfo struct {
 	Username string
 	UID      string
@@ -36,7 +36,7 @@ type userInfo struct {
 	Extra    map[string][]string
 }
 
-// whoAmIAt has `kubectl auth whoami` say who the API server takes a caller for.
+// whoAmIAt returns the user that `kubectl auth whoami` prints for a caller.
 func whoAmIAt(t *testing.T, kubeconfig string, args ...string) userInfo {
 	t.Helper()
 	stdout, stderr, err := runKubectl(t, kubeconfig, nil, append([]string{"auth", "whoami", "-o", "json"}, args...)...)
@@ -50,8 +50,8 @@ func whoAmIAt(t *testing.T, kubeconfig string, args ...string) userInfo {
 	return review.Status.UserInfo
 }
 
-// device says what the tailnet knows about a caller: its address, the ID of its
-// node and that of its user.
+// device returns what the tailnet knows about a caller: its address, its node ID and
+// its user ID.
 func device(t *testing.T, caller string) (address, nodeID, userID string) {
 	t.Helper()
 	client, err := theLab.Callers[caller].Server.LocalClient()
@@ -65,7 +65,7 @@ func device(t *testing.T, caller string) (address, nodeID, userID string) {
 	return status.Self.TailscaleIPs[0].String(), string(status.Self.ID), fmt.Sprint(int64(status.Self.UserID))
 }
 
-func TestKubectlAuthWhoamiShowsTheDevice(t *testing.T) {
+func TestAudit_KubectlWhoamiShowsDevice(t *testing.T) {
 	for _, tt := range []struct {
 		caller string
 		source string
@@ -100,7 +100,7 @@ func TestKubectlAuthWhoamiShowsTheDevice(t *testing.T) {
 	}
 }
 
-// auditEvent is what is looked at of an event of the API server's audit log.
+// auditEvent has the fields of an audit event that tests check.
 type auditEvent struct {
 	AuditID          string
 	RequestURI       string
@@ -112,8 +112,7 @@ type auditEvent struct {
 	SourceIPs        []string
 }
 
-// audited waits for the event of the request for a path, in what was added to the
-// audit log.
+// audited waits until the audit log has the event of the request for a path.
 func audited(t *testing.T, log *tailed, uri string) auditEvent {
 	t.Helper()
 	var found auditEvent
@@ -125,12 +124,12 @@ func audited(t *testing.T, log *tailed, uri string) auditEvent {
 				return nil
 			}
 		}
-		return errors.New("it has not")
+		return errors.New("no such entry")
 	})
 	return found
 }
 
-func TestTheAuditLogKnowsTheDevice(t *testing.T) {
+func TestAudit_LogNamesDevice(t *testing.T) {
 	const uri = "/api/v1/namespaces/default/pods?labelSelector=audit-log"
 	log, access := tail(t, theLab.Cluster.AuditLog()), tail(t, theLab.Log("caddy"))
 	if resp := send(t, "ci", portAudit, get(uri, "X-Forwarded-For: 192.0.2.1")); resp.StatusCode != 200 {
@@ -139,14 +138,14 @@ func TestTheAuditLogKnowsTheDevice(t *testing.T) {
 	event := audited(t, log, uri)
 	address, nodeID, _ := device(t, "ci")
 	if event.User.Username != "system:serviceaccount:tailscale-impersonate:proxy" || event.ImpersonatedUser == nil {
-		t.Fatalf("got event %+v; want the proxy that impersonates somebody", event)
+		t.Fatalf("got event %+v; want the proxy impersonating a user", event)
 	}
 	who := *event.ImpersonatedUser
 	if who.Username != "ci."+lab.Domain || who.UID != nodeID || who.Extra[impersonate.ExtraTags][0] != "tag:k8s-readers" || who.Extra[impersonate.ExtraAddress][0] != address {
-		t.Errorf("the audit log says %+v; want ci, its ID %s, its tag and its address", who, nodeID)
+		t.Errorf("the audit log has %+v; want ci, its ID %s, its tag and its address", who, nodeID)
 	}
 	if id := who.Extra[impersonate.ExtraRequestID]; len(id) != 1 || id[0] != event.AuditID {
-		t.Errorf("the request is called %q, and %s by the audit log", id, event.AuditID)
+		t.Errorf("the request ID is %q, but %s in the audit log", id, event.AuditID)
 	}
 	eventually(t, "the access log has the request's ID", func() error {
 		for _, line := range access.lines(t) {
@@ -154,12 +153,12 @@ func TestTheAuditLogKnowsTheDevice(t *testing.T) {
 				return nil
 			}
 		}
-		return errors.New("it has not")
+		return errors.New("no such entry")
 	})
 }
 
-// The policy of the examples, and RBAC that would let all of them.
-func TestAnAdmissionPolicyGoesByTheDevicesTag(t *testing.T) {
+// The examples' policy refuses callers that RBAC would allow.
+func TestAudit_AdmissionPolicySeesDeviceTag(t *testing.T) {
 	root, err := lab.Root()
 	if err != nil {
 		t.Fatal(err)
@@ -189,7 +188,7 @@ subjects:
 	}
 	cleanUp := func(args ...string) {
 		t.Cleanup(func() {
-			// A policy that is gone holds for a moment more.
+			// A deleted policy stays in force for a short time.
 			eventually(t, "the end of "+args[0], func() error {
 				if _, stderr, err := runKubectl(t, admin, nil, append([]string{"delete", "--ignore-not-found"}, args...)...); err != nil {
 					return fmt.Errorf("%w: %s", err, stderr)
@@ -223,10 +222,10 @@ subjects:
 	})
 	for _, tt := range []struct{ why, caller, port string }{
 		{"another tag", "ci", portAudit},
-		{"the tag, but the API server is not told", "ops", "80"},
+		{"the tag, but no audit extras", "ops", "80"},
 	} {
 		if stderr, err := remove(tt.caller, tt.port); err == nil || !strings.Contains(stderr, refusal) {
-			t.Errorf("%s: %s deleting: %v %s; want the policy to refuse", tt.why, tt.caller, err, stderr)
+			t.Errorf("%s: %s deleting: %v %s; want the policy's refusal", tt.why, tt.caller, err, stderr)
 		}
 	}
 	if stderr, err := remove("ops", portAudit); err != nil {

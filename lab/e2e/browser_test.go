@@ -9,11 +9,11 @@ import (
 	"testing"
 )
 
-// What a web page on alice's device sends carries alice's identity like a cookie.
-// Each attack is made against the real API server, next to the same request from
-// where it is allowed, which has to work for the attack to have been one.
+// Requests that a web page makes on alice's device carry alice's identity, as with a
+// cookie. Each attack on the real API server comes with a control: the same request
+// in an allowed form, which has to succeed.
 
-func TestACrossSitePostChangesNothing(t *testing.T) {
+func TestBrowser_CrossSitePostChangesNothing(t *testing.T) {
 	const path = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
 	binding := func(name string) string {
 		body, err := json.Marshal(map[string]any{
@@ -30,7 +30,7 @@ func TestACrossSitePostChangesNothing(t *testing.T) {
 	t.Cleanup(func() { kubectl(t, "alice", "delete", "clusterrolebinding", "--ignore-not-found", "attack", "control") })
 
 	if resp := send(t, "alice", "80", request("POST", path, binding("control"))); resp.StatusCode != http.StatusCreated {
-		t.Fatalf("without a page in between: %s %s; want 201, or the attack shows nothing", resp.Status, resp.body)
+		t.Fatalf("the control, without a web page: %s %s; want 201", resp.Status, resp.body)
 	}
 	for _, page := range [][]string{
 		{"Origin: https://evil.example.com"},
@@ -49,35 +49,35 @@ func TestACrossSitePostChangesNothing(t *testing.T) {
 	}
 }
 
-func TestACrossSiteWebSocketReadsNothing(t *testing.T) {
+func TestBrowser_CrossSiteWebSocketReadsNothing(t *testing.T) {
 	watch := func(headers ...string) string {
 		return get("/api/v1/namespaces/default/secrets?watch=true", append(headers,
 			"Connection: Upgrade", "Upgrade: websocket",
 			"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13")...)
 	}
-	// The API server takes a WebSocket from any page, as long as it is from one.
+	// The API server accepts a WebSocket from a page of any origin.
 	if status := statusOf(t, "alice", portOrigins, watch("Origin: https://dashboard.example.com")); status != http.StatusSwitchingProtocols {
-		t.Fatalf("where the config allows the page: %d; want 101, or the attack shows nothing", status)
+		t.Fatalf("the control, with an allowed origin: %d; want 101", status)
 	}
 	if status := statusOf(t, "alice", "80", watch("Origin: https://evil.example.com")); status != http.StatusForbidden {
 		t.Errorf("a web page's WebSocket is answered with %d; want 403", status)
 	}
 }
 
-func TestDNSRebindingIsRefused(t *testing.T) {
+func TestBrowser_DNSRebindingIsRefused(t *testing.T) {
 	const path = "/api/v1/namespaces/default/secrets"
 	if resp := send(t, "alice", "80", get(path)); resp.StatusCode != http.StatusOK {
-		t.Fatalf("under the node's own name: %s %s; want 200, or the attack shows nothing", resp.Status, resp.body)
+		t.Fatalf("the control, under the node's own name: %s %s; want 200", resp.Status, resp.body)
 	}
 	for _, host := range []string{"evil.example.com", "k8s.evil.example.com", "100.64.0.99", "localhost", "evil.example.com:80"} {
 		resp := send(t, "alice", "80", get(path, "Host: "+host, "Sec-Fetch-Site: same-origin"))
 		if resp.StatusCode != http.StatusForbidden || !strings.Contains(resp.body, "allow_hosts") {
-			t.Errorf("host %s: %s %s; want 403 and what to change", host, resp.Status, resp.body)
+			t.Errorf("host %s: %s %s; want 403 and advice", host, resp.Status, resp.body)
 		}
 	}
 }
 
-func TestOriginsAndHostsThatTheConfigAllows(t *testing.T) {
+func TestBrowser_ConfiguredOriginsAndHostsAreAllowed(t *testing.T) {
 	for _, headers := range [][]string{
 		{"Origin: https://dashboard.example.com"},
 		{"Origin: https://dashboard.example.com", "Sec-Fetch-Site: cross-site"},

@@ -30,13 +30,13 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
 )
 
-// informer is one of client-go's, for configmaps, with a watch of its own.
+// informer is a client-go informer for configmaps, with a watch of its own.
 type informer struct{ names chan string }
 
 // want waits until the informer has seen an object of that name.
 func (i *informer) want(t *testing.T, name string) {
 	t.Helper()
-	// A reflector that was cut off waits for up to 30 s before it tries again.
+	// A reflector whose connection broke waits up to 30 s before it retries.
 	timeout := time.NewTimer(time.Minute)
 	defer timeout.Stop()
 	for {
@@ -46,7 +46,7 @@ func (i *informer) want(t *testing.T, name string) {
 				return
 			}
 		case <-timeout.C:
-			t.Fatalf("an informer has not seen configmap %s within a minute", name)
+			t.Fatalf("an informer did not see configmap %s within a minute", name)
 		}
 	}
 }
@@ -63,7 +63,7 @@ func informers(t *testing.T, caller string, n int) []*informer {
 
 func startInformers(t *testing.T, config *rest.Config, n int) (started []*informer) {
 	t.Helper()
-	config.QPS = -1 // no limit of the client's own
+	config.QPS = -1 // no rate limit in the client
 	client, err := kubernetes.NewForConfig(config)
 	if err != nil {
 		t.Fatal(err)
@@ -71,7 +71,7 @@ func startInformers(t *testing.T, config *rest.Config, n int) (started []*inform
 	ctx, cancel := context.WithCancel(context.Background())
 	for range n {
 		i := &informer{names: make(chan string, 1000)}
-		// A factory of its own: informers of one factory share their watches.
+		// Each has its own factory, as informers of one factory share their watches.
 		factory := clientinformers.NewSharedInformerFactoryWithOptions(client, 0, clientinformers.WithNamespace("default"))
 		shared := factory.Core().V1().ConfigMaps().Informer()
 		if _, err := shared.AddEventHandler(cache.ResourceEventHandlerFuncs{
@@ -83,14 +83,14 @@ func startInformers(t *testing.T, config *rest.Config, n int) (started []*inform
 		t.Cleanup(factory.Shutdown)
 		started = append(started, i)
 		if !cache.WaitForCacheSync(t.Context().Done(), shared.HasSynced) {
-			t.Fatal("an informer has not read what there is")
+			t.Fatal("an informer has not synced")
 		}
 	}
-	t.Cleanup(cancel) // before the factories wait for their informers
+	t.Cleanup(cancel) // runs before the factories wait for their informers
 	return started
 }
 
-func TestTwentyInformersShareOneConnection(t *testing.T) {
+func TestInformers_TwentyShareOneConnection(t *testing.T) {
 	const n = 20
 	config, err := theLab.Callers["bob"].REST()
 	if err != nil {
@@ -124,15 +124,15 @@ func TestTwentyInformersShareOneConnection(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Idle ones may come and go meanwhile, but not one for each watch.
+	// Idle connections may come and go, but not one for each watch.
 	if more := after - before; more > 3 {
 		t.Errorf("%d watches took %d more connections from Caddy to the API server; want at most a few", n, more)
 	}
-	t.Logf("%d watches over %d connections to Caddy; from Caddy to the API server are %d, %d more than before", n, dialled.Load(), after, after-before)
+	t.Logf("%d watches over %d connections to Caddy; Caddy has %d connections to the API server, %d more than before", n, dialled.Load(), after, after-before)
 }
 
 // connectionsTo returns how many connections this process has to a server on
-// loopback: those of Caddy, and the lab's own.
+// loopback. They are Caddy's and the lab's own.
 func connectionsTo(server string) (n int, err error) {
 	if runtime.GOOS != "linux" {
 		return 0, errors.New("only Linux has /proc/net/tcp")
@@ -176,7 +176,7 @@ func sockets() (map[string]bool, error) {
 	for _, file := range files {
 		target, err := os.Readlink(filepath.Join("/proc/self/fd", file.Name()))
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // closed meanwhile
+			continue // closed since
 		}
 		if err != nil {
 			return nil, err
@@ -186,7 +186,7 @@ func sockets() (map[string]bool, error) {
 	return found, nil
 }
 
-func TestHelmInstallsAndUpgradesAChart(t *testing.T) {
+func TestHelm_InstallsAndUpgradesChart(t *testing.T) {
 	chart := t.TempDir()
 	for name, content := range map[string]string{
 		"Chart.yaml":  "apiVersion: v2\nname: greeting\nversion: 0.1.0\n",
@@ -209,7 +209,7 @@ data:
 	}
 	const release = "e2e"
 	if _, stderr, err := helm(t, "bob", "install", release, chart); err == nil || !strings.Contains(stderr, `User "bob@example.com" cannot`) {
-		t.Errorf("bob, who may only view, installs: %v: %s; want the API server's refusal", err, stderr)
+		t.Errorf("bob, who may only view, installing: %v: %s; want the API server's refusal", err, stderr)
 	}
 	run := func(args ...string) string {
 		t.Helper()
@@ -226,33 +226,32 @@ data:
 	run("install", release, chart, "--set", "word=hello")
 	defer run("uninstall", release, "--ignore-not-found")
 	if got := word(); got != "hello" {
-		t.Errorf("after the installation the configmap says %q; want hello", got)
+		t.Errorf("after the installation, the configmap has %q; want hello", got)
 	}
 	run("upgrade", release, chart, "--set", "word=goodbye")
 	if got := word(); got != "goodbye" {
-		t.Errorf("after the upgrade the configmap says %q; want goodbye", got)
+		t.Errorf("after the upgrade, the configmap has %q; want goodbye", got)
 	}
 	if got := strings.Fields(run("list", "--no-headers")); len(got) < 3 || got[0] != release || got[2] != "2" {
-		t.Errorf("helm list says %q; want %s at revision 2", got, release)
+		t.Errorf("helm list printed %q; want %s at revision 2", got, release)
 	}
 	if got := run("get", "values", release, "-o", "json"); strings.TrimSpace(got) != `{"word":"goodbye"}` {
-		t.Errorf("helm get values says %s; want the last ones", got)
+		t.Errorf("helm get values printed %s; want the upgrade's", got)
 	}
 	run("uninstall", release)
 	if got := kubectl(t, "alice", "get", "configmap", release+"-greeting", "--ignore-not-found"); got != "" {
-		t.Errorf("after the removal there is still %s", got)
+		t.Errorf("after the removal, %s still exists", got)
 	}
 }
 
-// helm runs Helm as a caller. It shares nothing with the Helm of whoever runs the
-// tests.
+// helm runs Helm as a caller, with its own home folders.
 func helm(t *testing.T, caller string, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
 	path, err := components.Path("helm")
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Not the test's context, which is over when its cleanup runs Helm.
+	// Not the test's context, which has ended when a cleanup runs Helm.
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	kubeconfig := theLab.Callers[caller].Kubeconfig

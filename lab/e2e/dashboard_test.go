@@ -36,7 +36,7 @@ func expressions(v any) (found []string) {
 	return found
 }
 
-// scrape writes to path what Caddy exposes to Prometheus.
+// scrape writes Caddy's metrics to path.
 func scrape(t *testing.T, path string) {
 	t.Helper()
 	config := caddy.ActiveContext()
@@ -55,10 +55,10 @@ func scrape(t *testing.T, path string) {
 	}
 }
 
-// Every query of the example dashboard has an answer: Prometheus's own engine finds
-// it in what the lab's Caddy exposes. That none asks for a label that is not there,
-// and that no metric is left out, is tested in the root package.
-func TestTheDashboardsQueriesHaveAnswers(t *testing.T) {
+// Prometheus's own engine finds a result for every query of the example dashboard in
+// the metrics of the lab's Caddy. Tests of the root package check labels and that
+// the dashboard has every metric.
+func TestDashboard_QueriesHaveResults(t *testing.T) {
 	example, err := os.ReadFile(filepath.Join("..", "..", "examples", "grafana-dashboard.json"))
 	if err != nil {
 		t.Fatal(err)
@@ -93,7 +93,7 @@ func TestTheDashboardsQueriesHaveAnswers(t *testing.T) {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), program, scrapes...)
-	// The last one shows that what is not there is told apart.
+	// A metric that does not exist and an invalid query show that such queries are told apart.
 	cmd.Stdin = strings.NewReader(strings.Join(append(queries, "caddy_tailscale_impersonate_none", "sum(("), "\n"))
 	cmd.Stderr = os.Stderr
 	out, err := cmd.Output()
@@ -102,7 +102,7 @@ func TestTheDashboardsQueriesHaveAnswers(t *testing.T) {
 	}
 	answers := strings.Split(strings.TrimSpace(string(out)), "\n")
 	if len(answers) != len(queries)+2 || answers[len(queries)] != "0" || !strings.HasPrefix(answers[len(queries)+1], "error: ") {
-		t.Fatalf("to %d queries, one about nothing and one that is none, the answers are %q", len(queries), answers)
+		t.Fatalf("to %d queries, one of a missing metric and one invalid one, the answers are %q", len(queries), answers)
 	}
 	for i, query := range queries {
 		if answers[i] == "0" || strings.HasPrefix(answers[i], "error: ") {

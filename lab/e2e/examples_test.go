@@ -15,12 +15,12 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-func TestExamplesAreValid(t *testing.T) {
+func TestExamples_AreValid(t *testing.T) {
 	root, err := lab.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
-	// What the examples expect of the environment that they run in.
+	// The environment that the examples expect.
 	kubeconfig := filepath.Join(t.TempDir(), "config")
 	config, err := clientcmd.LoadFromFile(theLab.Kubeconfig())
 	if err != nil {
@@ -50,7 +50,7 @@ func TestExamplesAreValid(t *testing.T) {
 	}
 }
 
-// validate fails the test unless Caddy takes a Caddyfile for a valid one.
+// validate fails the test unless the Caddyfile is valid.
 func validate(t *testing.T, caddyfile string) {
 	t.Helper()
 	adapted, err := lab.Adapt(caddyfile)

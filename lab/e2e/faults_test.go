@@ -18,15 +18,15 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/conformance"
 )
 
-// What callers and operators see of each of these is in docs/faults.md.
+// docs/faults.md says what callers and operators see of each of these faults.
 
-func TestWithoutTheControlServerRequestsGoOn(t *testing.T) {
+func TestFaults_RequestsContinueWithoutControlServer(t *testing.T) {
 	underLoad(t, func(l *load) {
 		if err := theLab.Headscale.Killed(t.Context(), func() { l.wantProgress(t, "bob", "carol") }); err != nil {
 			t.Fatal(err)
 		}
 		l.wantProgress(t, "bob", "carol")
-		// The proxy's node has found its way back if it learns of a grant.
+		// The proxy's node is connected to the control server again when it learns of a grant.
 		withdraw := grantTo(t, "dave@example.com", masters())
 		within(t, time.Minute, "dave may list secrets", func() error {
 			_, stderr, err := tryKubectl(t, "dave", "get", "secrets")
@@ -40,8 +40,8 @@ func TestWithoutTheControlServerRequestsGoOn(t *testing.T) {
 	})
 }
 
-// A node that logs in again has another key, and its peers have to learn of it.
-func TestAProxyThatIsRekeyedAnswersAsBefore(t *testing.T) {
+// A node that logs in again has a new key, which its peers have to learn.
+func TestFaults_ProxyContinuesWithNewKey(t *testing.T) {
 	node, err := theLab.Caddy.Node(t.Context(), lab.ProxyName)
 	if err != nil {
 		t.Fatal(err)
@@ -58,19 +58,19 @@ func TestAProxyThatIsRekeyedAnswersAsBefore(t *testing.T) {
 		if err := lc.StartLoginInteractive(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		within(t, time.Minute, "the node has another key", func() error {
+		within(t, time.Minute, "the node has a new key", func() error {
 			if after := keyOf(t, node); after == before {
-				return errors.New("it has the same")
+				return errors.New("the key is unchanged")
 			}
 			return nil
 		})
 		rekeyed := time.Now()
 		l.wantProgress(t, "bob", "carol")
-		t.Logf("%.1f s after the node had another key requests had got through", time.Since(rekeyed).Seconds())
+		t.Logf("requests succeeded %.1f s after the node had its new key", time.Since(rekeyed).Seconds())
 	})
 }
 
-// keyOf returns the key of a tailnet node, empty if it does not tell.
+// keyOf returns the key of a tailnet node, or "" if the node does not report it.
 func keyOf(t *testing.T, node *tsnet.Server) string {
 	t.Helper()
 	lc, err := node.LocalClient()
@@ -84,7 +84,7 @@ func keyOf(t *testing.T, node *tsnet.Server) string {
 	return status.Self.PublicKey.String()
 }
 
-func TestACallerWhoseTagsChangeIsTheOthersAtOnce(t *testing.T) {
+func TestFaults_ChangedTagsChangeIdentity(t *testing.T) {
 	underLoad(t, func(l *load) {
 		device := joinForTest(t, lab.CallerSpec{Name: "tagger", Tags: []string{"tag:k8s-readers"}})
 		name := "tagger." + lab.Domain
@@ -105,9 +105,9 @@ func TestACallerWhoseTagsChangeIsTheOthersAtOnce(t *testing.T) {
 	})
 }
 
-// Headscale goes by the new name at once, but tells nodes about it only when they
-// connect anew: until then the proxy's knows the caller by the old one.
-func TestAUserThatIsRenamedIsTheOtherOne(t *testing.T) {
+// Headscale uses the new name at once, but sends it to nodes only when they connect
+// again. Until then the proxy's node knows the caller by the old name.
+func TestFaults_RenamedUserChangesIdentity(t *testing.T) {
 	underLoad(t, func(l *load) {
 		const was, is = "frank@example.com", "frances@example.com"
 		grantTo(t, is, "renamed")
@@ -131,27 +131,27 @@ func TestAUserThatIsRenamedIsTheOtherOne(t *testing.T) {
 		select {
 		case <-open:
 		case <-time.After(revokedWithin):
-			t.Errorf("a request of %s is still open %v after that is %s", was, revokedWithin, is)
+			t.Errorf("a request of %s is still open %v after the user became %s", was, revokedWithin, is)
 		}
-		wantLogged(t, log, was, "is "+is+" by now")
+		wantLogged(t, log, was, "is now "+is)
 		l.wantProgress(t, "renamed", "bob", "carol")
 		l.wantOnlyOK(t, "bob", "carol")
 		leave(t, device)
 	})
 }
 
-// Headscale gives an address away again once it has been started anew.
-func TestAnAddressThatIsGivenToAnotherDeviceIsTheOthers(t *testing.T) {
+// Headscale reuses an address after a restart.
+func TestFaults_ReusedAddressIsNewDevice(t *testing.T) {
 	underLoad(t, func(l *load) {
 		first := joinForTest(t, lab.CallerSpec{Name: "first", Login: "first@example.com"})
 		address, _ := first.Server.TailscaleIPs()
 		l.add(t, first, conformance.Identity{User: "first@example.com"})
 		l.wantProgress(t, "first")
-		// A device that has left is forgotten by itself, if not at once.
+		// Headscale removes a device that has left, but not at once.
 		leave(t, first)
-		eventually(t, "the first device is forgotten", func() error {
+		eventually(t, "the first device is removed", func() error {
 			if err := theLab.Headscale.DeleteNode(t.Context(), "first"); err == nil || !strings.Contains(err.Error(), "no such node") {
-				return fmt.Errorf("it was not: %w", err)
+				return fmt.Errorf("it still exists: %w", err)
 			}
 			return nil
 		})
@@ -160,7 +160,7 @@ func TestAnAddressThatIsGivenToAnotherDeviceIsTheOthers(t *testing.T) {
 		}
 		second := joinForTest(t, lab.CallerSpec{Name: "second", Login: "second@example.com"})
 		if got, _ := second.Server.TailscaleIPs(); got != address {
-			t.Fatalf("the second device has the address %v; want the first's, %v", got, address)
+			t.Fatalf("the second device has address %v; want the first's, %v", got, address)
 		}
 		l.add(t, second, conformance.Identity{User: "second@example.com"})
 		l.wantProgress(t, "second", "bob", "carol")
@@ -169,7 +169,7 @@ func TestAnAddressThatIsGivenToAnotherDeviceIsTheOthers(t *testing.T) {
 	})
 }
 
-func TestTenReloadsASecondLeaveEverybodyWhoTheyAre(t *testing.T) {
+func TestFaults_TenReloadsPerSecondKeepIdentities(t *testing.T) {
 	seconds := 3
 	if *long {
 		seconds = 60
@@ -184,12 +184,12 @@ func TestTenReloadsASecondLeaveEverybodyWhoTheyAre(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		firstConfig(t) // whose goroutines were counted
+		firstConfig(t) // the config whose goroutines were counted
 		l.wantProgress(t, "bob", "carol")
 	})
 }
 
-// joinForTest connects a device to the tailnet, which leave takes off it.
+// joinForTest connects a device to the tailnet. leave removes it.
 func joinForTest(t *testing.T, spec lab.CallerSpec) *lab.Caller {
 	t.Helper()
 	device, err := theLab.Join(t.Context(), spec)
@@ -199,7 +199,7 @@ func joinForTest(t *testing.T, spec lab.CallerSpec) *lab.Caller {
 	return device
 }
 
-// leave takes a device off the tailnet.
+// leave removes a device from the tailnet.
 func leave(t *testing.T, device *lab.Caller) {
 	t.Helper()
 	delete(theLab.Callers, device.Name)
@@ -208,7 +208,7 @@ func leave(t *testing.T, device *lab.Caller) {
 	}
 }
 
-// wantEnded waits until a watch has been ended for a reason.
+// wantEnded waits until a watch has ended, for a reason that the log names.
 func wantEnded(t *testing.T, watch *session, log *tailed, user, reason string) {
 	t.Helper()
 	select {
@@ -219,7 +219,7 @@ func wantEnded(t *testing.T, watch *session, log *tailed, user, reason string) {
 	wantLogged(t, log, user, reason)
 }
 
-// wantLogged waits until the log says that requests of a user were ended for a reason.
+// wantLogged waits until the log says that open requests of a user were ended, and why.
 func wantLogged(t *testing.T, log *tailed, user, reason string) {
 	t.Helper()
 	within(t, revokedWithin, "the log says why", func() error {
@@ -228,7 +228,7 @@ func wantLogged(t *testing.T, log *tailed, user, reason string) {
 				return nil
 			}
 		}
-		return errors.New("it does not")
+		return errors.New("no such line")
 	})
 }
 
@@ -242,7 +242,7 @@ func wantIdentity(t *testing.T, device *lab.Caller, user string, groups ...strin
 		status := ask(client, "http://"+lab.ProxyName+":"+portHTTPTransport+"/api")
 		requests := plain.take()
 		if len(requests) == 0 {
-			return fmt.Errorf("its requests are answered with %d", status)
+			return fmt.Errorf("its requests are answered with status %d", status)
 		}
 		h := requests[len(requests)-1].Header
 		if h.Get("Impersonate-User") != user || !slices.Equal(h["Impersonate-Group"], groups) {

@@ -9,20 +9,21 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// What is granted is in the policy file; what is left of it says the API server.
-func TestLimitsHoldWhateverThePolicyFileGrants(t *testing.T) {
+// The policy file has the grants. The API server says what the site's limits leave
+// of them.
+func TestLimits_ApplyToGrants(t *testing.T) {
 	for _, tt := range []struct {
 		why, caller, port string
 		want              string // user and groups
-		refused           string // what kubectl prints otherwise
+		refused           string // kubectl's error, if refused
 	}{
-		{"groups that are not allowed are cut, and names get prefixes", "erin", portGroupRails, `tailnet:erin@example.com ["tailnet:a","system:authenticated"]`, ""},
-		{"who may do anything is denied that", "alice", portGroupRails, `tailnet:alice@example.com ["system:authenticated"]`, ""},
-		{"tags that are not allowed as groups are cut", "ci", portGroupRails, `tailnet:ci.` + lab.Domain + ` ["system:authenticated"]`, ""},
-		{"a group that is there, as required", "bob", portDeviceRails, `bob@example.com ["tailnet-readers","system:authenticated"]`, ""},
-		{"a group that is not", "carol", portDeviceRails, "", "carol@example.com on carol.tailnet.example may not use this server: require_groups is on, and no group is granted"},
-		{"a tag that is allowed", "ci", portDeviceRails, `ci.` + lab.Domain + ` ["tag:k8s-readers","system:authenticated"]`, ""},
-		{"a tag that is denied", "ops", portDeviceRails, "", "may not use this server: the device has the tag tag:k8s-ops, which deny_tags names"},
+		{"other groups are removed, and names get prefixes", "erin", portGroupRails, `tailnet:erin@example.com ["tailnet:a","system:authenticated"]`, ""},
+		{"system:masters is denied", "alice", portGroupRails, `tailnet:alice@example.com ["system:authenticated"]`, ""},
+		{"tags are removed as groups", "ci", portGroupRails, `tailnet:ci.` + lab.Domain + ` ["system:authenticated"]`, ""},
+		{"a required group is granted", "bob", portDeviceRails, `bob@example.com ["tailnet-readers","system:authenticated"]`, ""},
+		{"a required group is missing", "carol", portDeviceRails, "", "carol@example.com on carol.tailnet.example may not use this server: require_groups is on, and no group is granted"},
+		{"an allowed tag", "ci", portDeviceRails, `ci.` + lab.Domain + ` ["tag:k8s-readers","system:authenticated"]`, ""},
+		{"a denied tag", "ops", portDeviceRails, "", "may not use this server: the device has the tag tag:k8s-ops, which deny_tags names"},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			caller := theLab.Callers[tt.caller]
@@ -33,7 +34,7 @@ func TestLimitsHoldWhateverThePolicyFileGrants(t *testing.T) {
 			stdout, stderr, err := runKubectl(t, kubeconfig, nil, "auth", "whoami", "-o", "jsonpath={.status.userInfo.username} {.status.userInfo.groups}")
 			if tt.refused != "" {
 				if err == nil || !strings.Contains(stderr, tt.refused) {
-					t.Errorf("kubectl says %q %q (%v); want it to say %q", stdout, stderr, err, tt.refused)
+					t.Errorf("kubectl printed %q %q (%v); want %q", stdout, stderr, err, tt.refused)
 				}
 				return
 			}

@@ -19,13 +19,13 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// forgeries are header lines with which bob tries to be somebody else, or to be
-// nobody, which would leave the proxy itself. The protocols they are possible in
-// are told apart: HTTP/2 has no Connection.
+// forgeries are header lines with which bob tries to become another user, or to
+// remove his identity, which would leave the proxy's own. Some are possible only in
+// HTTP/1.1, as HTTP/2 has no Connection header.
 var forgeries = []struct {
 	name  string
 	lines []string
-	http1 bool // not possible in HTTP/2
+	http1 bool // only possible in HTTP/1.1
 }{
 	{name: "nothing"},
 	{name: "Connection names the identity", lines: []string{"Connection: Impersonate-User, Impersonate-Group"}, http1: true},
@@ -35,13 +35,13 @@ var forgeries = []struct {
 	{name: "Connection in several lines and odd spacing", lines: []string{"Connection: close ,\t Impersonate-User", "connection:impersonate-group,,"}, http1: true},
 	{name: "Connection together with an upgrade", lines: []string{"Connection: Upgrade, Impersonate-User, Impersonate-Group", "Upgrade: websocket", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13"}, http1: true},
 	{name: "X-Remote-User", lines: []string{"X-Remote-User: system:admin", "X-Remote-Group: system:masters", "X-Remote-Extra-Scopes: all"}},
-	{name: "credentials of the caller's own", lines: []string{"Authorization: Bearer stolen"}},
+	{name: "the caller's own credentials", lines: []string{"Authorization: Bearer stolen"}},
 	{name: "a bearer token among the subprotocols", lines: []string{"Sec-WebSocket-Protocol: v5.channel.k8s.io, base64url.bearer.authorization.k8s.io.c3RvbGVu"}},
 	{name: "an address", lines: []string{"X-Real-Ip: 1.2.3.4"}},
 }
 
-// claims are header lines of a caller who says outright who it wants to be. They
-// are refused, not just removed.
+// claims are header lines that name an identity. The request is refused, rather than
+// the header removed.
 var claims = []string{
 	"Impersonate-User: system:admin",
 	"impersonate-user: system:admin",
@@ -52,7 +52,7 @@ var claims = []string{
 	"Impersonate-Something-New: x",
 }
 
-func TestForgedHeadersNeverReachTheUpstream(t *testing.T) {
+func TestHeaders_ForgedNeverReachUpstream(t *testing.T) {
 	for _, upstream := range []struct {
 		name        string
 		recorder    *recorder
@@ -92,8 +92,8 @@ func TestForgedHeadersNeverReachTheUpstream(t *testing.T) {
 	}
 }
 
-// wantOnlyBob fails the test unless exactly one request arrived, as bob and
-// nobody else, with the given credentials.
+// wantOnlyBob fails the test unless exactly one request arrived, as bob, with the
+// given credentials.
 func wantOnlyBob(t *testing.T, requests []*http.Request, credentials string) {
 	t.Helper()
 	if len(requests) != 1 {
@@ -127,8 +127,8 @@ func wantOnlyBob(t *testing.T, requests []*http.Request, credentials string) {
 	}
 }
 
-// wantNothing fails the test unless nothing arrived and the status is the one
-// given.
+// wantNothing fails the test unless no request arrived and the answer has the wanted
+// status.
 func wantNothing(t *testing.T, requests []*http.Request, status, want int) {
 	t.Helper()
 	if len(requests) > 0 {
@@ -139,7 +139,7 @@ func wantNothing(t *testing.T, requests []*http.Request, status, want int) {
 	}
 }
 
-func TestConfigsAgainstTheHandlerCannotSpeakAsTheProxy(t *testing.T) {
+func TestHeaders_MeddlingConfigCannotUseProxysIdentity(t *testing.T) {
 	t.Run("header_up removes and sets identity", func(t *testing.T) {
 		encrypted.take()
 		send(t, "bob", portMeddling, get("/api"))
@@ -151,21 +151,21 @@ func TestConfigsAgainstTheHandlerCannotSpeakAsTheProxy(t *testing.T) {
 			resp := send(t, "alice", portUnprotected, get(path))
 			wantNothing(t, encrypted.take(), resp.StatusCode, http.StatusForbidden)
 			if !strings.Contains(resp.body, "without passing tailscale_impersonate") {
-				t.Errorf("the answer is %s; want it to say what is missing", resp.body)
+				t.Errorf("the answer is %s; want it to name the missing handler", resp.body)
 			}
 		}
 	})
 }
 
-func TestConnectIsRefused(t *testing.T) {
+func TestHeaders_ConnectIsRefused(t *testing.T) {
 	plain.take()
 	resp := send(t, "alice", portHTTPTransport, "CONNECT "+lab.ProxyName+":443 HTTP/1.1\r\nHost: "+lab.ProxyName+"\r\n\r\n")
 	wantNothing(t, plain.take(), resp.StatusCode, http.StatusMethodNotAllowed)
 }
 
-// sendHTTP2 sends a GET request with further header lines as they are over
-// HTTP/2 and returns the status of the answer. It writes the frames itself, as
-// HTTP clients do not send what they know to be forged.
+// sendHTTP2 sends a GET request with further header lines over HTTP/2 and returns
+// the status of the answer. It writes the frames itself, as HTTP clients refuse to
+// send such headers.
 func sendHTTP2(t *testing.T, caller, port string, lines ...string) (status int) {
 	t.Helper()
 	const host = lab.ProxyName + "." + lab.Domain

@@ -21,7 +21,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-func TestHTTP3IsRefused(t *testing.T) {
+func TestHTTP3_IsRefused(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	node, err := theLab.Caddy.Node(ctx, lab.ProxyName)
@@ -72,10 +72,10 @@ func TestHTTP3IsRefused(t *testing.T) {
 	}
 	wantNothing(t, plain.take(), resp.StatusCode, http.StatusMisdirectedRequest)
 	if resp.ProtoMajor != 3 || !strings.Contains(string(body), "protocols h1 h2") {
-		t.Errorf("over %s the answer is %s; want one over HTTP/3 that says what to change", resp.Proto, body)
+		t.Errorf("over %s, the answer is %s; want HTTP/3 and advice", resp.Proto, body)
 	}
-	// The same site over HTTP/2, or the refusal shows nothing.
+	// As a control, the same site works over HTTP/2.
 	if status := sendHTTP2(t, "alice", portHTTP3); status != http.StatusOK {
-		t.Errorf("over HTTP/2 the answer is %d; want 200", status)
+		t.Errorf("over HTTP/2, the answer is %d; want 200", status)
 	}
 }

@@ -18,8 +18,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// whoAmI returns who the API server takes a caller for: user and groups, without
-// the group that everybody is in.
+// whoAmI returns a caller's user and groups as the API server sees them, without
+// system:authenticated, which every user has.
 func whoAmI(t *testing.T, caller string) (user string, groups []string) {
 	t.Helper()
 	config, err := theLab.Callers[caller].REST()
@@ -36,22 +36,22 @@ func whoAmI(t *testing.T, caller string) (user string, groups []string) {
 	}
 	who := review.Status.UserInfo
 	if len(who.Extra) > 0 || who.UID != "" {
-		t.Errorf("%s came with uid %q and extra %v; want neither", caller, who.UID, who.Extra)
+		t.Errorf("%s has uid %q and extra %v; want neither", caller, who.UID, who.Extra)
 	}
 	return who.Username, slices.DeleteFunc(who.Groups, func(g string) bool { return g == "system:authenticated" })
 }
 
-func TestWhoTheAPIServerTakesEachCallerFor(t *testing.T) {
+func TestIdentity_OfEachCallerAtAPIServer(t *testing.T) {
 	for _, tt := range []struct {
 		why, caller string
 		user        string
 		groups      []string
 	}{
-		{"a user without a grant is the login name", "carol", "carol@example.com", nil},
+		{"a user without a grant has the login name only", "carol", "carol@example.com", nil},
 		{"a user with a grant has its groups", "bob", "bob@example.com", []string{"tailnet-readers"}},
-		{"a user with system:masters has that", "alice", "alice@example.com", []string{masters()}},
+		{"a user granted system:masters has it", "alice", "alice@example.com", []string{masters()}},
 		{"a tagged device without a grant has its tags", "ci", "ci." + lab.Domain, []string{"tag:k8s-readers"}},
-		{"a tagged device with a grant has its groups only", "ops", "ops." + lab.Domain, []string{"ops"}},
+		{"a tagged device with a grant has the grant's groups only", "ops", "ops." + lab.Domain, []string{"ops"}},
 		{"several grants add up in order", "erin", "erin@example.com", []string{"b", "a", "c"}},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
@@ -63,7 +63,7 @@ func TestWhoTheAPIServerTakesEachCallerFor(t *testing.T) {
 	}
 }
 
-func TestAGrantThatChangesIsSeenByTheNextRequest(t *testing.T) {
+func TestIdentity_ChangedGrantAppliesToNextRequest(t *testing.T) {
 	if _, groups := whoAmI(t, "dave"); len(groups) > 0 {
 		t.Fatalf("dave starts with groups %q; want none", groups)
 	}
@@ -76,13 +76,13 @@ func TestAGrantThatChangesIsSeenByTheNextRequest(t *testing.T) {
 		}
 	}
 	withdraw := grantTo(t, "dave@example.com", "granted")
-	eventually(t, "the grant is given", wantGroups("granted"))
+	eventually(t, "the grant is in force", wantGroups("granted"))
 	withdraw()
 	eventually(t, "the grant is withdrawn", wantGroups())
 }
 
-// grantTo adds a grant for groups to the policy file, until withdraw is called or
-// the test ends.
+// grantTo adds a grant of groups to the policy file, until withdraw is called or the
+// test ends.
 func grantTo(t *testing.T, login string, groups ...string) (withdraw func()) {
 	t.Helper()
 	return grantRuleTo(t, login, map[string]any{"impersonate": map[string]any{"groups": groups}})
@@ -104,13 +104,13 @@ func grantRuleTo(t *testing.T, login string, rule map[string]any) (withdraw func
 		t.Fatal(err)
 	}
 	set := func(policy []byte) {
-		// Not the test's context, which is over when its cleanup runs.
+		// Not the test's context, which has ended when cleanups run.
 		if err := theLab.Headscale.SetPolicy(context.Background(), policy); err != nil {
 			t.Fatal(err)
 		}
 	}
-	// As an operator would do it: first the cluster lets the proxy, then callers are
-	// granted it.
+	// As an operator would: first the cluster allows the proxy to impersonate the
+	// groups, then callers are granted them.
 	if err := theLab.LimitProxy(t.Context(), changed, *constrained); err != nil {
 		t.Fatal(err)
 	}
@@ -120,19 +120,19 @@ func grantRuleTo(t *testing.T, login string, rule map[string]any) (withdraw func
 	return withdraw
 }
 
-func TestKubectlAsIsRefusedAndSaysWhy(t *testing.T) {
+func TestIdentity_KubectlAsIsRefusedWithReason(t *testing.T) {
 	_, stderr, err := tryKubectl(t, "alice", "get", "pods", "--as", "bob@example.com")
 	if err == nil {
-		t.Fatal("kubectl --as went through")
+		t.Fatal("kubectl --as succeeded; want a refusal")
 	}
 	for _, want := range []string{"Forbidden", "alice@example.com may not act as somebody else", "kubectl --as"} {
 		if !strings.Contains(stderr, want) {
-			t.Errorf("kubectl printed %q; want it to say %q", stderr, want)
+			t.Errorf("kubectl printed %q; want %q", stderr, want)
 		}
 	}
 }
 
-func TestKubectlAsIsIgnoredWhereTheConfigSaysStrip(t *testing.T) {
+func TestIdentity_KubectlAsIsIgnoredWithStrip(t *testing.T) {
 	kubeconfig := theLab.Callers["bob"].Kubeconfig + ".strip"
 	if err := theLab.Callers["bob"].WriteKubeconfig(kubeconfig, "http://"+lab.ProxyName+":"+portStrip); err != nil {
 		t.Fatal(err)

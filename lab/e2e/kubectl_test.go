@@ -17,29 +17,29 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/clientcmd/api"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-func TestKubectlReadsAndWritesAsItsUser(t *testing.T) {
+func TestKubectl_ReadsAndWritesAsItsUser(t *testing.T) {
 	if got := kubectl(t, "alice", "auth", "whoami"); !strings.Contains(got, "alice@example.com") || !strings.Contains(got, masters()) {
-		t.Errorf("kubectl auth whoami says %s", got)
+		t.Errorf("kubectl auth whoami printed %s", got)
 	}
 	if got := kubectl(t, "bob", "get", "pods"); !strings.Contains(got, lab.Pod) {
-		t.Errorf("kubectl get pods says %s", got)
+		t.Errorf("kubectl get pods printed %s", got)
 	}
 	kubectl(t, "alice", "create", "configmap", "e2e", "--from-literal=a=b")
 	if got := kubectl(t, "bob", "get", "configmap", "e2e", "-o", "jsonpath={.data.a}"); got != "b" {
 		t.Errorf("bob reads %q; want b", got)
 	}
 	if _, stderr, err := tryKubectl(t, "bob", "delete", "configmap", "e2e"); err == nil || !strings.Contains(stderr, `User "bob@example.com" cannot delete resource "configmaps"`) {
-		t.Errorf("bob deleting: %v %s; want the API server to name bob and refuse", err, stderr)
+		t.Errorf("bob deleting: %v %s; want the API server's refusal, which names bob", err, stderr)
 	}
 	kubectl(t, "alice", "delete", "configmap", "e2e")
 }
 
-func TestPlainHTTPWorksUnderTheNodesOwnNames(t *testing.T) {
+func TestKubectl_PlainHTTPWorksUnderNodesNames(t *testing.T) {
 	alice := theLab.Callers["alice"]
 	node, err := theLab.Caddy.Node(t.Context(), lab.ProxyName)
 	if err != nil {
@@ -60,7 +60,7 @@ func TestPlainHTTPWorksUnderTheNodesOwnNames(t *testing.T) {
 	}
 }
 
-func TestExecRunsACommand(t *testing.T) {
+func TestKubectl_ExecRunsCommand(t *testing.T) {
 	for _, websockets := range []string{"true", "false"} {
 		t.Run("websockets="+websockets, func(t *testing.T) {
 			env := []string{"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=" + websockets}
@@ -81,7 +81,7 @@ func TestExecRunsACommand(t *testing.T) {
 	}
 }
 
-func TestExecWithACommandOf100KB(t *testing.T) {
+func TestKubectl_ExecWithCommandOf100KB(t *testing.T) {
 	argument := strings.Repeat("0123456789", 10_000)
 	got := kubectl(t, "alice", "exec", lab.Pod, "--", "sh", "-c", "printf %s \"$1\" | wc -c", "sh", argument)
 	if strings.TrimSpace(got) != "100000" {
@@ -89,7 +89,7 @@ func TestExecWithACommandOf100KB(t *testing.T) {
 	}
 }
 
-func TestLogsAreFollowed(t *testing.T) {
+func TestKubectl_LogsAreFollowed(t *testing.T) {
 	lines := follow(t, "bob", "logs", "-f", lab.Pod)
 	for range 3 {
 		if line := <-lines; !strings.HasPrefix(line, "line ") {
@@ -98,9 +98,9 @@ func TestLogsAreFollowed(t *testing.T) {
 	}
 }
 
-func TestAWatchSeesWhatHappensLater(t *testing.T) {
+func TestKubectl_WatchSeesLaterChanges(t *testing.T) {
 	events := follow(t, "bob", "get", "configmaps", "--watch", "--output-watch-events", "--no-headers", "--field-selector", "metadata.name=watched")
-	// The watch is up when the object that it shows first exists.
+	// The watch has started when it shows the object.
 	kubectl(t, "alice", "create", "configmap", "watched")
 	defer kubectl(t, "alice", "delete", "configmap", "watched", "--ignore-not-found")
 	if event := <-events; !strings.HasPrefix(event, "ADDED") {
@@ -112,8 +112,8 @@ func TestAWatchSeesWhatHappensLater(t *testing.T) {
 	}
 }
 
-// follow runs a kubectl that does not end by itself and returns the lines that it
-// prints. It is stopped with the test.
+// follow starts a kubectl that does not end by itself and returns its lines of
+// output. It stops with the test.
 func follow(t *testing.T, caller string, args ...string) <-chan string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -151,12 +151,12 @@ func follow(t *testing.T, caller string, args ...string) <-chan string {
 	return lines
 }
 
-// A refusal that asks for another try is made by the same function as the
-// handler's when WhoIs fails, which a healthy lab cannot show.
-func TestKubectlSaysWithin15SecondsWhyItWaits(t *testing.T) {
+// A refusal with Retry-After comes from the same function that the handler uses when
+// WhoIs fails. A healthy lab cannot show that failure.
+func TestKubectl_PrintsRetryReasonWithin15Seconds(t *testing.T) {
 	const reason = "tailnet node k8s does not say who 100.64.0.7 is"
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		<-time.After(tailnet.WhoIsTimeout) // the longest that a stuck node holds a request up
+		<-time.After(tailnet.WhoIsTimeout) // as long as a node that does not answer delays a request
 		if err := apistatus.Write(w, apistatus.TryAgain(apistatus.Other, "%s", reason)); err != nil {
 			t.Error(err)
 		}
@@ -194,10 +194,10 @@ func TestKubectlSaysWithin15SecondsWhyItWaits(t *testing.T) {
 			continue
 		}
 		if took := time.Since(start); took > 15*time.Second {
-			t.Errorf("kubectl gave the reason after %v; want at most 15 s", took)
+			t.Errorf("kubectl printed the reason after %v; want at most 15 s", took)
 		}
-		t.Logf("kubectl gave the reason after %.1f s: %s", time.Since(start).Seconds(), scanner.Text())
+		t.Logf("kubectl printed the reason after %.1f s: %s", time.Since(start).Seconds(), scanner.Text())
 		return
 	}
-	t.Error("kubectl never gave the reason")
+	t.Error("kubectl never printed the reason")
 }

@@ -11,9 +11,9 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// The API server takes the example manifests as they are: every field is one that
-// it knows, and the pods are ones that a restricted namespace lets run.
-func TestTheKustomizeBaseIsValid(t *testing.T) {
+// The API server accepts the example manifests: it knows every field, and a
+// restricted namespace admits the pods.
+func TestKustomize_BaseIsValid(t *testing.T) {
 	root, err := lab.Root()
 	if err != nil {
 		t.Fatal(err)
@@ -28,21 +28,21 @@ func TestTheKustomizeBaseIsValid(t *testing.T) {
 	}
 	for _, want := range []string{"namespace/tailscale-impersonate", "serviceaccount/proxy", "statefulset.apps/k8s", "service/k8s", "poddisruptionbudget.policy/k8s", "networkpolicy.networking.k8s.io/proxy", "clusterrole.rbac.authorization.k8s.io/tailscale-impersonate", "configmap/caddyfile-"} {
 		if !strings.Contains(stdout, want) {
-			t.Errorf("no %s is applied:\n%s", want, stdout)
+			t.Errorf("%s is not applied:\n%s", want, stdout)
 		}
 	}
-	// A change of the Caddyfile reaches the pods.
+	// Changing the Caddyfile restarts the pods.
 	stdout, stderr, err = runKubectl(t, theLab.AdminKubeconfig(), nil, "kustomize", base)
 	if err != nil {
 		t.Fatalf("%v: %s", err, stderr)
 	}
 	if n := strings.Count(stdout, "name: caddyfile-"); n != 2 {
-		t.Errorf("the ConfigMap with the Caddyfile is named %d times with its hash; want its own name and the StatefulSet's", n)
+		t.Errorf("the hashed name of the Caddyfile's ConfigMap occurs %d times; want it in the ConfigMap and the StatefulSet", n)
 	}
 }
 
-// A pod would not start with a Caddyfile that is not valid.
-func TestTheKustomizeBasesCaddyfileIsValid(t *testing.T) {
+// Pods would not start with an invalid Caddyfile.
+func TestKustomize_CaddyfileIsValid(t *testing.T) {
 	root, err := lab.Root()
 	if err != nil {
 		t.Fatal(err)

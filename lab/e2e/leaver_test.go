@@ -13,10 +13,10 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// A device that leaves the tailnet, or whose key expires, is cut off from it, so it
-// may never learn that its streams were ended: the proxy's log and the API server's
-// say so.
-func TestStreamsOfADeviceThatLeavesAreEnded(t *testing.T) {
+// A device that leaves the tailnet, or whose key expires, is disconnected from it,
+// so it may never learn that its streams were ended. The proxy's log and the API
+// server's audit log show it.
+func TestRevocation_LeavingDeviceEndsStreams(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		leave func(context.Context, string) error
@@ -44,12 +44,12 @@ func TestStreamsOfADeviceThatLeavesAreEnded(t *testing.T) {
 					for _, line := range log.lines(t) {
 						if strings.Contains(line, "open requests ended") && strings.Contains(line, login) {
 							if !strings.Contains(line, tt.says) {
-								t.Errorf("the log says %s; want it to say %q", line, tt.says)
+								t.Errorf("the log says %s; want %q", line, tt.says)
 							}
 							return nil
 						}
 					}
-					return errors.New("the log does not say so")
+					return errors.New("no such line in the log")
 				})
 				within(t, 10*time.Second, "the API server sees the watch end", func() error {
 					for _, line := range audit.lines(t) {
@@ -61,7 +61,7 @@ func TestStreamsOfADeviceThatLeavesAreEnded(t *testing.T) {
 				})
 				l.wantOnlyOK(t, "bob", "carol")
 			})
-			// It would join again, as another node with the same key.
+			// Otherwise it would join again, as another node with the same key.
 			leave(t, device)
 		})
 	}

@@ -15,7 +15,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-func TestOnAMixedServerOnlyTheTailnetGetsThrough(t *testing.T) {
+func TestListener_MixedServerAcceptsOnlyTailnet(t *testing.T) {
 	plain.take()
 	if resp := send(t, "bob", portMixed, get("/api")); resp.StatusCode != http.StatusOK {
 		t.Errorf("over the tailnet: %s %s; want 200", resp.Status, resp.body)
@@ -41,11 +41,11 @@ func TestOnAMixedServerOnlyTheTailnetGetsThrough(t *testing.T) {
 	}
 	wantNothing(t, plain.take(), resp.StatusCode, http.StatusForbidden)
 	if !strings.Contains(string(body), "was not accepted by a tailnet node") {
-		t.Errorf("the answer is %s; want it to say why", body)
+		t.Errorf("the answer is %s; want it to give the reason", body)
 	}
 }
 
-func TestOnAServerWithTwoNodesTheOneThatAcceptedIsAsked(t *testing.T) {
+func TestListener_TwoNodesAskTheOneThatAccepted(t *testing.T) {
 	second, err := theLab.Caddy.Node(t.Context(), secondNode)
 	if err != nil {
 		t.Fatal(err)
@@ -64,15 +64,15 @@ func TestOnAServerWithTwoNodesTheOneThatAcceptedIsAsked(t *testing.T) {
 				t.Fatalf("%d requests arrived (%s %s); want 1", len(requests), resp.Status, resp.body)
 			}
 			if got := requests[0].Header["Impersonate-Group"]; !slices.Equal(got, []string{tt.group}) {
-				t.Errorf("groups %q arrived; want %q, which bob is granted on %s", got, tt.group, tt.node)
+				t.Errorf("groups %q arrived; want %q, which bob is granted by %s", got, tt.group, tt.node)
 			}
 		})
 	}
 }
 
-// The node of the other tailnet has the address of one of our two: of which one
+// The node of the other tailnet has the address of one of our two nodes. Which one
 // depends on the order in which they joined.
-func TestTwoNodesWithTheSameAddressAreRefusedByName(t *testing.T) {
+func TestListener_TwoNodesWithSameAddressAreRefused(t *testing.T) {
 	address := func(node string) netip.Addr {
 		server, err := theLab.Caddy.Node(t.Context(), node)
 		if err != nil {
@@ -89,7 +89,7 @@ func TestTwoNodesWithTheSameAddressAreRefusedByName(t *testing.T) {
 		resp := sendTo(t, theLab.Callers["alice"].Server, own.String()+":"+portSameAddress, get("/api", "Host: "+own.String()))
 		if own != foreign {
 			if requests := plain.take(); resp.StatusCode != http.StatusOK || len(requests) != 1 {
-				t.Errorf("at the address of node %s alone: %s %s; want 200", node, resp.Status, resp.body)
+				t.Errorf("at the address that only node %s has: %s %s; want 200", node, resp.Status, resp.body)
 			}
 			continue
 		}
@@ -106,7 +106,7 @@ func TestTwoNodesWithTheSameAddressAreRefusedByName(t *testing.T) {
 	}
 }
 
-func TestAPROXYProtocolHeaderIsNoWayToAnotherAddress(t *testing.T) {
+func TestListener_PROXYProtocolCannotChangeAddress(t *testing.T) {
 	alice, _ := theLab.Callers["alice"].Server.TailscaleIPs()
 	for _, tt := range []struct{ name, header string }{
 		{"with a header", "PROXY TCP4 " + alice.String() + " 100.64.0.1 40000 80\r\n"},
@@ -123,7 +123,7 @@ func TestAPROXYProtocolHeaderIsNoWayToAnotherAddress(t *testing.T) {
 	}
 }
 
-func TestTheProxysOwnNodeIsNoCaller(t *testing.T) {
+func TestListener_ProxysOwnNodeIsRefused(t *testing.T) {
 	node, err := theLab.Caddy.Node(t.Context(), lab.ProxyName)
 	if err != nil {
 		t.Fatal(err)
@@ -133,6 +133,6 @@ func TestTheProxysOwnNodeIsNoCaller(t *testing.T) {
 	resp := sendTo(t, node, ip4.String()+":"+portHTTPTransport, get("/api"))
 	wantNothing(t, plain.take(), resp.StatusCode, http.StatusForbidden)
 	if !strings.Contains(resp.body, "itself") {
-		t.Errorf("the answer is %s; want it to say that the node is no caller", resp.body)
+		t.Errorf("the answer is %s; want it to say that the node is not a caller", resp.body)
 	}
 }

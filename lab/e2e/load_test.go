@@ -22,8 +22,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/conformance"
 )
 
-// load is a trickle of requests from several callers at once, over connections that
-// are kept (HTTP/2) and over new ones (HTTP/1.1), while something else goes wrong.
+// load is a steady trickle of requests from several callers, over reused connections
+// (HTTP/2) and new ones (HTTP/1.1), during a fault.
 type load struct {
 	callers []*loadCaller
 	end     chan struct{}
@@ -33,29 +33,29 @@ type load struct {
 // loadCaller is a caller of a load.
 type loadCaller struct {
 	name string
-	// may are the identities that it may have, in this order: one that has been
-	// followed by another must not come back.
+	// may are the identities that the caller may have, in this order. Once an
+	// identity has been followed by another, it must not come back.
 	may []conformance.Identity
 
 	mu      sync.Mutex
-	answers map[int]int // by status, 0 if there was none
+	answers map[int]int // by status, 0 for no answer
 }
 
 // pace is the time between two requests of a caller.
 const pace = 25 * time.Millisecond
 
-// underLoad calls f while bob and carol send requests, and others that f
-// adds. Whatever f does to the lab, every request that arrives has to be its
-// caller's own, and in the end nothing of them is left. That is soon so of what the
-// module runs; connections to the upstream are kept for a minute, so that files are
-// counted in the long run only.
+// underLoad calls f while bob and carol send requests, and callers that f adds.
+// Whatever f does to the lab, every request that arrives has the identity of its
+// caller, and no request leaves anything behind. The module's own goroutines end
+// soon. Connections to the upstream are kept for a minute, so files are counted only
+// with -long.
 func underLoad(t *testing.T, f func(l *load)) {
 	t.Helper()
 	before := theFootprint(t)
 	encrypted.take()
 	l := &load{end: make(chan struct{})}
 	stop := sync.OnceFunc(func() { close(l.end); l.running.Wait() })
-	defer stop() // a test that fails does not get to it
+	defer stop() // also if the test fails before the call below
 	l.add(t, theLab.Callers["bob"], conformance.Identity{User: "bob@example.com", Groups: []string{"tailnet-readers"}})
 	l.add(t, theLab.Callers["carol"], conformance.Identity{User: "carol@example.com"})
 	l.wantProgress(t, "bob", "carol")
@@ -86,16 +86,16 @@ func underLoad(t *testing.T, f func(l *load)) {
 	})
 }
 
-// idleFor is how long transport kubernetes keeps a connection that it does not use.
+// idleFor is how long transport kubernetes keeps an idle connection.
 const idleFor = time.Minute
 
-// spare is how many more files there may be that others in this process open by
-// themselves, such as the sockets and the logs of a dozen tailnet nodes. What a
-// request can leave is counted by itself, and there is to be none of it: its caller is
-// in a network stack without files, and its upstream behind a socket.
+// spare is how many more files may be open at the end, as other parts of this
+// process open files too, such as the sockets and logs of a dozen tailnet nodes.
+// Files that requests leave are counted separately, and there must be none: callers
+// are in a network stack without files, and the upstream is behind a socket.
 const spare = 4
 
-// add has another caller take part, who may be one after the other of identities.
+// add adds a caller, which may have the given identities one after the other.
 func (l *load) add(t *testing.T, caller *lab.Caller, identities ...conformance.Identity) {
 	t.Helper()
 	c := &loadCaller{name: caller.Name, may: identities, answers: make(map[int]int)}
@@ -126,7 +126,8 @@ func (l *load) add(t *testing.T, caller *lab.Caller, identities ...conformance.I
 	}
 }
 
-// ask sends a GET request and returns the status of the answer, 0 if there is none.
+// ask sends a GET request and returns the status of the answer, or 0 if there is
+// none.
 func ask(client *http.Client, url string) int {
 	req, err := http.NewRequestWithContext(context.Background(), http.MethodGet, url, nil)
 	if err != nil {
@@ -143,7 +144,7 @@ func ask(client *http.Client, url string) int {
 	return resp.StatusCode
 }
 
-// answered returns how many requests of a caller were answered with a status.
+// answered returns how many of a caller's requests were answered with a status.
 func (l *load) answered(name string, status int) int {
 	c := l.callers[slices.IndexFunc(l.callers, func(c *loadCaller) bool { return c.name == name })]
 	c.mu.Lock()
@@ -151,7 +152,7 @@ func (l *load) answered(name string, status int) int {
 	return c.answers[status]
 }
 
-// wantProgress waits until some more requests of each caller have been let through.
+// wantProgress waits until some more requests of each caller succeed.
 func (l *load) wantProgress(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {
@@ -165,9 +166,9 @@ func (l *load) wantProgress(t *testing.T, names ...string) {
 	}
 }
 
-// wantOnlyOK fails the test if requests of a caller were not let through. A machine
-// that is busy may have the node miss the time in which it has to say who a few of
-// them are, upon which they are to be tried again.
+// wantOnlyOK fails the test if callers' requests did not succeed. On a busy machine,
+// the node may identify a few callers too late; these requests get a 503 and may be
+// retried.
 func (l *load) wantOnlyOK(t *testing.T, names ...string) {
 	t.Helper()
 	for _, c := range l.callers {
@@ -177,13 +178,13 @@ func (l *load) wantOnlyOK(t *testing.T, names ...string) {
 		c.mu.Lock()
 		passed, again := c.answers[http.StatusOK], c.answers[http.StatusServiceUnavailable]
 		if len(c.answers) > 2 || (len(c.answers) == 2 && again == 0) || again > passed/20 {
-			t.Errorf("the requests of %s were answered with (by status) %v; want 200, and 503 in a few cases at most", c.name, c.answers)
+			t.Errorf("requests of %s were answered with (by status) %v; want 200, and a few 503 at most", c.name, c.answers)
 		}
 		c.mu.Unlock()
 	}
 }
 
-// judge fails the test unless every request that arrived is its caller's own.
+// judge fails the test unless every request arrived with its caller's identity.
 func (l *load) judge(t *testing.T, arrived []*http.Request) {
 	t.Helper()
 	type stream struct{ caller, proto string }
@@ -192,12 +193,12 @@ func (l *load) judge(t *testing.T, arrived []*http.Request) {
 	for _, r := range arrived {
 		parts := strings.Split(strings.TrimPrefix(r.URL.Path, "/load/"), "/")
 		if !strings.HasPrefix(r.URL.Path, "/load/") || len(parts) != 3 {
-			continue // somebody else's
+			continue // not from this load
 		}
 		i := slices.IndexFunc(l.callers, func(c *loadCaller) bool { return c.name == parts[0] })
 		n, err := strconv.Atoi(parts[2])
 		if i < 0 || err != nil {
-			t.Fatalf("a request of nobody arrived: %s", r.URL.Path)
+			t.Fatalf("a request of an unknown caller arrived: %s", r.URL.Path)
 		}
 		users, groups := r.Header["Impersonate-User"], r.Header["Impersonate-Group"]
 		identity := slices.IndexFunc(l.callers[i].may, func(id conformance.Identity) bool {
@@ -212,24 +213,24 @@ func (l *load) judge(t *testing.T, arrived []*http.Request) {
 	for key, all := range order {
 		slices.SortFunc(all, func(a, b seen) int { return a.n - b.n })
 		if !slices.IsSortedFunc(all, func(a, b seen) int { return a.identity - b.identity }) {
-			t.Errorf("%s over %s was who it had been before, after it had been somebody else: %v", key.caller, key.proto, all)
+			t.Errorf("%s over %s returned to an earlier identity: %v", key.caller, key.proto, all)
 		}
 	}
 	for _, c := range l.callers {
 		for _, proto := range []string{"HTTP-1.1", "HTTP-2.0"} {
 			if len(order[stream{c.name, proto}]) == 0 {
-				t.Errorf("no request of %s over %s arrived: nothing is shown", c.name, proto)
+				t.Errorf("no request of %s over %s arrived", c.name, proto)
 			}
 		}
 	}
 }
 
-// footprint is what requests hold. Tailnet nodes have more or fewer goroutines at
-// all times, so they are not counted.
+// footprint is what requests hold. The goroutines of tailnet nodes come and go all
+// the time, so they are not counted.
 type footprint struct {
 	module, caddy int // goroutines
-	upstream      int // sockets that are connected to the upstream of the load
-	files         int // all that are open
+	upstream      int // sockets connected to the upstream of the load
+	files         int // all open files
 }
 
 func theFootprint(t *testing.T) (f footprint) {
@@ -252,7 +253,7 @@ func theFootprint(t *testing.T) (f footprint) {
 }
 
 // openFiles returns how many files this process has open, and how many of them are
-// sockets that are connected to remote.
+// sockets connected to remote.
 func openFiles(t *testing.T, remote netip.AddrPort) (all, connected int) {
 	t.Helper()
 	self, err := procfs.Self()
@@ -267,7 +268,7 @@ func openFiles(t *testing.T, remote netip.AddrPort) (all, connected int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sockets, err := fs.NetTCP() //nolint:staticcheck // it reads /proc, which is slow with many sockets, but simple
+	sockets, err := fs.NetTCP() //nolint:staticcheck // reading /proc is slow with many sockets, but simple
 	if err != nil {
 		t.Fatal(err)
 	}

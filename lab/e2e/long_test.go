@@ -21,16 +21,16 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-var long = flag.Bool("long", false, "run the tests that wait for minutes as well")
+var long = flag.Bool("long", false, "also run the tests that take minutes")
 
 // silence is longer than any timeout of a minute, such as Caddy's for reads and
 // writes that make no progress.
 const silence = 75 * time.Second
 
-// ways are the ways to speak HTTP to the proxy.
+// ways are the HTTP versions and sites over which clients reach the proxy.
 var ways = []struct {
 	name, proto string
-	url         string   // of the site for the API server
+	url         string   // of the API server's site
 	env         []string // for kubectl
 }{
 	{"HTTP1", "HTTP/1.1", "http://" + lab.ProxyName, nil},
@@ -38,17 +38,17 @@ var ways = []struct {
 	{"HTTP2", "HTTP/2.0", "https://" + lab.ProxyName + "." + lab.Domain, nil},
 }
 
-// All streams are silent at the same time. They are no parallel subtests, as of
-// those only as many run at once as there are processors.
+// All streams are silent at the same time. They are not parallel subtests, as only
+// as many of those run at once as there are processors.
 
-func TestWhatIsSilentForMoreThanAMinuteGoesOn(t *testing.T) {
+func TestLong_SilentStreamsContinue(t *testing.T) {
 	if !*long {
-		t.Skip("it takes more than a minute: run with -long")
+		t.Skip("takes more than a minute: run with -long")
 	}
 	alice := theLab.Callers["alice"]
 	log := tail(t, theLab.Log("caddy"))
 	var streams []silentStream
-	used := make(map[string]string) // protocol by what is in the URI
+	used := make(map[string]string) // protocol by a part of the URI
 	for i, way := range ways {
 		kubeconfig := fmt.Sprintf("%s.silent%d", alice.Kubeconfig, i)
 		if err := alice.WriteKubeconfig(kubeconfig, way.url); err != nil {
@@ -104,7 +104,7 @@ func TestWhatIsSilentForMoreThanAMinuteGoesOn(t *testing.T) {
 			stream.speak(t)
 		})
 	}
-	// At their end Caddy logs what they were.
+	// Caddy logs the requests when they end.
 	for _, stream := range streams {
 		stream.session.stop()
 	}
@@ -115,35 +115,35 @@ func TestWhatIsSilentForMoreThanAMinuteGoesOn(t *testing.T) {
 					continue
 				}
 				if request.Request.Proto != proto {
-					t.Errorf("%s came over %s; want %s", request.Request.URI, request.Request.Proto, proto)
+					t.Errorf("%s arrived over %s; want %s", request.Request.URI, request.Request.Proto, proto)
 				}
 				delete(used, part)
 			}
 		}
 		if len(used) > 0 {
-			return fmt.Errorf("these are not: %v", used)
+			return fmt.Errorf("missing: %v", used)
 		}
 		return nil
 	})
 }
 
-// silentStream is a stream that has nothing to say until it is made to.
+// silentStream is a stream that is silent until speak is called.
 type silentStream struct {
 	name    string
 	session *session
-	speak   func(t *testing.T) // fails the test unless the stream says something
+	speak   func(t *testing.T) // fails the test unless the stream carries data again
 }
 
-// As with kubectl logs | less: what the reader does not take yet fills all buffers
-// on the way, and then the proxy's writes make no progress.
-func TestAReaderMayPauseForMoreThanAMinute(t *testing.T) {
+// As with kubectl logs | less: when the reader stops reading, all buffers on the way
+// fill up, and then the proxy's writes make no progress.
+func TestLong_PausedReaderLosesNothing(t *testing.T) {
 	if !*long {
-		t.Skip("it takes more than a minute: run with -long")
+		t.Skip("takes more than a minute: run with -long")
 	}
 	const pod, size = "talkative", 64 << 20
 	runPod(t, pod, fmt.Sprintf("yes 0123456789abcdef | head -c %d > text; cat text; echo; echo done; sleep 600", size))
 	alice := theLab.Callers["alice"]
-	eventually(t, "the pod has printed all", func() error {
+	eventually(t, "the pod has printed everything", func() error {
 		if last := kubectl(t, "alice", "logs", "--tail=1", pod); last != "done\n" {
 			return fmt.Errorf("the last line begins with %.10q", last)
 		}
@@ -181,26 +181,26 @@ func TestAReaderMayPauseForMoreThanAMinute(t *testing.T) {
 		}
 		start("logs over "+way.name, kubeconfig, way.env, "logs", "--limit-bytes="+fmt.Sprint(size), pod)
 	}
-	// Where it has nothing to do with the proxy.
+	// As a control, without the proxy.
 	start("logs straight from the API server", theLab.AdminKubeconfig(), nil, "logs", "--limit-bytes="+fmt.Sprint(size), pod)
-	// Not over a WebSocket: there kubectl itself gives up after a minute in which
-	// it could not read an answer to its pings.
+	// Not over a WebSocket: there kubectl itself gives up when it has not read an
+	// answer to its pings for a minute.
 	start("exec over SPDY", alice.Kubeconfig, protocols[1].env, "exec", pod, "--", "cat", "text")
-	// It is the time that is tested.
+	// The test is about time passing.
 	time.Sleep(silence)
 	for _, r := range readers {
 		t.Run(r.name, func(t *testing.T) {
 			n, readErr := io.Copy(io.Discard, r.stdout)
 			if err := errors.Join(readErr, r.cmd.Wait()); err != nil || n != size {
-				t.Errorf("%d of %d bytes came: %v: %s", n, size, err, r.stderr.String())
+				t.Errorf("%d of %d bytes arrived: %v: %s", n, size, err, r.stderr.String())
 			}
 		})
 	}
 }
 
-func TestAnAnswerMayTakeMoreThanAMinute(t *testing.T) {
+func TestLong_LateAnswersArrive(t *testing.T) {
 	if !*long {
-		t.Skip("it takes more than a minute: run with -long")
+		t.Skip("takes more than a minute: run with -long")
 	}
 	var answers sync.WaitGroup
 	for _, upstream := range []struct{ name, plain, tls string }{
@@ -227,8 +227,8 @@ func TestAnAnswerMayTakeMoreThanAMinute(t *testing.T) {
 	encrypted.take()
 }
 
-// waitForAnswer sends a request, with a body if it is a POST, and returns an error
-// unless the recorder's answer comes over the given protocol, and late.
+// waitForAnswer sends a request, with a body if it is a POST. It returns an error
+// unless the recorder's answer arrives over the given protocol, and late.
 func waitForAnswer(ctx context.Context, client *http.Client, method, url, proto string) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*silence)
 	defer cancel()
@@ -248,12 +248,12 @@ func waitForAnswer(ctx context.Context, client *http.Client, method, url, proto 
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK || resp.Header.Get("X-Recorded") == "" || resp.Proto != proto || took < silence {
-		return fmt.Errorf("the answer is %s over %s after %v; want the upstream's 200 over %s after %v", resp.Status, resp.Proto, took, proto, silence)
+		return fmt.Errorf("the answer is %s over %s after %v; want the upstream's 200 over %s after at least %v", resp.Status, resp.Proto, took, proto, silence)
 	}
 	return nil
 }
 
-// httpClient returns a client on a caller's device that speaks one version of
+// httpClient returns a client on a caller's device that speaks only one version of
 // HTTP.
 func httpClient(t *testing.T, caller, proto string) *http.Client {
 	t.Helper()
@@ -269,7 +269,7 @@ func clientOf(t *testing.T, caller *lab.Caller, proto string) *http.Client {
 	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM(ca) {
-		t.Fatal(errors.New("caddy's authority has no certificate"))
+		t.Fatal(errors.New("caddy's CA has no certificate"))
 	}
 	transport := &http.Transport{
 		DialContext:     caller.Dial,

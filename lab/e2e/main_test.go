@@ -18,7 +18,7 @@ import (
 	sessionrecorder "github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
 )
 
-// theLab is what all tests share. It is set before they run.
+// All tests share these. They are set before the tests run.
 var (
 	theLab    *lab.Lab
 	plain     *recorder // upstream over plain HTTP
@@ -27,14 +27,15 @@ var (
 	sessions  *sessionrecorder.Recorder // on the tailnet
 )
 
-var keep = flag.Bool("keep", false, "keep the folder of logs, also when all tests pass")
+var keep = flag.Bool("keep", false, "keep the folder of logs even if all tests pass")
 
-// constrained has the whole suite run under what "caddy tailscale-impersonate rbac
-// --constrained" writes.
-var constrained = flag.Bool("constrained", false, "limit the proxy by constrained impersonation, where a test does not need the older verb")
+// constrained runs the whole suite with the rights that "caddy tailscale-impersonate
+// rbac --constrained" writes.
+var constrained = flag.Bool("constrained", false, "give the proxy only constrained impersonation, except in tests that need the older verb")
 
-// masters is the group of those who may do anything. Constrained impersonation never
-// allows system:masters; what is advised then is a group that is bound to cluster-admin.
+// masters is the group that may do anything. Constrained impersonation never allows
+// system:masters; the docs then advise to use a group that is bound to
+// cluster-admin.
 func masters() string {
 	if *constrained {
 		return "tailnet-admins"
@@ -51,7 +52,7 @@ subjects:
 - {apiGroup: rbac.authorization.k8s.io, kind: Group, name: tailnet-admins}
 `
 
-// callers are the devices of the lab, one per row of the mapping table and one
+// callers are the devices of the lab: one for each row of the mapping table, and one
 // whose grants change.
 var callers = []lab.CallerSpec{
 	{Name: "alice", Login: "alice@example.com"},
@@ -61,7 +62,7 @@ var callers = []lab.CallerSpec{
 	{Name: "erin", Login: "erin@example.com"},
 	{Name: "ci", Tags: []string{"tag:k8s-readers"}},
 	{Name: "ops", Tags: []string{"tag:k8s-ops"}},
-	// Those whose sessions are recorded: see startSessionRecorder.
+	// Their sessions are recorded: see startSessionRecorder.
 	{Name: "fay", Login: "fay@example.com"},
 	{Name: "gus", Login: "gus@example.com"},
 	{Name: "hal", Login: "hal@example.com"},
@@ -80,7 +81,7 @@ func run(m *testing.M) (code int) {
 		return 1
 	}
 	if err := start(dir); err != nil {
-		fmt.Fprintln(os.Stderr, "bringing up the lab:", err)
+		fmt.Fprintln(os.Stderr, "starting the lab:", err)
 		return 1
 	}
 	code = m.Run()
@@ -123,7 +124,7 @@ func start(dir string) (err error) {
 		Examples:  filepath.Join(root, "examples"),
 		Policy:    testPolicy,
 		Caddyfile: sites,
-		// Of the site on portGroupRails.
+		// As on the site at portGroupRails.
 		GroupPrefixes: []string{"tailnet:"},
 		Constrained:   *constrained,
 		Callers:       callers,
@@ -154,8 +155,8 @@ func stop() error {
 	return errors.Join(errs...)
 }
 
-// kubectl runs kubectl as a caller and returns what it printed. It fails the test
-// if kubectl fails.
+// kubectl runs kubectl as a caller and returns its output. It fails the test if
+// kubectl fails.
 func kubectl(t *testing.T, caller string, args ...string) string {
 	t.Helper()
 	stdout, stderr, err := tryKubectl(t, caller, args...)
@@ -165,7 +166,7 @@ func kubectl(t *testing.T, caller string, args ...string) string {
 	return stdout
 }
 
-// tryKubectl runs kubectl as a caller. It is killed after a minute.
+// tryKubectl runs kubectl as a caller, for at most a minute.
 func tryKubectl(t *testing.T, caller string, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
 	return runKubectl(t, theLab.Callers[caller].Kubeconfig, nil, args...)
@@ -173,7 +174,7 @@ func tryKubectl(t *testing.T, caller string, args ...string) (stdout, stderr str
 
 func runKubectl(t *testing.T, kubeconfig string, env []string, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
-	// Not the test's context, which is over when its cleanup runs kubectl.
+	// Not the test's context, which has ended when cleanups run kubectl.
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	cmd, err := lab.Kubectl(ctx, kubeconfig, args...)
@@ -187,8 +188,8 @@ func runKubectl(t *testing.T, kubeconfig string, env []string, args ...string) (
 	return out.String(), errOut.String(), err
 }
 
-// eventually calls f until it returns nil, for at most 30 seconds, and fails the
-// test with its last error otherwise.
+// eventually calls f until it returns nil. After 30 seconds, it fails the test with
+// f's last error.
 func eventually(t *testing.T, what string, f func() error) {
 	t.Helper()
 	deadline := time.Now().Add(30 * time.Second)
@@ -200,6 +201,6 @@ func eventually(t *testing.T, what string, f func() error) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s: not within 30 s: %v", what, err)
 		}
-		time.Sleep(50 * time.Millisecond) // between two looks at the condition
+		time.Sleep(50 * time.Millisecond) // polling interval
 	}
 }

@@ -10,8 +10,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// kubeconfigAt returns a kubeconfig file of a caller for another port of the
-// proxy's node.
+// kubeconfigAt returns a kubeconfig file of a caller for another port of the proxy's
+// node.
 func kubeconfigAt(t *testing.T, caller, port string) string {
 	t.Helper()
 	c := theLab.Callers[caller]
@@ -22,7 +22,7 @@ func kubeconfigAt(t *testing.T, caller, port string) string {
 	return path
 }
 
-func TestAReadOnlySiteIsReadOnly(t *testing.T) {
+func TestMatcher_ReadOnlySiteRefusesWrites(t *testing.T) {
 	kubeconfig := kubeconfigAt(t, "alice", portReadOnly) // a cluster-admin
 	audit := tail(t, theLab.Cluster.AuditLog())
 	for _, args := range []string{
@@ -53,54 +53,54 @@ func TestAReadOnlySiteIsReadOnly(t *testing.T) {
 			env := []string{"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=" + websockets, "KUBECTL_PORT_FORWARD_WEBSOCKETS=" + websockets}
 			_, stderr, err := runKubectl(t, kubeconfig, env, strings.Fields(args)...)
 			if err == nil || !strings.Contains(stderr, "this site is read-only") {
-				t.Errorf("kubectl %s (websockets %s): %v: %s; want it to say that the site is read-only", args, websockets, err, stderr)
+				t.Errorf("kubectl %s (websockets %s): %v: %s; want an error: the site is read-only", args, websockets, err, stderr)
 			}
 		}
 	}
-	// As the API server sees it.
+	// No such request reached the API server.
 	for _, line := range audit.lines(t) {
 		for _, sign := range []string{`"verb":"create"`, `"verb":"delete"`, `"verb":"patch"`, `"verb":"update"`, `"subresource":"exec"`, `"subresource":"portforward"`, `"subresource":"proxy"`} {
 			if strings.Contains(line, sign) && strings.Contains(line, `"impersonatedUser":{"username":"alice@example.com"`) && !strings.Contains(line, "selfsubject") {
-				t.Errorf("the API server has seen %s", line)
+				t.Errorf("the API server received %s", line)
 			}
 		}
 	}
 }
 
-func TestTaggedDevicesGetNoShell(t *testing.T) {
+func TestMatcher_TaggedDevicesGetNoShell(t *testing.T) {
 	const says = "tagged devices get no shell"
 	for caller, refused := range map[string]bool{"alice": false, "ci": true} {
 		_, stderr, err := runKubectl(t, kubeconfigAt(t, caller, portNoShells), nil, "exec", lab.Pod, "--", "true")
 		if (err != nil) != refused || strings.Contains(stderr, says) != refused {
-			t.Errorf("kubectl exec as %s: %v: %s; want it to be refused by the site: %v", caller, err, stderr, refused)
+			t.Errorf("kubectl exec as %s: %v: %s; want refused by the site: %v", caller, err, stderr, refused)
 		}
 	}
-	// A tagged device that has groups by a grant is one all the same.
+	// A tagged device is one even if a grant gives it groups.
 	for caller, refused := range map[string]bool{"bob": false, "ops": true} {
 		_, stderr, err := runKubectl(t, kubeconfigAt(t, caller, portNoShells), nil, "get", "--raw", "/api/v1/namespaces/default/pods/"+lab.Pod+"/proxy/")
 		if err == nil || strings.Contains(stderr, says) != refused {
-			t.Errorf("the pod's proxy as %s: %v: %s; want it to be refused by the site: %v, and otherwise by the API server", caller, err, stderr, refused)
+			t.Errorf("the pod's proxy as %s: %v: %s; want refused by the site: %v, otherwise by the API server", caller, err, stderr, refused)
 		}
 	}
 	if got := kubectl(t, "ci", "--kubeconfig="+kubeconfigAt(t, "ci", portNoShells), "get", "pods"); !strings.Contains(got, lab.Pod) {
-		t.Errorf("kubectl get pods as ci says %s", got)
+		t.Errorf("kubectl get pods as ci printed %s", got)
 	}
 }
 
-// A path that the API server would understand, but others differently, is not
-// decided about.
-func TestAmbiguousPathsAreRefusedWhereAMatcherDecides(t *testing.T) {
+// A path that the API server and other parsers read differently is refused where a
+// matcher decides.
+func TestMatcher_AmbiguousPathIsRefused(t *testing.T) {
 	const path = "/api/v1/namespaces/default/pods%2Fweb"
 	if resp := send(t, "alice", "80", get(path)); resp.StatusCode != http.StatusOK {
-		t.Fatalf("where no matcher decides: %s %s; want 200", resp.Status, resp.body)
+		t.Fatalf("without a matcher: %s %s; want 200", resp.Status, resp.body)
 	}
 	resp := send(t, "alice", portReadOnly, get(path))
 	if resp.StatusCode != http.StatusBadRequest || !strings.Contains(resp.body, `"kind":"Status"`) || !strings.Contains(resp.body, "more than one way") {
-		t.Errorf("where a matcher decides: %s %s; want a Status with the code 400", resp.Status, resp.body)
+		t.Errorf("with a matcher: %s %s; want a Status with code 400", resp.Status, resp.body)
 	}
 }
 
-func TestWhatIsRewrittenBehindAMatcherIsNotSent(t *testing.T) {
+func TestMatcher_RequestRewrittenAfterMatchIsNotSent(t *testing.T) {
 	kubectl(t, "alice", "create", "configmap", "rewritten")
 	t.Cleanup(func() { kubectl(t, "alice", "delete", "configmap", "rewritten") })
 	_, stderr, err := runKubectl(t, kubeconfigAt(t, "alice", portRewriting), nil, "get", "configmap", "rewritten")

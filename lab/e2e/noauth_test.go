@@ -9,9 +9,9 @@ import (
 	"time"
 )
 
-// The kubeconfig of the site is the administrator's, with a client certificate of
-// system:masters. None of that may come to a caller's help.
-func TestWithClientCredentialsACallerIsWhoItsCredentialsSay(t *testing.T) {
+// The site's kubeconfig is the administrator's, with a client certificate in
+// system:masters. Callers must not profit from it.
+func TestClientCredentials_DecideTheUser(t *testing.T) {
 	const review = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
 	const body = `{"apiVersion":"authentication.k8s.io/v1","kind":"SelfSubjectReview"}`
 	secrets := get("/api/v1/namespaces/default/secrets")
@@ -30,11 +30,11 @@ func TestWithClientCredentialsACallerIsWhoItsCredentialsSay(t *testing.T) {
 	}
 	resp = send(t, "dave", portNoAuth, request("POST", review, body, "Content-Type: application/json", "Authorization: Bearer "+token))
 	if want := `"username":"system:serviceaccount:tailscale-impersonate:proxy"`; resp.StatusCode != http.StatusCreated || !strings.Contains(resp.body, want) {
-		t.Errorf("with a token: %s %s; want it to be %s", resp.Status, resp.body, want)
+		t.Errorf("with a token: %s %s; want %s", resp.Status, resp.body, want)
 	}
-	// A caller's own impersonation is between it and the API server.
+	// The API server alone decides about the caller's own impersonation.
 	resp = send(t, "dave", portNoAuth, request("POST", review, body, "Content-Type: application/json", "Authorization: Bearer "+token, "Impersonate-User: erin@example.com"))
 	if want := `"username":"erin@example.com"`; resp.StatusCode != http.StatusCreated || !strings.Contains(resp.body, want) {
-		t.Errorf("with a token and Impersonate-User: %s %s; want it to be %s", resp.Status, resp.body, want)
+		t.Errorf("with a token and Impersonate-User: %s %s; want %s", resp.Status, resp.body, want)
 	}
 }

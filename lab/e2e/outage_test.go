@@ -23,11 +23,11 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-func TestATokenThatIsReplacedMidRunFailsNoRequest(t *testing.T) {
+func TestOutage_ReplacedTokenFailsNoRequest(t *testing.T) {
 	defer firstConfig(t)
 	testReplacedToken(t, func(a *asking) {
-		// A new config reads the file at once. An exec that connected just then
-		// could be hung up on, as docs/limits.md says, so there is none.
+		// A new config reads the file at once. As docs/limits.md says, a reload may
+		// cut off an exec that has just connected, so none is running.
 		a.commands.Lock()
 		defer a.commands.Unlock()
 		if err := theLab.Caddy.Load(withVersion(theLab, "", "other")); err != nil {
@@ -36,15 +36,16 @@ func TestATokenThatIsReplacedMidRunFailsNoRequest(t *testing.T) {
 	})
 }
 
-func TestATokenThatIsReplacedIsUsedWithinAMinute(t *testing.T) {
+func TestOutage_ReplacedTokenIsUsedWithinMinute(t *testing.T) {
 	if !*long {
 		t.Skip("it takes more than a minute: run with -long")
 	}
 	testReplacedToken(t, func(*asking) {})
 }
 
-// testReplacedToken replaces the proxy's token while requests run and revokes the
-// old one as soon as the new one is in use, which notice may speed up.
+// testReplacedToken replaces the proxy's token while requests run, and revokes the
+// old one as soon as the new one is in use. notice may make the proxy read the new
+// one earlier.
 func testReplacedToken(t *testing.T, notice func(*asking)) {
 	const namespace, name = "tailscale-impersonate", "proxy"
 	admin, err := kubernetes.NewForConfig(theLab.Cluster.Admin())
@@ -82,7 +83,7 @@ func testReplacedToken(t *testing.T, notice func(*asking)) {
 					return nil
 				}
 			}
-			return errors.New("it does not")
+			return errors.New("no such event")
 		})
 	}
 	inUse(old.Status.Token)
@@ -95,22 +96,22 @@ func testReplacedToken(t *testing.T, notice func(*asking)) {
 	replaced := time.Now()
 	notice(requests)
 	inUse(next)
-	t.Logf("the new token is in use after %.1f s", time.Since(replaced).Seconds())
+	t.Logf("the new token was in use after %.1f s", time.Since(replaced).Seconds())
 	if err := admin.CoreV1().Secrets(namespace).Delete(t.Context(), secret.Name, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the old token is revoked", func() error {
 		review, err := admin.AuthenticationV1().TokenReviews().Create(t.Context(), &authenticationv1.TokenReview{Spec: authenticationv1.TokenReviewSpec{Token: old.Status.Token}}, metav1.CreateOptions{})
 		if err == nil && review.Status.Authenticated {
-			return errors.New("it still counts")
+			return errors.New("it is still valid")
 		}
 		return err
 	})
 	requests.stop()
 }
 
-// replaceToken gives the proxy another token, as a kubelet does: the file is there
-// and whole at all times.
+// replaceToken gives the proxy another token as a kubelet does: the file exists and
+// is complete at all times.
 func replaceToken(t *testing.T, token string) {
 	t.Helper()
 	next := theLab.TokenFile() + ".next"
@@ -122,7 +123,7 @@ func replaceToken(t *testing.T, token string) {
 	}
 }
 
-// tokenID returns the ID of a token by which the audit log names it.
+// tokenID returns the ID by which the audit log names a token.
 func tokenID(t *testing.T, token string) string {
 	t.Helper()
 	parts := strings.Split(token, ".")
@@ -140,7 +141,7 @@ func tokenID(t *testing.T, token string) string {
 	return claims.JTI
 }
 
-// asking is several callers that read pods and run commands until they are stopped.
+// asking is a set of callers that read pods and run commands until stopped.
 type asking struct {
 	// commands is held while a command runs.
 	commands sync.Mutex
@@ -183,7 +184,7 @@ func keepAsking(t *testing.T) *asking {
 			t.Fatal(err)
 		}
 		ask("listing pods as "+caller, func() error {
-			// Not the test's context, which is over before stop runs in its cleanup.
+			// Not the test's context, which has ended when stop runs as a cleanup.
 			_, err := client.CoreV1().Pods("default").List(context.Background(), metav1.ListOptions{})
 			return err
 		})
@@ -204,11 +205,11 @@ func keepAsking(t *testing.T) *asking {
 			t.Logf("%s: %d times", what, n)
 		}
 	})
-	t.Cleanup(a.stop) // a test that fails does not get to it
+	t.Cleanup(a.stop) // also if the test fails before it calls stop
 	return a
 }
 
-func TestWithoutTheAPIServerErrorsSaySoAndLaterAllWorksAgain(t *testing.T) {
+func TestOutage_APIServerErrorsNameReasonAndRecover(t *testing.T) {
 	const reason = "the API server cannot be reached"
 	seen := informers(t, "bob", 1)[0]
 	underLoad(t, func(l *load) {
@@ -216,39 +217,39 @@ func TestWithoutTheAPIServerErrorsSaySoAndLaterAllWorksAgain(t *testing.T) {
 			start := time.Now()
 			_, stderr, err := tryKubectl(t, "bob", "get", "pods")
 			if err == nil || !strings.Contains(stderr, reason) {
-				t.Errorf("kubectl get: %v %s; want an error that says that %s", err, stderr, reason)
+				t.Errorf("kubectl get: %v %s; want an error: %s", err, stderr, reason)
 			}
-			t.Logf("after %.1f s kubectl get says: %s", time.Since(start).Seconds(), stderr)
+			t.Logf("kubectl get failed after %.1f s: %s", time.Since(start).Seconds(), stderr)
 
 			resp := send(t, "bob", "80", get("/api/v1/namespaces/default/pods"))
 			var status metav1.Status
 			if err := json.Unmarshal([]byte(resp.body), &status); err != nil || status.Kind != "Status" || !strings.Contains(status.Message, reason) {
-				t.Errorf("the answer is %s %q (%v); want a Status that says that %s", resp.Status, resp.body, err, reason)
+				t.Errorf("the answer is %s %q (%v); want a Status: %s", resp.Status, resp.body, err, reason)
 			}
 			if resp.StatusCode < 500 || int(status.Code) != resp.StatusCode {
-				t.Errorf("the answer is %s with code %d in its Status; want the same, and a server's error", resp.Status, status.Code)
+				t.Errorf("the answer is %s with code %d in its Status; want the same code, and 5xx", resp.Status, status.Code)
 			}
 			for _, p := range protocols {
 				_, stderr, err := runKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env, "exec", lab.Pod, "--", "true")
 				if err == nil || !strings.Contains(stderr, reason) {
-					t.Errorf("%s: kubectl exec: %v %s; want an error that says that %s", p.name, err, stderr, reason)
+					t.Errorf("%s: kubectl exec: %v %s; want an error: %s", p.name, err, stderr, reason)
 				}
-				t.Logf("%s: kubectl exec says: %s", p.name, stderr)
+				t.Logf("%s: kubectl exec failed: %s", p.name, stderr)
 			}
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		l.wantOnlyOK(t, "bob", "carol") // whose upstream is another one
+		l.wantOnlyOK(t, "bob", "carol") // they use another upstream
 	})
 
-	// From here on all has to work, and at once: nothing in the proxy may still
-	// take the API server for gone.
+	// From here on everything has to work at once: nothing in the proxy may remember
+	// the API server as unreachable.
 	if resp := send(t, "bob", "80", get("/api/v1/namespaces/default/pods")); resp.StatusCode != http.StatusOK {
 		t.Errorf("the first answer is %s %s; want 200", resp.Status, resp.body)
 	}
 	if got := kubectl(t, "bob", "get", "pods"); !strings.Contains(got, lab.Pod) {
-		t.Errorf("kubectl get pods says %s", got)
+		t.Errorf("kubectl get pods printed %s", got)
 	}
 	for _, p := range protocols {
 		stdout, stderr, err := runKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env, "exec", lab.Pod, "--", "echo", "again")
@@ -263,6 +264,6 @@ func TestWithoutTheAPIServerErrorsSaySoAndLaterAllWorksAgain(t *testing.T) {
 	watch.want(t, "ADDED")
 	kubectl(t, "alice", "label", "configmap", object, "a=b")
 	watch.want(t, "MODIFIED")
-	// One that was there before has found its way back as well.
+	// A watch from before the outage has resumed.
 	seen.want(t, object)
 }

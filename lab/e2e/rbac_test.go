@@ -11,11 +11,11 @@ import (
 	"testing"
 )
 
-// All of the other tests run with the rights that caddy tailscale-impersonate rbac
-// writes: those of make test with the older verb, those of make test-long with
-// constrained impersonation. These are about what it leaves out.
+// All other tests run with the rights that caddy tailscale-impersonate rbac writes:
+// in make test with the older verb, in make test-long with constrained
+// impersonation. These tests are about the rights that it does not give.
 
-// withoutGrant returns the lab's policy file as it would be without a group.
+// withoutGrant returns the lab's policy file without a group.
 func withoutGrant(t *testing.T, group string) []byte {
 	t.Helper()
 	var policy map[string]any
@@ -40,7 +40,7 @@ func withoutGrant(t *testing.T, group string) []byte {
 	return changed
 }
 
-// limit has the proxy limited to what a policy file says, until the test ends.
+// limit gives the proxy only the rights for a policy file, until the test ends.
 func limit(t *testing.T, policy []byte, byConstraints bool) {
 	t.Helper()
 	set := func(ctx context.Context, policy []byte, byConstraints bool) {
@@ -49,24 +49,24 @@ func limit(t *testing.T, policy []byte, byConstraints bool) {
 			t.Fatal(err)
 		}
 		eventually(t, "the proxy's rights are in force", func() error {
-			// It fails where the answer is no.
+			// kubectl fails if the answer is no.
 			answer, stderr, err := runKubectl(t, theLab.Kubeconfig(), nil, "auth", "can-i", "impersonate", "users")
 			if want := map[bool]string{true: "no", false: "yes"}[byConstraints]; strings.TrimSpace(answer) != want {
-				return fmt.Errorf("whether it may impersonate by the older verb: %q (%w: %s); want %q", answer, err, stderr, want)
+				return fmt.Errorf("may impersonate by the older verb: %q (%w: %s); want %q", answer, err, stderr, want)
 			}
 			return nil
 		})
 	}
 	t.Cleanup(func() {
-		// Not the test's context, which is over by then.
+		// Not the test's context, which has ended.
 		set(context.Background(), theLab.Policy, *constrained)
-		eventually(t, "what the proxy may do is as it was", func() error { return listsPods(t, "bob") })
+		eventually(t, "the proxy's rights are restored", func() error { return listsPods(t, "bob") })
 	})
 	set(t.Context(), policy, byConstraints)
 }
 
-// useOlderVerb is for what constrained impersonation cannot do: act as service
-// accounts, as nodes, and by 12-act-as.yaml.
+// useOlderVerb is for tests of what constrained impersonation cannot do: acting as
+// service accounts, as nodes, and by 12-act-as.yaml.
 func useOlderVerb(t *testing.T) {
 	t.Helper()
 	if *constrained {
@@ -83,7 +83,7 @@ func listsPods(t *testing.T, caller string) error {
 	return nil
 }
 
-func TestGroupsThatAreNotInThePolicyFileCannotBeImpersonated(t *testing.T) {
+func TestRBAC_GroupsOutsidePolicyCannotBeImpersonated(t *testing.T) {
 	for _, byConstraints := range []bool{false, true} {
 		t.Run(fmt.Sprintf("constrained %v", byConstraints), func(t *testing.T) {
 			limit(t, withoutGrant(t, "tailnet-readers"), byConstraints)
@@ -95,22 +95,22 @@ func TestGroupsThatAreNotInThePolicyFileCannotBeImpersonated(t *testing.T) {
 	}
 }
 
-// cannotImpersonate returns an error unless the API server refuses to let the proxy
-// act as caller.
+// cannotImpersonate returns an error unless the API server refuses the proxy to act
+// as caller.
 func cannotImpersonate(t *testing.T, caller string) error {
 	t.Helper()
 	resp := send(t, caller, "80", get("/api/v1/namespaces/default/pods"))
 	if resp.StatusCode != http.StatusForbidden || !strings.Contains(resp.body, "cannot impersonate") {
-		return fmt.Errorf("got %s: %s; want it to be said that the proxy cannot impersonate", resp.Status, resp.body)
+		return fmt.Errorf("got %s: %s; want the API server to refuse the impersonation", resp.Status, resp.body)
 	}
 	return nil
 }
 
-// Under constrained impersonation everything that the mapping table has works: users
-// with groups and without, tags, reads, writes, streams and what is no object.
-func TestConstrainedImpersonation(t *testing.T) {
+// Under constrained impersonation, everything in the mapping table works: users with
+// and without groups, tags, reads, writes, streams and requests without a resource.
+func TestRBAC_ConstrainedImpersonationCoversMapping(t *testing.T) {
 	limit(t, theLab.Policy, true)
-	if !*constrained { // or she has another group
+	if !*constrained { // with -constrained, alice has another group
 		eventually(t, "system:masters is refused", func() error { return cannotImpersonate(t, "alice") })
 	}
 	for _, caller := range []string{"bob", "carol", "ci"} {
@@ -119,7 +119,7 @@ func TestConstrainedImpersonation(t *testing.T) {
 		}
 	}
 	if _, stderr, err := tryKubectl(t, "dave", "get", "pods"); err == nil || !strings.Contains(stderr, `"dave@example.com" cannot list`) {
-		t.Errorf("dave: %v: %s; want the API server to refuse him by name", err, stderr)
+		t.Errorf("dave: %v: %s; want the API server's refusal, which names him", err, stderr)
 	}
 	admin := func(args ...string) {
 		t.Helper()
@@ -138,7 +138,7 @@ func TestConstrainedImpersonation(t *testing.T) {
 	kubectl(t, "erin", "delete", "configmap", "constrained")
 	kubectl(t, "erin", "get", "--raw", "/version")
 
-	// Nobody else can be impersonated: what the older verb would allow is not left.
+	// Other groups cannot be impersonated: rights by the older verb are gone.
 	for group, want := range map[string]string{"system:nodes": "cannot impersonate", "system:masters": "not allowed"} {
 		_, stderr, err := runKubectl(t, theLab.Kubeconfig(), nil, "get", "--raw", "/version", "--as", "mallory", "--as-group", group)
 		if err == nil || !strings.Contains(stderr, want) {

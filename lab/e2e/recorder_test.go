@@ -18,8 +18,8 @@ import (
 // recorderToken is the proxy's credential for the TLS recorder.
 const recorderToken = "the-proxys-own-token"
 
-// recorder is an upstream that keeps the requests it gets. What a proxy sends is
-// to be judged here, not by what it answers.
+// recorder is an upstream that keeps the requests it receives. Tests judge the proxy
+// by these requests, not by its answers.
 type recorder struct {
 	addr   string
 	server *httptest.Server
@@ -41,9 +41,9 @@ func newRecorder(tls bool) (*recorder, error) {
 	return r, nil
 }
 
-// ServeHTTP answers 200, unless the request says otherwise in its path or query:
-// /status/CODE?location=URL has another status and perhaps a Location, and
-// ?after=DURATION has the answer wait.
+// ServeHTTP answers 200 unless the request's path or query says otherwise:
+// /status/CODE?location=URL sets the status and perhaps a Location, and
+// ?after=DURATION delays the answer.
 func (r *recorder) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	r.mu.Lock()
 	r.requests = append(r.requests, req.Clone(req.Context()))

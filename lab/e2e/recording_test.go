@@ -25,9 +25,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"tailscale.com/sessionrecording"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	sessionrecorder "github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
 )
 
 // absentRecorder is an address of the tailnet that nobody has.

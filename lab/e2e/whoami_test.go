@@ -22,8 +22,8 @@ import (
 
 	"k8s.io/client-go/tools/clientcmd"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
 var screenshots = flag.String("screenshots", "", "a folder for pictures of the whoami pages, docs for the ones of the documents")

@@ -19,7 +19,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/netns"
 )
 
-// The proxies that are compared. "Direct" is none: the API server itself.
+// The proxies that are compared. With direct, clients call the API server without a
+// proxy.
 const (
 	bare     = "bare reverse_proxy"
 	plugin   = "this plugin"
@@ -30,7 +31,7 @@ const (
 // nodeNames are the names of the proxies' tailnet nodes.
 var nodeNames = map[string]string{bare: "bare", plugin: "plugin", official: "official"}
 
-// What is asked for. The caller is an administrator.
+// What clients request. The caller is an administrator.
 const (
 	small     = "/api/v1/namespaces/default/configmaps/small" // 2 KB
 	smallSize = 2 << 10
@@ -38,14 +39,14 @@ const (
 	watch     = "/api/v1/namespaces/default/configmaps?watch=1&fieldSelector=metadata.name%3Dsmall&resourceVersion="
 )
 
-// bench is the lab that is measured in.
+// bench is the lab in which proxies are measured.
 type bench struct {
 	options
 	root string
 	lab  *lab.Lab
-	// apiServer is the real one, answers stands in for it.
+	// apiServer is the real API server, answers a stand-in for it.
 	apiServer, answers *upstream
-	// version is a resourceVersion from which nothing has happened since.
+	// version is a resourceVersion after which nothing has changed.
 	version string
 }
 
@@ -80,7 +81,7 @@ func (b *bench) stop() error {
 	return errors.Join(err, b.lab.Stop())
 }
 
-// fill creates what is asked for.
+// fill creates the objects that clients request.
 func (b *bench) fill(ctx context.Context) error {
 	client, err := kubernetes.NewForConfig(b.lab.Cluster.Admin())
 	if err != nil {
@@ -103,8 +104,8 @@ subjects: [{kind: ServiceAccount, name: bare, namespace: default}]
 `)); err != nil {
 		return err
 	}
-	// The token of an account that may do everything, for the proxy that
-	// impersonates nobody; the others use the one that may impersonate.
+	// The bare proxy does not impersonate, so it uses the token of an account that
+	// may do everything. The others use the account that may impersonate.
 	token, err := b.lab.Cluster.ServiceAccountToken(ctx, "default", "bare", 12*time.Hour)
 	if err != nil {
 		return err
@@ -138,7 +139,7 @@ func (b *bench) start(ctx context.Context, kind string, u *upstream) (*proxy, er
 	return b.startOn(kind, u, b.lab.Headscale.URL(), key)
 }
 
-// startOn starts a proxy to u on the tailnet of a control server.
+// startOn starts a proxy to u on the tailnet of the control server at controlURL.
 func (b *bench) startOn(kind string, u *upstream, controlURL, key string) (*proxy, error) {
 	name := nodeNames[kind]
 	dir, err := os.MkdirTemp(b.dir, name+"-")
@@ -165,8 +166,8 @@ func (b *bench) startOn(kind string, u *upstream, controlURL, key string) (*prox
 	return startProxy(kind, s, dir+".log")
 }
 
-// caddyfile returns the Caddyfile of a proxy that answers with body, over plain
-// HTTP and over TLS with HTTP/2. The options are those of the examples.
+// caddyfile returns the Caddyfile of a proxy whose sites have the given body, over
+// plain HTTP and over TLS with HTTP/2. The global options are those of the examples.
 func (b *bench) caddyfile(s spec, body string) string {
 	return fmt.Sprintf(`{
 	admin off
@@ -198,7 +199,7 @@ http://:80, https://%[4]s.%[5]s {
 `, s.Dir, s.ControlURL, s.AuthKey, s.Name, lab.Domain, body)
 }
 
-// startAll starts one proxy of each kind to u. stop stops all.
+// startAll starts one proxy of each kind to u. stop stops all of them.
 func (b *bench) startAll(ctx context.Context, u *upstream) (proxies []*proxy, stop func() error, err error) {
 	stop = func() error {
 		var errs []error

@@ -13,19 +13,19 @@ import (
 	"tailscale.com/tstest/integration/testcontrol"
 )
 
-// control is Tailscale's own control server for tests, with made-up peers: no
-// tailnet of ten thousand devices is at hand. Headscale cannot make any up.
+// control is Tailscale's own control server for tests, with made-up peers, which
+// Headscale cannot have. They stand for a tailnet of ten thousand devices.
 type control struct {
 	server *testcontrol.Server
 	http   *httptest.Server
 
 	mu      sync.Mutex
 	granted netip.Addr
-	changed chan struct{} // closed when the nodes have to be told something
+	changed chan struct{} // closed when there is an update for the nodes
 }
 
-// startControl starts a control server with n made-up peers, whose nodes use a
-// relay of another.
+// startControl starts a control server with n made-up peers. Its nodes use another
+// server's relay.
 func startControl(n int, relay *tailcfg.DERPMap) *control {
 	c := &control{changed: make(chan struct{})}
 	c.server = &testcontrol.Server{
@@ -46,7 +46,7 @@ func startControl(n int, relay *tailcfg.DERPMap) *control {
 func (c *control) url() string { return c.http.URL }
 
 func (c *control) stop() {
-	// Not Close, which waits for polls that nodes keep open.
+	// Close would wait for polls that nodes keep open.
 	_ = c.http.Listener.Close()
 	c.http.CloseClientConnections()
 }
@@ -59,14 +59,14 @@ func (c *control) grant(addr netip.Addr) {
 	c.tell()
 }
 
-// tell has all nodes told what has changed. c.mu must be held.
+// tell sends the changes to all nodes. c.mu must be held.
 func (c *control) tell() {
 	close(c.changed)
 	c.changed = make(chan struct{})
 }
 
-// serve answers a node's poll: at once if it only has something to say, for as long
-// as it listens otherwise.
+// serve answers a node's poll: at once if it only reports something, otherwise for
+// as long as the node listens.
 func (c *control) serve(ctx context.Context, w testcontrol.MapStreamWriter, req *tailcfg.MapRequest) {
 	if !req.Stream {
 		if node := c.server.Node(req.NodeKey); node != nil {
@@ -113,7 +113,8 @@ func (c *control) serve(ctx context.Context, w testcontrol.MapStreamWriter, req 
 	}
 }
 
-// grants returns one rule for every made-up peer, and the one that counts last.
+// grants returns one rule for each made-up peer, and one for the peer that is
+// granted system:masters.
 func (c *control) grants() (rules []tailcfg.FilterRule) {
 	c.mu.Lock()
 	granted := c.granted

@@ -18,7 +18,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// target is where requests go.
+// target is a server to which requests are sent.
 type target struct {
 	kind   string
 	proxy  *proxy // nil if there is none
@@ -26,7 +26,7 @@ type target struct {
 	client *http.Client
 }
 
-// through returns the target behind a proxy, for a client that keeps its
+// through returns the target behind a proxy, with a client that keeps its
 // connections.
 func through(p *proxy, from *tsnet.Server) target {
 	return target{kind: p.kind, proxy: p, base: "http://" + p.Address, client: &http.Client{Transport: &http.Transport{
@@ -38,7 +38,7 @@ func through(p *proxy, from *tsnet.Server) target {
 	}}}
 }
 
-// without returns the API server itself.
+// without returns the API server itself as a target.
 func without(config *rest.Config) (target, error) {
 	config.QPS = -1
 	config.DisableCompression = true
@@ -46,7 +46,7 @@ func without(config *rest.Config) (target, error) {
 	return target{kind: direct, base: config.Host, client: client}, err
 }
 
-// sample is what was measured of a proxy in one round.
+// sample is one round's measurement of a proxy.
 type sample struct {
 	requests int
 	cpu      time.Duration // of the proxy's process
@@ -58,8 +58,8 @@ func (s sample) perRequest() float64 {
 	return float64(s.cpu.Nanoseconds()) / 1e3 / float64(s.requests)
 }
 
-// load has callers ask for path over and over, each for the next when it has its
-// answer, for a while.
+// load requests path with several concurrent callers for a while. Each sends its
+// next request when the previous one is answered.
 func (t target) load(ctx context.Context, path string, callers int, d time.Duration) (s sample, err error) {
 	until := time.Now().Add(d)
 	return t.measure(func(took *latencies) error {
@@ -114,7 +114,7 @@ func (t target) measure(f func(*latencies) error) (s sample, err error) {
 	}, nil
 }
 
-// get asks for path once and reads the answer.
+// get requests path once and reads the answer.
 func (t target) get(ctx context.Context, path string) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, t.base+path, nil)
 	if err != nil {
@@ -134,8 +134,8 @@ func (t target) get(ctx context.Context, path string) error {
 	return nil
 }
 
-// inRounds measures all targets in turn, round after round, each time beginning with
-// another, after a moment to warm up.
+// inRounds measures all targets in each round, after a short warm-up. Each round
+// begins with another target.
 func (b *bench) inRounds(targets []target, measure func(t target, warmUp bool) (sample, error)) (map[string][]sample, error) {
 	for _, t := range targets {
 		if _, err := measure(t, true); err != nil {

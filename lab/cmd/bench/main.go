@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command bench measures what a request to the API server costs on its way
-// through the plugin, side by side with a bare reverse_proxy, with the API server
-// proxy of Tailscale's Kubernetes operator, and with no proxy at all. It writes
-// docs/performance.md and its picture.
+// Command bench measures what a request to the API server costs on its way through
+// the plugin, compared with a bare reverse_proxy, with the API server proxy of
+// Tailscale's Kubernetes operator, and with no proxy. It writes docs/performance.md
+// and its picture.
 //
-// All is real: Headscale, kube-apiserver, WireGuard between tsnet nodes. It runs
-// in a network namespace of its own, which ends with it.
+// All components are real: Headscale, kube-apiserver, WireGuard between tsnet nodes.
+// The bench runs in a network namespace of its own, which ends with it.
 package main
 
 import (
@@ -26,7 +26,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/netns"
 )
 
-// stageLimit is how long one kind of measurement may take before it counts as hung.
+// stageLimit is how long one kind of measurement may take before it fails.
 const stageLimit = 15 * time.Minute
 
 // options are the command's flags.
@@ -38,16 +38,16 @@ type options struct {
 	dir    string
 }
 
-// runs reports whether the measurement of that name is to be made.
+// runs reports whether the measurement of that name is selected.
 func (o options) runs(name string) bool {
 	return o.only == "" || strings.Contains(","+o.only+",", ","+name+",")
 }
 
 func main() {
 	var o options
-	flag.IntVar(&o.rounds, "rounds", 10, "how often each comparison is made")
+	flag.IntVar(&o.rounds, "rounds", 10, "how often each comparison is repeated")
 	flag.DurationVar(&o.slice, "slice", 2*time.Second, "how long a proxy is under load in each round")
-	flag.StringVar(&o.only, "only", "", "make only these measurements: handler, get, list, watch, stream, peers (separated by commas); writes no docs")
+	flag.StringVar(&o.only, "only", "", "run only these measurements (comma-separated: handler, get, list, watch, stream, peers); does not write the docs")
 	flag.StringVar(&o.docs, "docs", "", "folder for performance.md and its picture (default: the project's docs)")
 	flag.StringVar(&o.dir, "dir", "", "folder for logs (default: .run/bench in the lab's folder)")
 	flag.Parse()
@@ -62,7 +62,7 @@ func main() {
 		err = runInNamespace()
 	default:
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-		ctx, cancel := context.WithTimeout(ctx, time.Hour) // whatever happens
+		ctx, cancel := context.WithTimeout(ctx, time.Hour) // a last resort
 		err = run(ctx, o)
 		cancel()
 		stop()
@@ -94,7 +94,7 @@ func run(ctx context.Context, o options) (err error) {
 	if err := os.MkdirAll(o.dir, 0o700); err != nil {
 		return err
 	}
-	fmt.Printf("Bringing up a tailnet and a cluster (logs: %s)\n", o.dir)
+	fmt.Printf("Starting a tailnet and a cluster (logs: %s)\n", o.dir)
 	b, err := newBench(ctx, o, root)
 	if err != nil {
 		return err
@@ -121,7 +121,7 @@ func run(ctx context.Context, o options) (err error) {
 		err := m.run(ctx, r)
 		cancel()
 		if err != nil {
-			r.print(os.Stdout) // what there is
+			r.print(os.Stdout) // the measurements made so far
 			return fmt.Errorf("%s: %w", m.name, err)
 		}
 	}
@@ -133,7 +133,7 @@ func run(ctx context.Context, o options) (err error) {
 	return r.write(o.docs)
 }
 
-// runInNamespace runs this command again in a network namespace of its own.
+// runInNamespace runs this command again in a new network namespace.
 func runInNamespace() error {
 	cmd := netns.Command(os.Args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr

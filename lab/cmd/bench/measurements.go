@@ -56,7 +56,7 @@ func (b *bench) handler(ctx context.Context, r *report) error {
 	return nil
 }
 
-// gets measures small answers, with more and more callers at once.
+// gets measures small answers, with increasing numbers of concurrent callers.
 func (b *bench) gets(ctx context.Context, r *report) (err error) {
 	proxies, stop, err := b.startAll(ctx, b.answers)
 	if err != nil {
@@ -83,7 +83,7 @@ func (b *bench) gets(ctx context.Context, r *report) (err error) {
 	return nil
 }
 
-// targets are the proxies and where they send requests, with new clients.
+// targets returns the proxies and their upstream as targets, with new clients.
 func (b *bench) targets(proxies []*proxy, u *upstream) ([]target, error) {
 	var targets []target
 	for _, p := range proxies {
@@ -93,7 +93,7 @@ func (b *bench) targets(proxies []*proxy, u *upstream) ([]target, error) {
 	return append(targets, t), err
 }
 
-// lists measures answers of 5 MB, one after the other.
+// lists measures answers of 5 MB, one at a time.
 func (b *bench) lists(ctx context.Context, r *report) (err error) {
 	proxies, stop, err := b.startAll(ctx, b.apiServer)
 	if err != nil {
@@ -119,17 +119,16 @@ func (b *bench) lists(ctx context.Context, r *report) (err error) {
 	return err
 }
 
-// watched is what a thousand watches cost a proxy, each.
+// watched is what each of a thousand watches costs a proxy.
 type watched struct {
 	memory     float64 // resident, in bytes
-	stacks     float64 // what goroutines have of it at most, in bytes
+	stacks     float64 // at most that much of it is goroutine stacks, in bytes
 	goroutines float64
-	// connections are those of all watches together.
+	// down and up are the numbers of connections of all watches together.
 	down, up int
 }
 
-// watches measures a thousand idle watches of one client, on proxies that have
-// done nothing before.
+// watches measures a thousand idle watches of one client, on newly started proxies.
 func (b *bench) watches(ctx context.Context, r *report) error {
 	for range watchRounds {
 		for _, kind := range []string{bare, plugin, official} {
@@ -149,7 +148,7 @@ func (b *bench) watchesOn(ctx context.Context, kind string) (w watched, err erro
 		return watched{}, err
 	}
 	defer func() { err = errors.Join(err, p.stop()) }()
-	// As a client finds it: HTTP/2 where the proxy offers it.
+	// As clients do: HTTP/2 where the proxy offers it.
 	var dials atomic.Int32
 	base := "https://" + nodeNames[kind] + "." + lab.Domain
 	if kind == official {
@@ -158,14 +157,14 @@ func (b *bench) watchesOn(ctx context.Context, kind string) (w watched, err erro
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 			dials.Add(1)
-			// By its address: there have been other nodes of that name.
+			// Dial the address: earlier nodes had the same name.
 			_, port, err := net.SplitHostPort(address)
 			if err != nil {
 				return nil, err
 			}
 			return lab.Dial(ctx, b.lab.Callers["alice"].Server, network, net.JoinHostPort(p.Address, port))
 		},
-		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, // the tailnet says who answers
+		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, // WireGuard authenticates the server
 		ForceAttemptHTTP2: true,
 	}
 	defer transport.CloseIdleConnections()
@@ -174,7 +173,7 @@ func (b *bench) watchesOn(ctx context.Context, kind string) (w watched, err erro
 	client := &http.Client{Transport: transport}
 
 	t := target{kind: kind, proxy: p, base: base, client: client}
-	if err := t.get(ctx, small); err != nil { // what the first request brings along is not the watches'
+	if err := t.get(ctx, small); err != nil { // the first request's setup is not a cost of watches
 		return watched{}, err
 	}
 	before, err := p.memory()
@@ -184,7 +183,7 @@ func (b *bench) watchesOn(ctx context.Context, kind string) (w watched, err erro
 	const n = 1000
 	var opening sync.WaitGroup
 	failed := make(chan error, n)
-	slots := make(chan struct{}, 2) // or the client dials more often than it needs to
+	slots := make(chan struct{}, 2) // with more, the client dials needlessly
 	for range n {
 		opening.Go(func() {
 			slots <- struct{}{}
@@ -194,7 +193,7 @@ func (b *bench) watchesOn(ctx context.Context, kind string) (w watched, err erro
 				failed <- err
 				return
 			}
-			resp, err := client.Do(req) //nolint:bodyclose // by who reads it to its end
+			resp, err := client.Do(req) //nolint:bodyclose // closed by its reader
 			if err != nil {
 				failed <- err
 				return
@@ -202,7 +201,7 @@ func (b *bench) watchesOn(ctx context.Context, kind string) (w watched, err erro
 			if resp.StatusCode != http.StatusOK {
 				failed <- errors.New(resp.Status)
 			}
-			go func() { // until the end of the measurement
+			go func() { // reads until the measurement ends
 				_, _ = io.Copy(io.Discard, resp.Body)
 				_ = resp.Body.Close()
 			}()
@@ -243,7 +242,7 @@ func connections(pid int, server string) (n int, err error) {
 	}
 	sockets := make(map[string]bool)
 	for _, fd := range fds {
-		if link, err := os.Readlink(fd); err == nil { // it may be closed by now
+		if link, err := os.Readlink(fd); err == nil { // it may have been closed
 			sockets[link] = true
 		}
 	}
@@ -263,7 +262,7 @@ func connections(pid int, server string) (n int, err error) {
 	return n, nil
 }
 
-// streams measures how fast bytes go through kubectl exec and kubectl cp.
+// streams measures the throughput of kubectl exec and kubectl cp.
 func (b *bench) streams(ctx context.Context, r *report) (err error) {
 	proxies, stop, err := b.startAll(ctx, b.apiServer)
 	if err != nil {
@@ -301,7 +300,8 @@ func (b *bench) streams(ctx context.Context, r *report) (err error) {
 }
 
 // pipe sends the payload to cat in the pod and reads all of it back. The command
-// then waits to be killed: when one ends, Kubernetes drops what has not been read.
+// then sleeps until it is killed: when a command ends, Kubernetes drops output that
+// was not read.
 func pipe(ctx context.Context, kubeconfig, payload string) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
@@ -342,17 +342,17 @@ func cp(ctx context.Context, kubeconfig, payload string) error {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
-	info, err := os.Stat(payload + ".copy") // a pod of the lab has the host's files
+	info, err := os.Stat(payload + ".copy") // the lab's pods use the host's files
 	if err == nil && info.Size() != streamSize {
 		err = fmt.Errorf("%d bytes arrived", info.Size())
 	}
 	return err
 }
 
-// peers measures a small answer on tailnets of more and more peers, each with a
-// grant of its own: first the plugin and the bare proxy on all of them in turn, then
-// the plugin on each in turn with Tailscale's proxy, of which a machine has room for
-// one (it listens on port 80 of localhost).
+// peers measures a small answer on tailnets of increasing size, where each peer has
+// a grant of its own: first the plugin and the bare proxy on all of them in turn,
+// then the plugin and Tailscale's proxy on one tailnet after another, as Tailscale's
+// proxy listens on port 80 of localhost and so can run only once per machine.
 func (b *bench) peers(ctx context.Context, r *report) error {
 	measure := func(t target, _ bool) (sample, error) { return t.load(ctx, small, 16, b.slice) }
 	var tailnets []*tailnet
@@ -398,7 +398,7 @@ func (b *bench) peers(ctx context.Context, r *report) error {
 // on names a proxy on a tailnet of n peers.
 func on(kind string, n int) string { return fmt.Sprintf("%s, %d peers", kind, n) }
 
-// tailnet is one that Tailscale's control server for tests has made up.
+// tailnet is a made-up tailnet of Tailscale's control server for tests.
 type tailnet struct {
 	bench   *bench
 	control *control
@@ -433,7 +433,7 @@ func (tn *tailnet) start(ctx context.Context, kind string) (target, error) {
 	}
 	tn.proxies = append(tn.proxies, p)
 	t := through(p, tn.caller)
-	// Until the node knows the caller, and what it is granted.
+	// Wait until the node knows the caller and its grants.
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
@@ -445,10 +445,10 @@ func (tn *tailnet) start(ctx context.Context, kind string) (target, error) {
 	return t, err
 }
 
-// stop stops all that is on the tailnet and still runs.
+// stop stops everything on the tailnet that still runs.
 func (tn *tailnet) stop() {
 	for _, p := range tn.proxies {
-		_ = p.stop() // it may have been stopped already
+		_ = p.stop() // it may have stopped already
 	}
 	if tn.caller != nil {
 		_ = tn.caller.Close()

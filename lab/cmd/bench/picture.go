@@ -27,7 +27,7 @@ func (r *report) picture() []byte {
 	var b bytes.Buffer
 	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %.0f %.0f" font-family="sans-serif" font-size="13" role="img" aria-label="CPU time of the proxy per request">
 <rect width="100%%" height="100%%" fill="#ffffff"/>
-<text x="12" y="26" font-size="16" font-weight="bold" fill="#1c2330">CPU time of the proxy per request of 2 KB, in microseconds (less is better)</text>
+<text x="12" y="26" font-size="16" font-weight="bold" fill="#1c2330">CPU time of the proxy per request of 2 KB, in microseconds (lower is better)</text>
 `, width, height)
 	for i, callers := range concurrencies {
 		y := top + group*float64(i)
@@ -50,7 +50,7 @@ func (r *report) picture() []byte {
 	return b.Bytes()
 }
 
-// short is a kind's name where there is little room.
+// short returns an abbreviated name of a kind.
 func short(kind string) string {
 	if kind == bare {
 		return "bare"

@@ -33,30 +33,30 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
 )
 
-// spec says what a proxy's process runs. It is read from its standard input.
+// spec says what a proxy's process runs. The process reads it from standard input.
 type spec struct {
 	Name       string // of the tailnet node
 	ControlURL string
 	AuthKey    string
 	Dir        string
-	// Caddyfile is what Caddy runs. If empty, Tailscale's proxy is run instead,
+	// Caddyfile is what Caddy runs. If it is empty, Tailscale's proxy runs instead,
 	// with Kubeconfig.
 	Caddyfile  string
 	Kubeconfig string
 }
 
-// up is what a proxy's process says once it serves.
+// up is what a proxy's process prints when it serves.
 type up struct{ Address string }
 
-// usage is what a proxy's process needs. All but what the operating system tells, it
-// says of itself when it is asked.
+// usage is what a proxy's process uses. The process reports the exported fields when
+// asked; the operating system knows the rest.
 type usage struct {
 	Goroutines int
 	Stacks     int64 // the memory of their stacks, in bytes
 	resident   int64 // memory, in bytes
 }
 
-// serveProxy is a proxy's process: one node on the tailnet, and nothing else.
+// serveProxy runs in a proxy's process: one tailnet node, and nothing else.
 func serveProxy() error {
 	in := json.NewDecoder(os.Stdin)
 	var s spec
@@ -89,7 +89,7 @@ func serveProxy() error {
 		if err := in.Decode(&question); err != nil {
 			return nil // the bench is done
 		}
-		// What nothing needs any more is not the work's.
+		// Do not count garbage.
 		runtime.GC()
 		debug.FreeOSMemory()
 		var m runtime.MemStats
@@ -110,16 +110,16 @@ func serveCaddy(ctx context.Context, s spec) (*tsnet.Server, error) {
 	}
 	node, ok := standin.Node(s.Name)
 	if !ok {
-		return nil, fmt.Errorf("caddy listens on no node %q", s.Name)
+		return nil, fmt.Errorf("caddy has no tailnet node %q", s.Name)
 	}
 	_, err = node.Up(ctx)
 	return node, err
 }
 
 // serveOfficial runs the API server proxy of Tailscale's Kubernetes operator as its
-// k8s-proxy does: the node's serve config forwards what arrives to it, with the
-// PROXY protocol. Only the port and the missing TLS differ: there is no authority
-// here that would give it a certificate.
+// k8s-proxy does: the node's serve config forwards connections to it with the PROXY
+// protocol. Only the port differs, and TLS is missing, as the lab has no authority
+// that would issue a certificate.
 func serveOfficial(ctx context.Context, s spec) (*tsnet.Server, error) {
 	discard := func(string, ...any) {}
 	node := &tsnet.Server{Hostname: s.Name, Dir: s.Dir, ControlURL: s.ControlURL, AuthKey: s.AuthKey, Logf: discard, UserLogf: discard}
@@ -152,7 +152,7 @@ func serveOfficial(ctx context.Context, s spec) (*tsnet.Server, error) {
 	return node, nil
 }
 
-// proxy is a proxy's process as the bench sees it.
+// proxy is a running proxy process.
 type proxy struct {
 	kind    string
 	Address string // of its tailnet node
@@ -163,8 +163,7 @@ type proxy struct {
 	out   *json.Decoder
 }
 
-// startProxy runs a proxy in a process of its own and waits until it is on the
-// tailnet.
+// startProxy runs a proxy in a new process and waits until it is on the tailnet.
 func startProxy(kind string, s spec, log string) (_ *proxy, err error) {
 	p := &proxy{kind: kind, cmd: exec.Command("/proc/self/exe", "proxy")}
 	if err := os.MkdirAll(s.Dir, 0o700); err != nil {
@@ -188,18 +187,18 @@ func startProxy(kind string, s spec, log string) (_ *proxy, err error) {
 		return nil, err
 	}
 	p.in, p.out = json.NewEncoder(p.stdin), json.NewDecoder(stdout)
-	if err := p.in.Encode(s); err != nil { //nolint:gosec // the key of a tailnet that ends with the bench, to a process of its own
+	if err := p.in.Encode(s); err != nil { //nolint:gosec // a key for a tailnet that ends with the bench, sent to our own process
 		return nil, errors.Join(err, p.stop())
 	}
 	var u up
 	if err := p.out.Decode(&u); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s does not come up: %w (log: %s)", kind, err, log), p.stop())
+		return nil, errors.Join(fmt.Errorf("%s does not start: %w (log: %s)", kind, err, log), p.stop())
 	}
 	p.Address = u.Address
 	return p, nil
 }
 
-// stop ends the process.
+// stop stops the process.
 func (p *proxy) stop() error {
 	_ = p.stdin.Close()
 	done := make(chan error, 1)
@@ -213,8 +212,8 @@ func (p *proxy) stop() error {
 	}
 }
 
-// cpu returns the CPU time that the process has used, as the operating system
-// counts it.
+// cpu returns the CPU time that the process has used, as counted by the operating
+// system.
 func (p *proxy) cpu() (time.Duration, error) {
 	var ts unix.Timespec
 	// The clock of a process: see clock_getcpuclockid(3).
@@ -225,7 +224,7 @@ func (p *proxy) cpu() (time.Duration, error) {
 	return time.Duration(ts.Nano()), nil
 }
 
-// memory returns what the process needs now.
+// memory returns what the process uses now.
 func (p *proxy) memory() (u usage, err error) {
 	if err := p.in.Encode(struct{}{}); err != nil {
 		return usage{}, err

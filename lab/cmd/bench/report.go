@@ -25,7 +25,7 @@ const (
 	streamSize   = 50_000_000
 )
 
-// report is what was measured.
+// report holds all measurements.
 type report struct {
 	o       options
 	handler map[string][]float64        // by case and unit
@@ -109,8 +109,8 @@ func (r *report) print(w io.Writer) {
 		fmt.Fprintln(w)
 	}
 	if len(r.peers) > 0 {
-		row := table("A small answer on larger and larger tailnets (16 callers)", "peers, with a grant each", "CPU of the bare proxy per request, us", "CPU of the plugin, us",
-			"beside Tailscale's proxy, us", "CPU of Tailscale's proxy per request, us")
+		row := table("A small answer on tailnets of increasing size (16 callers)", "peers, with a grant each", "CPU of the bare proxy per request, us", "CPU of the plugin, us",
+			"in turn with Tailscale's proxy, us", "CPU of Tailscale's proxy per request, us")
 		for _, n := range peerCounts {
 			row(fmt.Sprint(n), estimateOf(cpus(r.growth[on(bare, n)])).show(0), estimateOf(cpus(r.growth[on(plugin, n)])).show(0),
 				estimateOf(cpus(r.peers[n][plugin])).show(0), estimateOf(cpus(r.peers[n][official])).show(0))
@@ -118,9 +118,9 @@ func (r *report) print(w io.Writer) {
 		fmt.Fprintln(w)
 	}
 	if len(r.handler) > 0 {
-		row := table("The handler alone (Go benchmark)", "the caller was asked about", "ns", "bytes", "allocations")
+		row := table("The handler alone (Go benchmark)", "caller", "ns", "bytes", "allocations")
 		for _, name := range []string{"hit", "miss"} {
-			title := map[string]string{"hit": "a moment ago (hit)", "miss": "not yet (miss)"}[name]
+			title := map[string]string{"hit": "in the cache (hit)", "miss": "looked up (miss)"}[name]
 			row(title, estimateOf(r.handler[name+" ns"]).show(0), estimateOf(r.handler[name+" B"]).show(0), estimateOf(r.handler[name+" allocs"]).show(0))
 		}
 		fmt.Fprintln(w)
@@ -133,21 +133,21 @@ func (r *report) print(w io.Writer) {
 		}
 		fmt.Fprintf(w, "- **%s**: %s. Measured: %s\n", verdict, t.what, t.measured)
 		if !t.met && t.left != "" {
-			fmt.Fprintf(w, "  What is left: %s\n", t.left)
+			fmt.Fprintf(w, "  Reason: %s\n", t.left)
 		}
 	}
 }
 
 func memory(w watched) float64 { return w.memory / 1e3 }
 
-// goal is something that was to be reached.
+// goal is a target and whether it was reached.
 type goal struct {
 	what, measured string
 	met            bool
-	left           string // what stands in the way of one that is missed
+	left           string // why a missed goal was missed
 }
 
-// targets compares what was measured to what was to be reached.
+// targets compares the measurements with the goals.
 func (r *report) targets() (goals []goal) {
 	add := func(met bool, left, what, measured string, args ...any) {
 		goals = append(goals, goal{what, fmt.Sprintf(measured, args...), met, left})
@@ -164,7 +164,7 @@ func (r *report) targets() (goals []goal) {
 		}{{16, "at 16 callers", 4}, {1, "with one caller", 1.5}} {
 			e := ratio(cpus(r.gets[t.n][official]), cpus(r.gets[t.n][plugin]))
 			most := ratio(cpus(r.gets[t.n][official]), cpus(r.gets[t.n][bare]))
-			left := fmt.Sprintf("the bare proxy itself, with nothing of the plugin in it, gets to %s times; WireGuard and the network stack take the same time in all three.", most.show(2))
+			left := fmt.Sprintf("the bare proxy, without the plugin, reaches %s times; WireGuard and the network stack take the same time in all three.", most.show(2))
 			add(e.median >= t.least, left, fmt.Sprintf("%s, at least %g times the requests per CPU-second of Tailscale's proxy", t.callers, t.least), "%s times", e.show(2))
 		}
 	}
@@ -173,8 +173,8 @@ func (r *report) targets() (goals []goal) {
 		bareProxy := estimateOf(each(r.watches[bare], memory))
 		stacks := estimateOf(each(r.watches[plugin], func(w watched) float64 { return w.stacks / 1e3 }))
 		left := fmt.Sprintf("%s kB of it are stacks of goroutines, and the bare proxy takes %s kB. Go halves a stack when less than a quarter of it is used, and a watch "+
-			"waits for its next event inside of all of Caddy's handlers, which is too deep for that. What the plugin adds are copies of "+
-			"the request, for its context and for the headers that nobody but the transport may see, and a page of stack.", stacks.show(1), bareProxy.show(1))
+			"waits for its next event inside all of Caddy's handlers, which is too deep for that. The plugin adds copies of "+
+			"the request (for its context, and for the headers that only the transport may see) and a page of stack.", stacks.show(1), bareProxy.show(1))
 		add(mine.median <= 25 && mine.median < theirs.median, left, "an idle watch costs at most 25 kB, and less than with Tailscale's proxy", "%s kB; Tailscale's: %s kB", mine.show(1), theirs.show(1))
 	}
 	if len(r.peers) > 0 {
@@ -182,14 +182,14 @@ func (r *report) targets() (goals []goal) {
 			return ratio(cpus(r.growth[on(kind, peerCounts[len(peerCounts)-1])]), cpus(r.growth[on(kind, peerCounts[0])]))
 		}
 		e, bareProxy := grows(plugin), grows(bare)
-		left := fmt.Sprintf("with the bare proxy, which asks nobody who its callers are, it is %s times on the same tailnets.", bareProxy.show(3))
+		left := fmt.Sprintf("the bare proxy, which does not identify callers, takes %s times on the same tailnets.", bareProxy.show(3))
 		add(e.median <= 1.05, left, "CPU per request flat (5 %) from 10 to 10,000 peers", "%s times", e.show(3))
 	}
 	if len(r.handler) > 0 {
 		ns, allocs := estimateOf(r.handler["hit ns"]), estimateOf(r.handler["hit allocs"])
-		const left = "by a CPU profile of that benchmark, a fifth each is for looking at the client's headers, for finding what was decided about the connection, " +
-			"and for writing our headers and removing them again; the rest is for keeping account of the request while it is open, for placeholders, and for " +
-			"the copy of the request that carries the identity."
+		const left = "according to a CPU profile of this benchmark, checking the client's headers, finding the cached decision, " +
+			"and writing and removing our headers take a fifth each; tracking the open request, setting placeholders and " +
+			"copying the request that carries the identity take the rest."
 		add(ns.median < 1000 && allocs.median <= 6, left, "a hit in the handler under 1 us and at most 6 allocations", "%s ns, %.0f allocations", ns.show(0), allocs.median)
 	}
 	return goals
@@ -213,7 +213,7 @@ const performance = `# Performance
 
 <!-- Written by make bench. -->
 
-What a request costs on its way through the plugin, beside the alternatives. Everything below comes from one run of ` + "`make bench`" + `:
+What a request costs on its way through the plugin, compared with the alternatives. All figures come from one run of ` + "`make bench`" + `:
 
 - Date: %s
 - Machine: %s
@@ -221,23 +221,23 @@ What a request costs on its way through the plugin, beside the alternatives. Eve
 
 ![CPU time of the proxy per request](performance.svg)
 
-How it is measured: real nodes on a real tailnet (WireGuard included), each proxy in a process of its own, the client and what
-answers in others, all in a network namespace without any other traffic. Lists, watches and sessions are answered by a real API
-server. Small answers come from a server that has them in memory: the API server works harder for each of them than any
-proxy does, and would crowd the proxies out on the same processors. CPU time is what the operating
-system has counted for the proxy's process alone. Every comparison is made in %d rounds of %v for each proxy, in turn, each
-round beginning with another; watches in %d rounds, with a new process each, and sessions in %d. Figures are medians, with their 95 %% interval in
-parentheses (order statistics; of three rounds, all there are).
+How it is measured: real nodes on a real tailnet (including WireGuard), each proxy in a process of its own, the client and the
+upstream in others, all in a network namespace without other traffic. A real API server answers lists, watches and sessions.
+Small answers come from a server that holds them in memory: the API server takes more CPU time for each of them than any
+proxy does, and would take that time from the proxies on the same processors. CPU time is what the operating
+system has counted for the proxy's process alone. Each comparison takes %d rounds of %v for each proxy, in turn; each
+round begins with another proxy. Watches take %d rounds, with a new process each, and sessions %d. Figures are medians with their 95 %% interval in
+parentheses (order statistics; with three rounds, lowest and highest).
 
-Each proxy is deployed as its users do it: the plugin as ` + "`tailscale_kubernetes`" + ` with its defaults; bare ` + "`reverse_proxy`" + ` on the same kind of listener,
-with a service account's token and nobody's identity; Tailscale's proxy as its ` + "`k8s-proxy`" + ` runs it, behind the node's serve config and the
-PROXY protocol. Small answers, lists and sessions go over plain HTTP inside the tailnet through all of them, since the lab has no authority
-that would give Tailscale's proxy a certificate. Watches go over HTTP/2 and TLS where the proxy offers them, as clients do; Tailscale's proxy
-offers HTTP/1.1 only. The larger tailnets are made up by Tailscale's control server for tests.
+Each proxy is deployed as its users do: the plugin as ` + "`tailscale_kubernetes`" + ` with its defaults; bare ` + "`reverse_proxy`" + ` on the same kind of listener,
+with a service account's token and no impersonation; Tailscale's proxy as its ` + "`k8s-proxy`" + ` runs it, behind the node's serve config and the
+PROXY protocol. Small answers, lists and sessions go through all of them over plain HTTP inside the tailnet, since the lab has no authority
+that would issue a certificate to Tailscale's proxy. Watches go over HTTP/2 and TLS where the proxy offers them, as clients do; Tailscale's proxy
+offers only HTTP/1.1. Tailscale's control server for tests makes up the peers of the larger tailnets.
 
 `
 
-// machine describes what it was run on.
+// machine describes the machine.
 func machine() string {
 	model := "unknown CPU"
 	if info, err := os.ReadFile("/proc/cpuinfo"); err == nil {
@@ -251,7 +251,7 @@ func machine() string {
 	return fmt.Sprintf("%d x %s, %s/%s", runtime.NumCPU(), model, runtime.GOOS, runtime.GOARCH)
 }
 
-// versions names what was measured.
+// versions lists the versions of what was measured.
 func versions() string {
 	wanted := map[string]string{
 		"github.com/caddyserver/caddy/v2": "Caddy", "tailscale.com": "Tailscale", "k8s.io/client-go": "client-go",

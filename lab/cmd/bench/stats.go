@@ -11,10 +11,9 @@ import (
 // estimate is a median with its 95 % confidence interval.
 type estimate struct{ median, low, high float64 }
 
-// estimateOf returns the median of values. The interval is that between two order
-// statistics, which holds whatever the values are distributed like: as many values
-// are left out at both ends as can be without the chance that the median lies
-// outside exceeding 5 %.
+// estimateOf returns the median of values. The interval lies between two order
+// statistics, so it holds for any distribution: as many values are left out at both
+// ends as possible while the chance that the median lies outside stays at most 5 %.
 func estimateOf(values []float64) estimate {
 	sorted := slices.Sorted(slices.Values(values))
 	n := len(sorted)
@@ -55,7 +54,7 @@ func ratio(a, b []float64) estimate {
 	return estimateOf(values)
 }
 
-// each returns what f says of every sample.
+// each returns f of every sample.
 func each[S any](samples []S, f func(S) float64) []float64 {
 	values := make([]float64, len(samples))
 	for i, s := range samples {

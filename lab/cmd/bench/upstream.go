@@ -24,7 +24,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/pki"
 )
 
-// upstream is where proxies send requests, with the credentials that it takes.
+// upstream is a server to which proxies send requests, with the credentials it accepts.
 type upstream struct {
 	Host, CA, Token string
 	kubeconfig      string
@@ -42,15 +42,15 @@ func (u *upstream) writeKubeconfig(path string) error {
 	}, path)
 }
 
-// rest returns the configuration of a client that needs no proxy.
+// rest returns the configuration of a client that calls the upstream directly.
 func (u *upstream) rest() *rest.Config {
 	return &rest.Config{Host: u.Host, BearerToken: u.Token, TLSClientConfig: rest.TLSClientConfig{CAData: []byte(u.CA)}}
 }
 
-// startAnswers starts a server, in a process of its own, that has the small answer in
-// memory. It stands in for the API server where only the proxy is of interest: the
-// real one, which works harder for each request than all proxies together, would
-// crowd them out on the same processors.
+// startAnswers starts a server, in a process of its own, that holds the small answer
+// in memory. It replaces the API server where only the proxy matters: the real one
+// takes more CPU time per request than all proxies together, and would take that
+// time from them on the same processors.
 func startAnswers(dir string) (u *upstream, err error) {
 	u = &upstream{cmd: exec.Command("/proc/self/exe", "answers")}
 	u.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -63,7 +63,7 @@ func startAnswers(dir string) (u *upstream, err error) {
 		return nil, err
 	}
 	if err := json.NewDecoder(stdout).Decode(u); err != nil {
-		return nil, errors.Join(fmt.Errorf("the server of answers does not come up: %w", err), u.stop())
+		return nil, errors.Join(fmt.Errorf("the server of small answers does not start: %w", err), u.stop())
 	}
 	return u, u.writeKubeconfig(filepath.Join(dir, "answers.kubeconfig"))
 }
@@ -73,11 +73,11 @@ func (u *upstream) stop() error {
 		return nil
 	}
 	_ = u.cmd.Process.Kill()
-	_ = u.cmd.Wait() // it was killed
+	_ = u.cmd.Wait() // it was killed, so this is always an error
 	return nil
 }
 
-// serveAnswers is the process of that server.
+// serveAnswers runs in that server's process.
 func serveAnswers() error {
 	ca, err := pki.NewCA("bench")
 	if err != nil {

@@ -21,7 +21,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/conformance"
 )
 
-// The caller, and the proxy by the name that its tailnet gives it.
+// The caller, and the proxy's name on the tailnet.
 const (
 	proxyHost   = lab.ProxyName + "." + lab.Domain
 	callerLogin = "bob@example.com"
@@ -31,26 +31,26 @@ const (
 
 // site is a site of the lab's Caddy.
 type site struct {
-	// port is where it is over plain HTTP, and tlsPort over TLS.
+	// port serves plain HTTP, and tlsPort TLS.
 	port, tlsPort uint16
 	name, body    string
-	// authorization is the proxy's own, empty if it has none.
+	// authorization is the proxy's own header, empty if it has none.
 	authorization string
 	// pitfall and nobody are as in [conformance.Proxy].
 	pitfall string
 	nobody  bool
-	// fails says that attacks have to succeed.
+	// fails says that some attacks have to succeed.
 	fails bool
-	// options are those of its server over plain HTTP, and binds what it listens
-	// on besides the proxy's node.
+	// options are the server options for plain HTTP, and binds are further addresses
+	// that it listens on besides the proxy's node.
 	options, binds string
-	// http3 says that its server over TLS speaks HTTP/3.
+	// http3 says that its TLS server also speaks HTTP/3.
 	http3 bool
 }
 
 // labSites returns the sites of the lab. plain and encrypted are the addresses of
-// the recorder, kubeconfig is for the latter. Their ports begin with first, which
-// has to be free on loopback as well: the first site listens there, too.
+// the recorder, kubeconfig is for the latter. Ports are numbered from first, which
+// must also be free on loopback, where the first site listens too.
 func labSites(first uint16, plain, encrypted, kubeconfig string) []site {
 	handler := func(mode string) string {
 		return "\ttailscale_impersonate {\n\t\tclient_impersonation " + mode + "\n\t}\n"
@@ -133,7 +133,7 @@ func attackLab(ctx context.Context, options conformance.Options) (err error) {
 	}
 	sites := labSites(first, plain.Listener.Addr().String(), encrypted.URL, kubeconfig)
 
-	fmt.Printf("Bringing up a tailnet (logs: %s)\n", dir)
+	fmt.Printf("Starting a tailnet (logs: %s)\n", dir)
 	l, err := lab.Start(ctx, lab.Config{
 		Dir:       dir,
 		Examples:  filepath.Join(root, "examples"),
@@ -173,13 +173,13 @@ func attackLab(ctx context.Context, options conformance.Options) (err error) {
 	}
 	table.Print()
 	if len(wrong) > 0 && options.Only == 0 {
-		return exitError{fmt.Errorf("not as it has to be: %s", strings.Join(wrong, "; ")), 1}
+		return exitError{fmt.Errorf("unexpected results: %s", strings.Join(wrong, "; ")), 1}
 	}
-	fmt.Println("\nAll as it has to be: the plugin fails nowhere, the naive configuration does.")
+	fmt.Println("\nPassed: the plugin fails no attack, and the naive configuration fails some.")
 	return nil
 }
 
-// freePort returns a port that nobody listens on, on loopback.
+// freePort returns a free port on loopback.
 func freePort() (uint16, error) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -190,22 +190,22 @@ func freePort() (uint16, error) {
 	return address.Port(), err
 }
 
-// allPorts opens all ports to callers, not only those of the examples.
+// allPorts returns the policy with all ports open to callers, not only the examples' two.
 func allPorts(policy []byte) ([]byte, error) {
 	open := strings.Replace(string(policy), `"ip":  ["tcp:80", "tcp:443"]`, `"ip":  ["*"]`, 1)
 	if open == string(policy) {
-		return nil, errors.New("the policy file of the examples no longer names the ports that this replaces")
+		return nil, errors.New("the examples' policy file no longer has the ports line that this replaces")
 	}
 	return []byte(open), nil
 }
 
-// way is a way to a site.
+// way is one way in which a site can be reached.
 type way struct {
 	conformance.Proxy
 	fails bool
 }
 
-// waysIn returns all ways to the sites.
+// waysIn returns all ways in which the sites can be reached.
 func waysIn(ctx context.Context, l *lab.Lab, sites []site, seen *conformance.Recorder) ([]way, error) {
 	bob := l.Callers["bob"]
 	node, err := l.Caddy.Node(ctx, lab.ProxyName)
@@ -254,7 +254,7 @@ func waysIn(ctx context.Context, l *lab.Lab, sites []site, seen *conformance.Rec
 	return append(ways, way{over6, false}, way{itself, false}, way{host, false}), nil
 }
 
-// packets returns what opens a socket for packets from a node to an address.
+// packets returns a function that opens a packet socket from a node to an address.
 func packets(from *tsnet.Server, to netip.AddrPort) func(context.Context) (net.PacketConn, net.Addr, error) {
 	return func(context.Context) (net.PacketConn, net.Addr, error) {
 		ip4, _ := from.TailscaleIPs()

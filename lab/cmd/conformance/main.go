@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command conformance attacks proxies that impersonate their callers, and prints
-// what came of it. Without -address it brings up the lab and attacks this plugin,
-// with either transport and by every way in, and a naive configuration that has to
-// fail. It ends with status 1 if any request fails, and with 2 if it could not try.
+// Command conformance attacks proxies that impersonate their callers, and prints the
+// results. Without -address it starts the lab and attacks this plugin, with both
+// transports and in every way in which the lab can reach it, and a naive
+// configuration that has to fail. The exit status is 1 if an attack succeeds, and 2
+// if the attacks could not be made.
 //
 // With -address it attacks another proxy, from this machine, which has to be a
-// device that the proxy lets through. Configure the proxy to use the address of
-// -listen as its API server:
+// device that the proxy accepts. Configure the proxy to use the address of -listen
+// as its API server:
 //
 //	conformance -address k8s.example.ts.net:443 -tls -user alice@example.com -groups tailnet-readers -listen 0.0.0.0:6443
 package main
@@ -29,7 +30,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/conformance"
 )
 
-// exitError is an error with the status that it ends the program with.
+// exitError is an error with the exit status of the program.
 type exitError struct {
 	error
 	status int
@@ -38,7 +39,7 @@ type exitError struct {
 func main() {
 	if err := run(); err != nil {
 		fmt.Fprintln(os.Stderr, "conformance:", err)
-		status := 2 // nothing is shown
+		status := 2 // the attacks could not be made
 		var exit exitError
 		if errors.As(err, &exit) {
 			status = exit.status
@@ -51,16 +52,16 @@ func run() error {
 	var other conformance.Proxy
 	var options conformance.Options
 	flag.StringVar(&other.Address, "address", "", "host:port of the proxy to attack (default: the lab's)")
-	flag.StringVar(&other.Host, "host", "", "name to call it by (default: its address)")
-	flag.BoolVar(&other.TLS, "tls", false, "speak TLS to it, and HTTP/2 as well")
-	quic := flag.Bool("http3", false, "speak HTTP/3 to it as well, which it has to refuse")
-	flag.StringVar(&other.Want.User, "user", "", "the user that this machine is to it")
-	groups := flag.String("groups", "", "the groups that this machine is in, separated by commas")
-	flag.StringVar(&other.Authorization, "authorization", "", "the Authorization header that is the proxy's own (default: none)")
-	listen := flag.String("listen", "127.0.0.1:6443", "where to take the API server's place, over TLS")
-	ca := flag.String("ca", "conformance-ca.pem", "file to write the certificate to that the proxy has to trust")
-	flag.IntVar(&options.Only, "attack", 0, "make one attack only: the number that a failure is printed with")
-	flag.BoolVar(&options.First, "first", false, "end at the first failure")
+	flag.StringVar(&other.Host, "host", "", "the proxy's host name (default: its address)")
+	flag.BoolVar(&other.TLS, "tls", false, "use TLS, with HTTP/1.1 and HTTP/2")
+	quic := flag.Bool("http3", false, "also try HTTP/3, which the proxy has to refuse")
+	flag.StringVar(&other.Want.User, "user", "", "the user as which the proxy impersonates this machine")
+	groups := flag.String("groups", "", "the groups of this machine, separated by commas")
+	flag.StringVar(&other.Authorization, "authorization", "", "the proxy's own Authorization header (default: none)")
+	listen := flag.String("listen", "127.0.0.1:6443", "address to listen on in place of the API server, over TLS")
+	ca := flag.String("ca", "conformance-ca.pem", "file to write the certificate to, which the proxy has to trust")
+	flag.IntVar(&options.Only, "attack", 0, "make only the attack with this number, as printed with a failure")
+	flag.BoolVar(&options.First, "first", false, "stop at the first failure")
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -86,7 +87,7 @@ func run() error {
 	return attackOther(ctx, other, *listen, *ca, options)
 }
 
-// attackOther attacks a proxy that somebody else has set up.
+// attackOther attacks a proxy outside of the lab.
 func attackOther(ctx context.Context, p conformance.Proxy, listen, ca string, options conformance.Options) error {
 	p.Name = p.Address
 	if p.Host == "" {
@@ -106,7 +107,7 @@ func attackOther(ctx context.Context, p conformance.Proxy, listen, ca string, op
 	if err := os.WriteFile(ca, certificate(server), 0o600); err != nil {
 		return err
 	}
-	fmt.Printf("Taking the API server's place at %s, with the certificate in %s\n\n", server.URL, ca)
+	fmt.Printf("Listening in place of the API server at %s, with the certificate in %s\n\n", server.URL, ca)
 	table := conformance.NewTable(os.Stdout)
 	failures, err := table.Attack(ctx, p, options)
 	if err != nil {
@@ -114,12 +115,12 @@ func attackOther(ctx context.Context, p conformance.Proxy, listen, ca string, op
 	}
 	table.Print()
 	if failures > 0 {
-		return exitError{fmt.Errorf("%d requests arrived with something else than the identity of this machine", failures), 1}
+		return exitError{fmt.Errorf("%d attacks succeeded", failures), 1}
 	}
 	return nil
 }
 
-// certificate returns the certificate of a server, as PEM.
+// certificate returns a server's certificate as PEM.
 func certificate(s *httptest.Server) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})
 }

@@ -17,7 +17,7 @@ import (
 )
 
 // showActingAs shows a `kubectl --as` that is allowed and one that is refused, and
-// what the API server's audit log has of both.
+// the audit log's entries about both.
 func showActingAs(ctx context.Context, l *lab.Lab) error {
 	fmt.Println("\nAlice, who may do anything, acts as bob:")
 	out, err := kubectl(ctx, l.Callers["alice"], "auth", "whoami", "--as", "bob@example.com", "--as-group", "tailnet-readers")
@@ -27,13 +27,13 @@ func showActingAs(ctx context.Context, l *lab.Lab) error {
 	fmt.Println("\nBob wants to read secrets as alice:")
 	out, err = kubectl(ctx, l.Callers["bob"], "get", "--raw", "/api/v1/namespaces/default/secrets", "--as", "alice@example.com")
 	if err == nil || !strings.Contains(out, `"bob@example.com" cannot impersonate resource "users"`) {
-		return fmt.Errorf("bob is not told which permission he lacks: %s", out)
+		return fmt.Errorf("the error does not name the permission that bob lacks: %s", out)
 	}
 	events, err := auditEvents(l.Cluster.AuditLog())
 	if err != nil {
 		return err
 	}
-	fmt.Println("\nThe API server's audit log of the first, and of the question whether bob may:")
+	fmt.Println("\nThe API server's audit log about the first command, and about the check whether bob may:")
 	acted, asked := false, false
 	for _, e := range events {
 		switch {
@@ -49,12 +49,12 @@ func showActingAs(ctx context.Context, l *lab.Lab) error {
 		}
 	}
 	if !acted || !asked {
-		return fmt.Errorf("the audit log %s lacks who acted as bob (%t), or who asked to act as alice (%t)", l.Cluster.AuditLog(), acted, asked)
+		return fmt.Errorf("the audit log %s lacks an entry: acting as bob found: %t; request to act as alice found: %t", l.Cluster.AuditLog(), acted, asked)
 	}
 	return nil
 }
 
-// kubectl runs kubectl as a caller, prints what it says, and returns it.
+// kubectl runs kubectl as a caller, and prints and returns its output.
 func kubectl(ctx context.Context, c *lab.Caller, args ...string) (string, error) {
 	cmd, err := c.Kubectl(ctx, args...)
 	if err != nil {
@@ -66,7 +66,7 @@ func kubectl(ctx context.Context, c *lab.Caller, args ...string) (string, error)
 	return said, err
 }
 
-// auditEvent is an event of the audit log, as far as it is shown.
+// auditEvent has the fields of an audit event that are shown.
 type auditEvent struct {
 	AuditID          string   `json:"auditID"`
 	Verb             string   `json:"verb"`
@@ -87,7 +87,7 @@ type userInfo struct {
 	Extra    map[string][]string `json:"extra"`
 }
 
-// auditEvents returns what an audit log holds.
+// auditEvents returns the events of an audit log.
 func auditEvents(path string) ([]auditEvent, error) {
 	content, err := os.ReadFile(path)
 	if err != nil {

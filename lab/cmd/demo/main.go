@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command demo brings up the lab and shows what the API server lets each caller
-// on the tailnet do. Everything that it prints was answered by the API server.
+// Command demo starts the lab and shows what the API server lets each caller on the
+// tailnet do. All results come from the API server.
 package main
 
 import (
@@ -19,8 +19,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
 )
 
-// callers are the devices of the demo, with what the policy file and the
-// bindings in the project's examples say about them.
+// callers are the devices of the demo, with the answers that the policy file and the
+// bindings in the project's examples lead to.
 var callers = []struct {
 	lab.CallerSpec
 	kind string
@@ -39,7 +39,7 @@ var callers = []struct {
 }
 
 func main() {
-	once := flag.Bool("once", false, "stop after the table; exit with 1 if a cell is not what the policy says")
+	once := flag.Bool("once", false, "stop after the table; exit with status 1 if a cell contradicts the policy")
 	dir := flag.String("dir", "", "folder for logs and kubeconfig files (default: .run/demo in the lab's folder)")
 	flag.Parse()
 
@@ -59,7 +59,7 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 	if dir == "" {
 		dir = filepath.Join(root, "lab", ".run", "demo")
 	}
-	// What an earlier run left is of no use: its addresses and keys are gone.
+	// Remove the files of an earlier run: its addresses and keys are no longer valid.
 	if err := os.RemoveAll(dir); err != nil {
 		return err
 	}
@@ -67,7 +67,7 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 		return err
 	}
 
-	fmt.Printf("Bringing up a tailnet and a cluster (logs: %s)\n", dir)
+	fmt.Printf("Starting a tailnet and a cluster (logs: %s)\n", dir)
 	cfg := lab.Config{
 		Dir:       dir,
 		Examples:  filepath.Join(root, "examples"),
@@ -89,7 +89,7 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 		return err
 	}
 	if wrong > 0 && once {
-		return fmt.Errorf("%d cells are not what the policy file and the bindings say", wrong)
+		return fmt.Errorf("%d cells contradict the policy file and the bindings", wrong)
 	}
 	if err := showRecording(ctx, l); err != nil {
 		return err
@@ -109,7 +109,7 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 	return nil
 }
 
-// caddyfile is what a user would write, for the lab's addresses.
+// caddyfile is a user's Caddyfile, with the lab's addresses.
 func caddyfile(l *lab.Lab) string {
 	return l.Globals(l.ProxyKey()) + `
 https://k8s.tailnet.example {
@@ -125,13 +125,13 @@ https://k8s.tailnet.example {
 `
 }
 
-// printUsage says how to be each of the callers.
+// printUsage prints how to use kubectl as each caller.
 func printUsage(l *lab.Lab) {
 	kubectl, err := components.Path("kubectl")
 	if err != nil {
 		kubectl = "kubectl"
 	}
-	fmt.Printf("\nThe tailnet and the cluster stay up until you press Ctrl-C. In another shell:\n\n\talias kubectl=%s\n\n", kubectl)
+	fmt.Printf("\nThe tailnet and the cluster run until you press Ctrl-C. In another shell:\n\n\talias kubectl=%s\n\n", kubectl)
 	for _, c := range callers {
 		fmt.Printf("\texport KUBECONFIG=%s   # %s\n", l.Callers[c.Name].Kubeconfig, c.kind)
 	}

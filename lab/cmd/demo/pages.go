@@ -11,19 +11,19 @@ import (
 
 	"k8s.io/client-go/rest"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
 
-// printPages prints what the whoami page tells two of the callers, and how each of
+// printPages prints what the whoami page says to two of the callers, and how each of
 // them uses kubectl.
 func printPages(ctx context.Context, l *lab.Lab) error {
 	kubectl, err := components.Path("kubectl")
 	if err != nil {
 		return err
 	}
-	fmt.Println("\nWhat https://k8s.tailnet.example/whoami tells two of them, who would see a page in a browser:")
+	fmt.Println("\nWhat https://k8s.tailnet.example/whoami says to two of them (a browser shows it as a page):")
 	for _, name := range []string{"bob", "ci"} {
 		c := l.Callers[name]
 		facts, err := whoIs(ctx, c)
@@ -39,7 +39,7 @@ func printPages(ctx context.Context, l *lab.Lab) error {
 	return nil
 }
 
-// whoIs returns what the whoami page tells a caller.
+// whoIs returns what the whoami page says to a caller.
 func whoIs(ctx context.Context, c *lab.Caller) (*whoami.Facts, error) {
 	config, err := c.REST()
 	if err != nil {

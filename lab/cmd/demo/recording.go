@@ -14,17 +14,17 @@ import (
 
 	"tailscale.com/sessionrecording"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
 )
 
-// lastLines is how many lines of the recording are played back.
+// lastLines is how many lines of the recording are shown.
 const lastLines = 3
 
-// showRecording has alice run something in a pod while her grants insist on a
-// recorder, plays back the end of what the recorder was sent, and shows what she
-// reads when it fails. It leaves the policy as it was.
+// showRecording runs a command in a pod as alice while her grants require a
+// recorder, shows the end of what the recorder received, and shows the error when
+// the recorder fails. It restores the policy.
 func showRecording(ctx context.Context, l *lab.Lab) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
@@ -51,7 +51,7 @@ func showRecording(ctx context.Context, l *lab.Lab) (err error) {
 		taken = r.Take()
 	}
 	<-taken[0].Ended()
-	fmt.Println("\nAlice's grants say enforceRecorder now. What the recorder on the tailnet was sent of her kubectl exec:")
+	fmt.Println("\nAlice's grants now set enforceRecorder. What the recorder on the tailnet received of her kubectl exec:")
 	if err := playBack(taken[0].Bytes()); err != nil {
 		return err
 	}
@@ -62,11 +62,11 @@ func showRecording(ctx context.Context, l *lab.Lab) (err error) {
 	if !errors.As(err, &failed) {
 		return fmt.Errorf("kubectl exec went through without the recorder: %w", err)
 	}
-	fmt.Printf("\nAnd when the recorder fails, kubectl says, with nothing having run:\n\n\t%s\n", strings.TrimSpace(output))
+	fmt.Printf("\nWhen the recorder fails, nothing runs, and kubectl says:\n\n\t%s\n", strings.TrimSpace(output))
 	return nil
 }
 
-// execAs runs a script in the pod as a caller and returns what kubectl printed.
+// execAs runs a script in the pod as a caller and returns kubectl's output.
 func execAs(ctx context.Context, l *lab.Lab, caller, script string) (string, error) {
 	cmd, err := l.Callers[caller].Kubectl(ctx, "exec", lab.Pod, "--", "sh", "-c", script)
 	if err != nil {

@@ -18,17 +18,17 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// What a cell of the table says.
+// Values of the table's cells.
 const (
 	yes  = "yes"
 	no   = "no"
 	none = "-"
 )
 
-// answers are what the API server says about a caller.
+// answers are the API server's answers to a caller.
 type answers struct {
 	user   string
-	groups string // besides system:authenticated, which everybody has
+	groups string // without system:authenticated, which every caller has
 	// Whether it let the caller list pods, delete one, and read secrets.
 	list, remove, secrets string
 }
@@ -38,8 +38,8 @@ func (a answers) cells() []string {
 	return []string{a.user, a.groups, a.list, a.remove, a.secrets}
 }
 
-// printTable asks the API server as each caller, prints its answers, and returns
-// how many of them are not what was to be expected.
+// printTable asks the API server as each caller, prints its answers, and returns how
+// many of them are wrong.
 func printTable(ctx context.Context, l *lab.Lab) (wrong int, err error) {
 	fmt.Println()
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
@@ -61,7 +61,7 @@ func printTable(ctx context.Context, l *lab.Lab) (wrong int, err error) {
 	return wrong, w.Flush()
 }
 
-// ask has the API server say who the caller is and what it may do.
+// ask asks the API server who the caller is and what it may do.
 func ask(ctx context.Context, c *lab.Caller) (answers, error) {
 	config, err := c.REST()
 	if err != nil {
@@ -98,8 +98,8 @@ func ask(ctx context.Context, c *lab.Caller) (answers, error) {
 	return a, nil
 }
 
-// allowed turns the outcome of a request into a cell. Anything but an answer to
-// the question is an error.
+// allowed turns the result of a request into a cell. It returns an error unless the
+// request was answered or forbidden.
 func allowed(err error) (string, error) {
 	switch {
 	case err == nil:
