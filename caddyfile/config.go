@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package caddyfile holds the configuration of the tailscale_impersonate handler
-// and its Caddyfile syntax.
+// Package caddyfile holds the configuration of the tailscale_impersonate handler, its
+// Caddyfile syntax, the directive tailscale_kubernetes, and the checks of the routes
+// around the handler.
 //
-// It is apart from the module, which embeds [Config], so that what can be
-// configured can be read, and tested from Caddyfile to JSON, without the rest.
+// The handler's module embeds [Config].
 package caddyfile
 
 import (
@@ -26,136 +26,134 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
-// What Config.ClientImpersonation can be.
+// The values of [Config.ClientImpersonation].
 const (
 	Reject    = "reject"
 	Strip     = "strip"
 	Authorize = "authorize"
 )
 
-// Config is the configuration of the tailscale_impersonate handler. The zero
-// value is a complete and safe one.
+// Config is the configuration of the tailscale_impersonate handler. The zero value is
+// complete and safe.
 type Config struct {
-	// The name of the tailnet capability under which the policy file's grants
-	// name Kubernetes groups. Clusters that share a tailnet need one each,
-	// since a grant is for all that look under its name.
+	// The name of the tailnet capability under which grants in the policy file name
+	// Kubernetes groups. Clusters that share a tailnet need a capability each, as a
+	// grant applies to all clusters that use its name.
 	//
-	// Default: `tailscale.com/cap/kubernetes`, and where a peer has no grant of
-	// that name, its older form `https://tailscale.com/cap/kubernetes`. A name
-	// given here replaces both.
+	// Default: `tailscale.com/cap/kubernetes`, or for a peer without such a grant its
+	// older form `https://tailscale.com/cap/kubernetes`. A name given here replaces
+	// both.
 	Capability string `json:"capability,omitempty"`
 
-	// What to do with a request that asks to impersonate somebody by itself, as
-	// `kubectl --as` does:
+	// What to do with requests that ask to act as another user, as `kubectl --as`
+	// does:
 	//
-	// - `reject` (the default) answers 403 and says why.
-	// - `strip` ignores what the client asked for and sends the request on as
-	//   the caller. The user of `kubectl --as` is then told about the wrong
-	//   person's permissions.
-	// - `authorize` sends the request on as whom the client asked for if the API
-	//   server says that the caller itself may impersonate that, and with the
-	//   caller in extra fields. It needs `transport kubernetes`, whose account asks
-	//   (`create` on `subjectaccessreviews`).
+	// - `reject` answers 403 with the reason.
+	// - `strip` removes the headers and sends the request as the caller. The answer
+	//   then shows the caller's permissions and not the other user's.
+	// - `authorize` sends the request as the other user, with the caller in extra
+	//   fields, if the API server says that the caller may impersonate that user.
+	//   It needs `transport kubernetes`, whose account asks the API server and needs
+	//   the right to `create` `subjectaccessreviews`.
+	//
+	// Default: `reject`.
 	ClientImpersonation string `json:"client_impersonation,omitempty"`
 
-	// Whether the API server is told more about the caller than user and groups,
-	// for its audit log and its admission policies: as UID the ID of the tailnet
-	// user, or of a tagged device, and as extra fields
-	// `tailscale-impersonate.github.io/` followed by `node`, `node-id`, `address`,
-	// `tags`, `groups-source` and `request-id`. The last is also the ID of the
-	// request in the audit log (`Audit-ID`) and in Caddy's access log (`uuid`).
+	// Describe the caller's device to the API server, for audit logs and admission
+	// policies. The UID is the ID of the tailnet user or of the tagged device. The
+	// extra fields start with `tailscale-impersonate.github.io/` and are `node`,
+	// `node-id`, `address`, `tags`, `groups-source` and `request-id`. The last one is
+	// also the ID of the request in the audit log (`Audit-ID`) and in Caddy's access
+	// log (`uuid`).
 	//
 	// The proxy's account needs the right to impersonate UIDs and these fields.
 	//
 	// Default: `false`.
 	Audit bool `json:"audit,omitempty"`
 
-	// The web origins (`https://dashboard.example.com`) whose pages may send
-	// requests. Identity on a tailnet is ambient: a page that any user of a
-	// device opens in a browser could act as that user, so a request that a
-	// browser marks as another site's is refused unless its origin is named
-	// here. kubectl and client-go send no origin.
+	// Web origins, such as `https://dashboard.example.com`, whose pages may send
+	// requests. A browser on a device of the tailnet needs no credentials, so any web
+	// page in it could act as the device's user. Requests that a browser marks as
+	// coming from another site are refused unless their origin is listed here.
+	// kubectl and client-go send no origin.
 	//
 	// Default: none.
 	AllowOrigins []string `json:"allow_origins,omitempty"`
 
-	// Further names under which requests over plain HTTP may address the
-	// server, besides the node's own name and addresses. Any other name in the
-	// `Host` header is refused, since a web page can point a name of its own at
-	// the node's address (DNS rebinding) and would then count as the same site.
-	// Requests over TLS are not subject to this: the certificate proves the name.
+	// More host names for requests over plain HTTP, besides the names and addresses
+	// of the node. Other names in the `Host` header are refused, as a web page can
+	// point its own name at the node's address (DNS rebinding) and would then count
+	// as the same site. Requests over TLS may use any name, as the certificate proves
+	// it.
 	//
 	// Default: none.
 	AllowHosts []string `json:"allow_hosts,omitempty"`
 
-	// How long the answer to who a caller is, is used for further requests on
-	// the same connection. That is how long a grant can still count after it was
-	// withdrawn, for requests that begin then. With 0 every request asks. A new
-	// connection always does.
+	// How long a caller's identity is cached. `0` disables caching. A new connection
+	// always looks up its caller. After a grant is withdrawn, new requests on an
+	// open connection can use it for this long.
 	//
 	// Default: `1s`.
 	CacheTTL *caddy.Duration `json:"cache_ttl,omitempty"`
 
-	// The time between two checks whether the callers of requests that are still
-	// open, such as a watch, a followed log or a shell, still have the groups
-	// that they began them with. The connections of a caller that does not are
-	// closed. All requests of one caller together cost one question to its
-	// tailnet node.
+	// The interval at which the callers of open requests, such as watches, followed
+	// logs and shells, are checked. If a caller has lost a group that it had when the
+	// request began, its connections are closed. One lookup per interval checks all
+	// requests of a caller.
 	//
 	// Default: `5s`.
 	RecheckInterval *caddy.Duration `json:"recheck_interval,omitempty"`
 
-	// How long such requests may go on when their caller cannot be checked, since
-	// the last check that succeeded. With 0 the first that fails ends them.
+	// How long open requests may continue after the last successful check if their
+	// caller cannot be checked. With `0`, the first failed check ends them.
 	//
 	// Default: `30s`.
 	RecheckGrace *caddy.Duration `json:"recheck_grace,omitempty"`
 
-	// A directory in which the sessions of kubectl exec and attach of all callers
-	// are recorded, in asciicast v2, one file each. Placeholders such as
-	// `{env.HOME}` are expanded when the config is loaded. It is created when it
-	// does not exist. A session whose file cannot be written does not begin, and
-	// ends when it cannot be written any more.
+	// A directory for recordings of the `kubectl exec` and `attach` sessions of all
+	// callers, one asciicast v2 file per session. It is created if it does not exist.
+	// Placeholders such as `{env.HOME}` are expanded when the config is loaded. A
+	// session does not start if its file cannot be written, and ends if writing fails
+	// later.
 	//
-	// The recorders that a caller's grants name are sent its sessions in any case.
+	// Sessions are also sent to the recorders that a caller's grants name.
 	//
 	// Default: none.
 	Record string `json:"record,omitempty"`
 
-	// The path under which callers are told who they are taken for: a page for
-	// browsers, or JSON for whoever asks for that. Callers that are refused see
-	// why, if they are known. `?kubeconfig` behind it answers with a kubeconfig
-	// for this server. In a Caddyfile, the option without an argument stands for
-	// `/whoami`.
+	// A path that shows callers who they are to the cluster, and why. Returns JSON if
+	// the request accepts `application/json` and not `text/html`, or else a page. A
+	// known caller that is refused sees the reason. With the query `?kubeconfig`, it
+	// returns a kubeconfig for this server. In a Caddyfile, the option without an
+	// argument means `/whoami`.
 	//
-	// Default: none; the path is the API server's like all others.
+	// Default: none; the API server answers all paths.
 	Whoami string `json:"whoami,omitempty"`
 
-	// The Unix socket of the host's own Tailscale daemon, or `default` for where
-	// that is by default. The daemon is then asked who callers are, for a Caddy
-	// that listens on the tailnet address of its host rather than on a node of
-	// its own. A connection counts if the address that the caller dialled is one
-	// of the daemon's. In a Caddyfile, the option without an argument stands for
-	// `default`.
+	// The Unix socket of the host's Tailscale daemon, or `default` for its usual path.
+	// Use it if Caddy listens on the tailnet address of its host and not on a node of
+	// its own: callers are then looked up in the daemon. The address that a caller
+	// dials has to belong to the daemon. In a Caddyfile, the option without an
+	// argument means `default`.
 	//
-	// Default: none; callers are those of the nodes that the server listens on.
+	// Default: none; callers are looked up in the nodes that the server listens on.
 	Tailscaled string `json:"tailscaled,omitempty"`
 
-	// Where all requests of all callers are recorded, besides the recorders that a
-	// caller's grants name: `log` writes a line for each to the log
-	// `http.handlers.tailscale_impersonate.events`, with what was asked for, by
-	// whom, and the body.
+	// Where to record the requests of all callers, besides the recorders that their
+	// grants name. `log` writes an entry for each request to the log
+	// `http.handlers.tailscale_impersonate.events`, with the caller, the request and
+	// its body.
 	//
-	// Default: nowhere.
+	// Default: none.
 	Events string `json:"events,omitempty"`
 
-	// How many bytes of a body go into an event, to a recorder or to the log.
-	// What is cut off is marked as such. At most 4 MiB; 0 leaves bodies out.
+	// The maximum number of bytes of a body in an event. Longer bodies are marked as
+	// truncated. At most 4 MiB; `0` omits bodies.
 	//
-	// Default: 65536.
+	// Default: `65536`.
 	EventBodyLimit *int64 `json:"event_body_limit,omitempty"`
 
-	// Whether the bodies of Secrets and of TokenReviews go into events as well.
+	// Include the bodies of Secrets and TokenReviews in events.
 	//
 	// Default: `false`.
 	EventSecretBodies bool `json:"event_secret_bodies,omitempty"`
@@ -163,41 +161,41 @@ type Config struct {
 	impersonate.Limits
 }
 
-// What the options stand for without an argument.
+// What the options mean without an argument.
 const (
 	defaultWhoami     = "/whoami"
 	defaultTailscaled = "default"
 )
 
-// LogEvents is what Config.Events can be, if anything.
+// LogEvents is the only value of [Config.Events].
 const LogEvents = "log"
 
 const (
 	defaultEventBodyLimit = 64 << 10
-	// maxEventBodyLimit is what the API server takes of a body, and some. As much
-	// is held in memory for every request that is being recorded.
+	// maxEventBodyLimit is larger than any body that the API server accepts. Recording
+	// holds up to this much in memory per request.
 	maxEventBodyLimit = 4 << 20
 )
 
-// The defaults of durations.
+// The default durations.
 const (
 	defaultCacheTTL        = time.Second
 	defaultRecheckInterval = 5 * time.Second
 	defaultRecheckGrace    = 30 * time.Second
 )
 
-// minRecheckInterval keeps a slip of the unit from keeping the nodes busy.
+// minRecheckInterval protects the nodes from an interval in the wrong unit.
 const minRecheckInterval = 100 * time.Millisecond
 
-// TTL returns for how long identities are kept.
+// TTL returns how long identities are cached.
 func (c *Config) TTL() time.Duration { return orDefault(c.CacheTTL, defaultCacheTTL) }
 
-// Interval returns the time between two checks of a caller.
+// Interval returns the interval between two checks of a caller.
 func (c *Config) Interval() time.Duration {
 	return orDefault(c.RecheckInterval, defaultRecheckInterval)
 }
 
-// Grace returns for how long a caller may go on that cannot be checked.
+// Grace returns how long requests of a caller that cannot be checked may continue.
 func (c *Config) Grace() time.Duration { return orDefault(c.RecheckGrace, defaultRecheckGrace) }
 
 func orDefault(d *caddy.Duration, otherwise time.Duration) time.Duration {
@@ -207,7 +205,7 @@ func orDefault(d *caddy.Duration, otherwise time.Duration) time.Duration {
 	return time.Duration(*d)
 }
 
-// BodyLimit returns how many bytes of a body go into an event.
+// BodyLimit returns the maximum number of bytes of a body in an event.
 func (c *Config) BodyLimit() int64 {
 	if c.EventBodyLimit == nil {
 		return defaultEventBodyLimit
@@ -215,8 +213,7 @@ func (c *Config) BodyLimit() int64 {
 	return *c.EventBodyLimit
 }
 
-// Validate returns an error that names the option and the reason if c cannot be
-// used.
+// Validate returns an error that names the option and the reason if c is invalid.
 func (c *Config) Validate() error {
 	if strings.ContainsAny(c.Capability, " \t\r\n") {
 		return fmt.Errorf("capability %q: a capability name holds no blanks", c.Capability)
@@ -271,7 +268,7 @@ func (c *Config) DaemonSocket() string {
 	return c.Tailscaled
 }
 
-// Capabilities returns the names under which to look for grants, in order.
+// Capabilities returns the names of the capability. Only the first that a peer has counts.
 func (c *Config) Capabilities() []tailcfg.PeerCapability {
 	if c.Capability == "" {
 		return impersonate.Capabilities
@@ -279,11 +276,11 @@ func (c *Config) Capabilities() []tailcfg.PeerCapability {
 	return []tailcfg.PeerCapability{tailcfg.PeerCapability(c.Capability)}
 }
 
-// served are the first segments of the paths that API servers answer.
+// served are the first segments of the API server's paths.
 var served = []string{"api", "apis", "debug", "flagz", "healthz", "livez", "logs", "metrics", "openapi", "openid", "readyz", "statusz", "swagger.json", "version", ".well-known"}
 
-// checkWhoami returns an error unless path is empty or a path that is nobody
-// else's.
+// checkWhoami returns an error unless path is empty or a clean path that the API server
+// does not use.
 func checkWhoami(path string) error {
 	if path == "" {
 		return nil
@@ -301,8 +298,8 @@ func checkWhoami(path string) error {
 	return nil
 }
 
-// checkOrigin returns an error unless origin is written as browsers send it, as
-// anything else would never match.
+// checkOrigin returns an error unless origin is spelled as browsers send it. Other
+// spellings would never match.
 func checkOrigin(origin string) error {
 	u, err := url.Parse(origin)
 	if err != nil {
@@ -326,8 +323,8 @@ func checkOrigin(origin string) error {
 	return nil
 }
 
-// checkHost returns an error unless host is a name or address as
-// [tailnet.Hostname] returns it from a request.
+// checkHost returns an error unless host is spelled as [tailnet.Hostname] returns it for a
+// request.
 func checkHost(host string) error {
 	if _, err := netip.ParseAddr(host); err == nil {
 		return nil

@@ -37,8 +37,8 @@ import (
 //	    deny_shared
 //	}
 //
-// All options may be left out, and the block with them. Those that take several
-// values add up when they are repeated; the others may be given once.
+// All options are optional, and so is the block. Options that take several values can be
+// repeated to add values. Other options can be given once.
 func (c *Config) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
 	if d.NextArg() {
@@ -59,8 +59,8 @@ func (c *Config) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-// UnmarshalOption sets c from the option that d is at and its arguments. It
-// reports whether the option is one of a Config's.
+// UnmarshalOption sets the option of c that d is at. It returns known as false, and
+// consumes nothing, if the option is not one of c's.
 func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error) {
 	switch d.Val() {
 	case "capability":
@@ -113,7 +113,7 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 	return true, err
 }
 
-// on sets value for the option that d is at, which takes no argument.
+// on sets value to true, for an option without arguments.
 func on(d *caddyfile.Dispenser, value *bool) error {
 	option := d.Val()
 	if *value {
@@ -123,8 +123,7 @@ func on(d *caddyfile.Dispenser, value *bool) error {
 	return end(d, option)
 }
 
-// duration sets value to the duration that is the one argument of the option that
-// d is at.
+// duration sets value to the single argument of the option that d is at, a duration.
 func duration(d *caddyfile.Dispenser, value **caddy.Duration) error {
 	option := d.Val()
 	if *value != nil {
@@ -142,8 +141,7 @@ func duration(d *caddyfile.Dispenser, value **caddy.Duration) error {
 	return end(d, option)
 }
 
-// size sets value to the number of bytes that is the one argument of the option that
-// d is at.
+// size sets value to the single argument of the option that d is at, a number of bytes.
 func size(d *caddyfile.Dispenser, value **int64) error {
 	option := d.Val()
 	if *value != nil {
@@ -161,7 +159,7 @@ func size(d *caddyfile.Dispenser, value **int64) error {
 	return end(d, option)
 }
 
-// single sets value to the one argument of the option that d is at.
+// single sets value to the single argument of the option that d is at.
 func single(d *caddyfile.Dispenser, value *string) error {
 	option := d.Val()
 	if *value != "" {
@@ -174,8 +172,8 @@ func single(d *caddyfile.Dispenser, value *string) error {
 	return end(d, option)
 }
 
-// optional sets value to the argument of the option that d is at, or to otherwise if
-// there is none.
+// optional sets value to the argument of the option that d is at, or to otherwise if it
+// has none.
 func optional(d *caddyfile.Dispenser, value *string, otherwise string) error {
 	option := d.Val()
 	if *value != "" {
@@ -201,7 +199,7 @@ func list(d *caddyfile.Dispenser, values *[]string) error {
 	return end(d, option)
 }
 
-// end returns an error if anything follows the arguments of option.
+// end returns an error if an argument or a block follows option.
 func end(d *caddyfile.Dispenser, option string) error {
 	if d.NextArg() {
 		return d.Errf("unexpected argument %q after %s", d.Val(), option)

@@ -24,12 +24,11 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the expected part of testdata/*.caddyfiletest")
 
-// divider is the line between a Caddyfile and what is expected of it.
+// divider is the line between a Caddyfile and its expected result.
 const divider = "----------\n"
 
-// TestAdapt_GoldenFiles adapts the Caddyfile in every testdata/*.caddyfiletest and compares
-// the result, JSON or an error, with what stands below the divider. Files of
-// errors are those named error_*.
+// TestAdapt_GoldenFiles adapts the Caddyfile in each testdata/*.caddyfiletest. The JSON has
+// to be the text below the divider. In the files named error_*, that is an error.
 func TestAdapt_GoldenFiles(t *testing.T) {
 	for _, file := range goldenFiles(t, "*") {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".caddyfiletest"), func(t *testing.T) {
@@ -54,19 +53,19 @@ func TestAdapt_GoldenFiles(t *testing.T) {
 	}
 }
 
-// A reverse_proxy that the handler does not precede would be reached without it.
-// Caddy sorts directives, so where they stand in the Caddyfile says nothing.
+// Requests would reach a reverse_proxy before the handler without an identity. Caddy sorts
+// directives, so their order in the Caddyfile does not matter.
 func TestAdapt_HandlerPrecedesReverseProxy(t *testing.T) {
 	files := goldenFiles(t, "order_*")
 	if len(files) < 5 {
-		t.Fatalf("got only the files %v; want one for each directive that may hold a reverse_proxy", files)
+		t.Fatalf("got only the files %v; want one for each directive that may contain a reverse_proxy", files)
 	}
 	for _, file := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".caddyfiletest"), func(t *testing.T) {
 			input, _ := readGolden(t, file)
-			// The worst order, if the order in the Caddyfile counted.
+			// The order in the Caddyfile has to be the wrong one.
 			if proxy, handler := strings.Index(input, "reverse_proxy"), strings.Index(input, "tailscale_impersonate"); handler < proxy {
-				t.Fatal("the Caddyfile names tailscale_impersonate before reverse_proxy, so that the test would see no difference")
+				t.Fatal("the Caddyfile names tailscale_impersonate before reverse_proxy, so the test would see no difference")
 			}
 			config, err := adapt(t, input)
 			if err != nil {
@@ -133,8 +132,8 @@ func readGolden(t *testing.T, file string) (input, want string) {
 	return input, want
 }
 
-// adapt returns the JSON of a Caddyfile. Warnings fail the test: the Caddyfiles
-// are as `caddy fmt` would write them.
+// adapt returns the JSON of a Caddyfile. Warnings fail the test: the Caddyfiles have the
+// format of caddy fmt.
 func adapt(t *testing.T, input string) (string, error) {
 	t.Helper()
 	config, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(input), nil)
@@ -152,9 +151,9 @@ func adapt(t *testing.T, input string) (string, error) {
 	return out.String(), nil
 }
 
-// running returns the names of the handlers of the one server in config, in the
-// order in which a request that matches every route passes them. Handlers that
-// only hold others are looked into.
+// running returns the names of the handlers of the only server in config, in the order in
+// which they handle a request that matches all routes. It lists the handlers inside
+// subroute and invoke instead of these.
 func running(t *testing.T, config string) []string {
 	t.Helper()
 	type routes []struct {

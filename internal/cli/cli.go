@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package cli adds the command tailscale-impersonate to Caddy's own, for people who
-// set the plugin up.
+// Package cli adds the command tailscale-impersonate to Caddy, for users who set up the
+// plugin.
 package cli
 
 import (
@@ -27,8 +27,8 @@ func init() {
 		Usage: "<command>",
 		Short: "Sets up access to Kubernetes over a tailnet",
 		Long: `
-Sets up access to a Kubernetes API server by way of the tailscale_impersonate
-handler, and explains what it decides.`,
+Sets up access to a Kubernetes API server through the tailscale_impersonate handler,
+and explains the handler's decisions.`,
 		CobraFunc: func(cmd *cobra.Command) {
 			cmd.AddCommand(kubeconfigCommand(), explainCommand(), rbacCommand())
 		},
@@ -42,12 +42,12 @@ func kubeconfigCommand() *cobra.Command {
 		Use:   "kubeconfig --server <url> [--context <name>] [--merge]",
 		Short: "Writes a kubeconfig for the API server behind a Caddy",
 		Long: `
-Writes a kubeconfig to standard output. It holds no secret: who somebody is, the
-tailnet says.
+Writes a kubeconfig to standard output. It holds no secret, as the tailnet identifies
+callers.
 
-With --merge, it is added to the files that kubectl reads by default instead, those
-in KUBECONFIG or ~/.kube/config. Entries that are there stay, and so does the current
-context if there is one.`,
+With --merge, the command adds it to the files that kubectl reads by default instead,
+those in KUBECONFIG or ~/.kube/config. It does not change existing entries, nor the
+current context if there is one.`,
 		Example: "  caddy tailscale-impersonate kubeconfig --server https://k8s.example.ts.net --merge",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -69,7 +69,7 @@ context if there is one.`,
 				return err
 			}
 			if current != name {
-				fmt.Fprintf(cmd.OutOrStdout(), "The context %s is there by now, and %s is still the current one. To change that:\n\n  kubectl config use-context %s\n", name, current, name)
+				fmt.Fprintf(cmd.OutOrStdout(), "Added context %q. The current context is still %q. To change that:\n\n  kubectl config use-context %s\n", name, current, name)
 				return nil
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "The current context is %s.\n", name)
@@ -77,8 +77,8 @@ context if there is one.`,
 		},
 	}
 	cmd.Flags().StringVar(&server, "server", "", "the URL of the Caddy, such as https://k8s.example.ts.net")
-	cmd.Flags().StringVar(&context, "context", "", "what to call the context (default: the host in the URL)")
-	cmd.Flags().BoolVar(&merge, "merge", false, "add it to the files that kubectl reads by default")
+	cmd.Flags().StringVar(&context, "context", "", "the name of the context (default: the host in the URL)")
+	cmd.Flags().BoolVar(&merge, "merge", false, "add the kubeconfig to the files that kubectl reads by default")
 	mustRequire(cmd, "server")
 	return cmd
 }
@@ -88,12 +88,11 @@ func explainCommand() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "explain --peer <node or address> [--address <admin>] [--json]",
-		Short: "Says who a tailnet peer is to the cluster, and why",
+		Short: "Shows who a tailnet peer is to the cluster, and why",
 		Long: `
-Asks a running Caddy, through its admin API, who a peer of the tailnet is to the
-cluster, and prints from which value of which grant each of its groups comes. The
-peer is named by its tailnet name, its address or its node ID, and need not have
-called.`,
+Asks the admin API of a running Caddy who a tailnet peer is to the cluster, and prints
+which grants give it each of its groups. Name the peer by its tailnet name, its address
+or its node ID. It need not have sent a request.`,
 		Example: "  caddy tailscale-impersonate explain --peer laptop",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -136,11 +135,11 @@ func rbacCommand() *cobra.Command {
 	options := rbac.Defaults()
 	cmd := &cobra.Command{
 		Use:   "rbac --policy <file> [--constrained] [--audit]",
-		Short: "Writes the least RBAC that the proxy needs for a tailnet policy file",
+		Short: "Writes the minimal RBAC for the proxy from a tailnet policy file",
 		Long: `
-Writes a ClusterRole and its binding with which the proxy's service account may
-impersonate the groups that a tailnet policy file names, in its grants and as its
-tags, and no others. Run it again when those change.`,
+Writes a ClusterRole and its binding. They allow the proxy's service account to
+impersonate the groups that a tailnet policy file names in grants and as tags, and no
+others. Run it again when the policy file changes.`,
 		Example: "  caddy tailscale-impersonate rbac --policy policy.hujson | kubectl apply -f -",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -158,18 +157,18 @@ tags, and no others. Run it again when those change.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&policy, "policy", "", "the tailnet policy file")
-	f.BoolVar(&options.Constrained, "constrained", false, "for servers with constrained impersonation (Kubernetes 1.36 and later)")
+	f.BoolVar(&options.Constrained, "constrained", false, "for API servers with constrained impersonation (Kubernetes 1.36 and later)")
 	f.BoolVar(&options.Audit, "audit", false, "for a handler with the option audit")
-	f.StringVar(&options.Capability, "capability", "", "the handler's option capability, if it has that")
-	f.StringVar(&options.GroupPrefix, "group-prefix", "", "the handler's option group_prefix, if it has that")
-	f.StringVar(&options.Name, "name", options.Name, "what to call the ClusterRole and its binding")
+	f.StringVar(&options.Capability, "capability", "", "the value of the handler's option capability, if set")
+	f.StringVar(&options.GroupPrefix, "group-prefix", "", "the value of the handler's option group_prefix, if set")
+	f.StringVar(&options.Name, "name", options.Name, "the name of the ClusterRole and of its binding")
 	f.StringVar(&options.Namespace, "namespace", options.Namespace, "the namespace of the proxy's service account")
 	f.StringVar(&options.ServiceAccount, "service-account", options.ServiceAccount, "the name of the proxy's service account")
 	mustRequire(cmd, "policy")
 	return cmd
 }
 
-// mustRequire has cmd insist on a flag that it has.
+// mustRequire marks flag as required.
 func mustRequire(cmd *cobra.Command, flag string) {
 	if err := cmd.MarkFlagRequired(flag); err != nil {
 		panic(errors.Join(errors.New("[unexpected]"), err))

@@ -16,7 +16,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 )
 
-// run runs the command with these arguments and returns what it printed.
+// run runs the command with these arguments and returns its output.
 func run(t *testing.T, args ...string) (string, error) {
 	t.Helper()
 	command, ok := caddycmd.Commands()["tailscale-impersonate"]
@@ -47,7 +47,7 @@ func TestKubeconfig_PrintsWithoutMerge(t *testing.T) {
 		t.Errorf("got %s", out)
 	}
 	if _, err := os.Stat(os.Getenv("KUBECONFIG")); !os.IsNotExist(err) {
-		t.Errorf("kubectl's own file was touched: %v", err)
+		t.Errorf("kubectl's file was changed: %v", err)
 	}
 }
 
@@ -56,7 +56,7 @@ func TestKubeconfig_MergeKeepsTheCurrentContext(t *testing.T) {
 	t.Setenv("KUBECONFIG", file)
 	for _, tt := range []struct{ name, want string }{
 		{"first", "current context is first"},
-		{"second", "kubectl config use-context second"},
+		{"second", "Added context \"second\". The current context is still \"first\". To change that:\n\n  kubectl config use-context second\n"},
 	} {
 		out, err := run(t, "kubeconfig", "--server", "https://"+tt.name, "--context", tt.name, "--merge")
 		if err != nil {
@@ -112,7 +112,7 @@ func TestExplain_PrintsAnswerOfAdminAPI(t *testing.T) {
 }
 
 func TestRBAC_ReadsThePolicyFile(t *testing.T) {
-	out, err := run(t, "rbac", "--policy", filepath.Join("..", "examples", "policy.hujson"), "--constrained")
+	out, err := run(t, "rbac", "--policy", filepath.Join("..", "..", "examples", "policy.hujson"), "--constrained")
 	if err != nil {
 		t.Fatal(err)
 	}

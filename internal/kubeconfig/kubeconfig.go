@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package kubeconfig writes what kubectl needs to reach an API server through the
-// proxy: where it is. Who somebody is, is not in it, as the tailnet says that.
+// Package kubeconfig writes kubeconfigs for an API server behind the proxy. They hold the
+// proxy's URL and no credentials, as the tailnet identifies callers.
 package kubeconfig
 
 import (
@@ -14,12 +14,12 @@ import (
 	"k8s.io/client-go/tools/clientcmd/api"
 )
 
-// token stands where kubectl wants credentials: without any it would ask for a user
-// name and a password. The proxy removes it.
+// token is a placeholder: without credentials, kubectl asks for a user name and a
+// password. The proxy removes it.
 const token = "unused"
 
-// New returns a kubeconfig for the proxy at the URL server, with one context. If
-// name is empty, that is called like the server's host.
+// New returns a kubeconfig with one context, name, for the proxy at the URL server. If
+// name is empty, it is the server's host.
 func New(server, name string) (*api.Config, error) {
 	u, err := url.Parse(server)
 	if err != nil {
@@ -39,15 +39,15 @@ func New(server, name string) (*api.Config, error) {
 	return config, nil
 }
 
-// Write returns config as the file that kubectl reads.
+// Write returns config in the format of a kubeconfig file.
 func Write(config *api.Config) ([]byte, error) { return clientcmd.Write(*config) }
 
-// ErrTaken is returned by [Merge] if a name that it needs stands for something else.
-var ErrTaken = errors.New("stands for something else already")
+// ErrTaken is returned by [Merge] if a different entry has a name that it needs.
+var ErrTaken = errors.New("already exists and is different")
 
-// Merge adds what config holds to the files that kubectl reads by default: to those
-// that KUBECONFIG names, or to ~/.kube/config. What is in there stays as it is, the
-// current context included if there is one. It returns that context.
+// Merge adds the entries of config to the files that kubectl reads by default, those in
+// KUBECONFIG or ~/.kube/config. It does not change entries in them, nor the current
+// context if there is one. It returns the current context.
 func Merge(config *api.Config) (current string, err error) {
 	files := clientcmd.NewDefaultPathOptions()
 	into, err := files.GetStartingConfig()
@@ -69,8 +69,8 @@ func Merge(config *api.Config) (current string, err error) {
 	return into.CurrentContext, clientcmd.ModifyConfig(files, *into, false)
 }
 
-// add adds entries to those of into. One that is there already stays, if it is the
-// same as far as same can tell.
+// add adds entries to into. It returns [ErrTaken] if into has a different entry of the same
+// name, according to same.
 func add[T any](kind string, into, entries map[string]*T, same func(a, b *T) bool) error {
 	for name, entry := range entries {
 		switch existing, ok := into[name]; {

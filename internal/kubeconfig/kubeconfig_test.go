@@ -18,7 +18,7 @@ import (
 
 const server = "https://k8s.example.ts.net"
 
-// newConfig returns a kubeconfig for the URL, and fails the test if there is none.
+// newConfig returns a kubeconfig for url, and fails the test on an error.
 func newConfig(t *testing.T, url, name string) *api.Config {
 	t.Helper()
 	config, err := kubeconfig.New(url, name)
@@ -57,12 +57,12 @@ func TestNew_ServerAndContext(t *testing.T) {
 	}
 	for _, url := range []string{"", "k8s.example.ts.net", "ftp://k8s", "https://", "https://k8s/path", "https://k8s?a=b", "https://user@k8s", "https://k8s#a", "https://%"} {
 		if _, err := kubeconfig.New(url, ""); err == nil {
-			t.Errorf("server %q was taken", url)
+			t.Errorf("server %q: got no error", url)
 		}
 	}
 }
 
-// mine is a kubeconfig that somebody has, in two files as KUBECONFIG can name them.
+// mine is the kubeconfig of a user with another cluster.
 const mine = `apiVersion: v1
 kind: Config
 current-context: work
@@ -78,7 +78,7 @@ users:
 preferences: {colors: true}
 `
 
-// setKubeconfig has kubectl read files of that content.
+// setKubeconfig sets KUBECONFIG to files with these contents. An empty one does not exist.
 func setKubeconfig(t *testing.T, contents ...string) (files []string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -108,7 +108,7 @@ func TestMerge_KeepsExistingEntries(t *testing.T) {
 	const second = "apiVersion: v1\nkind: Config\nclusters:\n- name: lab\n  cluster: {server: https://lab.example.com}\n"
 	files := setKubeconfig(t, mine, second)
 	before := load(t)
-	for range 2 { // as it may be run again
+	for range 2 { // users may run it again
 		current, err := kubeconfig.Merge(newConfig(t, server, ""))
 		if err != nil {
 			t.Fatal(err)
@@ -138,7 +138,7 @@ func TestMerge_KeepsExistingEntries(t *testing.T) {
 	}
 	for _, file := range files {
 		if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {
-			t.Errorf("%s: %v, %v; want it readable by its owner alone", file, info, err)
+			t.Errorf("%s: %v, %v; want it readable only by its owner", file, info, err)
 		}
 	}
 }
@@ -153,11 +153,11 @@ func TestMerge_CreatesTheFile(t *testing.T) {
 		t.Errorf("the current context is %q; want prod, as there is no other", current)
 	}
 	if info, err := os.Stat(files[0]); err != nil || info.Mode().Perm() != 0o600 {
-		t.Errorf("%v, %v; want a file that only its owner reads", info, err)
+		t.Errorf("%v, %v; want a file readable only by its owner", info, err)
 	}
 }
 
-// A name that stands for something else is neither overwritten nor quietly shared.
+// An entry of the same name is neither overwritten nor reused.
 func TestMerge_RejectsNamesInUse(t *testing.T) {
 	files := setKubeconfig(t, mine)
 	for _, name := range []string{"work", "me"} {

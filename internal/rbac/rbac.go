@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package rbac writes the least that a cluster has to allow the proxy, given the
-// tailnet policy file that decides which groups callers can have.
+// Package rbac writes the minimal RBAC for the proxy's service account, from the tailnet
+// policy file that grants groups to callers.
 package rbac
 
 import (
@@ -23,37 +23,35 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
 
-// Options are what is to be known about the proxy.
+// Options describe the proxy.
 type Options struct {
-	// Constrained is for API servers that have constrained impersonation.
+	// Constrained is for API servers with constrained impersonation.
 	Constrained bool
-	// Audit is for a handler that tells the API server's audit log about devices.
-	Audit bool
-	// Capability and GroupPrefix are the handler's options.
+	// Audit, Capability and GroupPrefix are the handler's options.
+	Audit                   bool
 	Capability, GroupPrefix string
-	// Namespace and ServiceAccount are where the proxy's service account is.
+	// Namespace and ServiceAccount name the proxy's service account.
 	Namespace, ServiceAccount string
-	// Name is what to call the ClusterRole and its binding.
+	// Name is the name of the ClusterRole and of its binding.
 	Name string
 }
 
-// Defaults are the options for the manifests in examples/kubernetes.
+// Defaults returns the options for the manifests in examples/kubernetes.
 func Defaults() Options {
 	return Options{Namespace: "tailscale-impersonate", ServiceAccount: "proxy", Name: "tailscale-impersonate"}
 }
 
-// masters is the group that may do anything.
+// masters is the group with all rights.
 const masters = "system:masters"
 
-// The verbs that the API server has for requests: those for objects, and those for
-// paths that are none.
+// The verbs of requests for resources, and of requests for other paths.
 var (
 	resourceVerbs = []string{"create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"}
 	pathVerbs     = []string{"delete", "get", "head", "options", "patch", "post", "put"}
 )
 
-// FromPolicy returns manifests, in YAML, with which the proxy may impersonate any
-// user, and the groups that callers can have by the tailnet policy file policy.
+// FromPolicy returns manifests, in YAML, that allow the proxy to impersonate any user, and
+// the groups that the tailnet policy file can give to callers.
 func FromPolicy(policy []byte, o Options) ([]byte, error) {
 	groups, err := groupsOf(policy, o)
 	if err != nil {
@@ -61,15 +59,15 @@ func FromPolicy(policy []byte, o Options) ([]byte, error) {
 	}
 	impersonable := groups
 	if o.Constrained {
-		// The API server refuses to, whatever its RBAC says.
+		// The API server refuses to impersonate it, whatever RBAC allows.
 		impersonable = slices.DeleteFunc(slices.Clone(groups), func(g string) bool { return g == masters })
 	}
 	role := rbacv1.ClusterRole{
 		TypeMeta:   metav1.TypeMeta{APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "ClusterRole"},
 		ObjectMeta: metav1.ObjectMeta{Name: o.Name},
 	}
-	// Constrained impersonation has users and groups among authentication's
-	// resources, and verbs of its own.
+	// In constrained impersonation, users and groups are resources of
+	// authentication.k8s.io, with their own verbs.
 	verb, group := "impersonate", ""
 	if o.Constrained {
 		verb, group = "impersonate:user-info", authenticationv1.GroupName
@@ -118,7 +116,7 @@ func FromPolicy(policy []byte, o Options) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// on returns the verbs that allow to impersonate for requests with those verbs.
+// on returns the verbs that allow impersonation in requests with these verbs.
 func on(verbs []string) []string {
 	out := make([]string, len(verbs))
 	for i, verb := range verbs {
@@ -127,7 +125,7 @@ func on(verbs []string) []string {
 	return out
 }
 
-// comment says what people have to know about the manifests.
+// comment returns the comment of the manifests, for their readers.
 func comment(groups []string, o Options) string {
 	text := `What the service account ` + o.Namespace + `/` + o.ServiceAccount + ` may do: impersonate, and nothing else.
 
@@ -173,7 +171,7 @@ uids and userextras are for what the handler's option audit tells the audit log.
 	return "# " + strings.TrimSuffix(strings.ReplaceAll(strings.ReplaceAll(text, "\n", "\n# "), "# \n", "#\n"), "# ") + "\n"
 }
 
-// groupsOf returns the groups that callers can have by a policy file: those that its
+// groupsOf returns the groups that a policy file can give to callers: those that its
 // grants name, and its tags.
 func groupsOf(policy []byte, o Options) ([]string, error) {
 	standard, err := hujson.Standardize(slices.Clone(policy))
@@ -215,8 +213,8 @@ func groupsOf(policy []byte, o Options) ([]string, error) {
 		case group == "":
 			return nil, errors.New("a grant names a group without a name")
 		case !impersonate.PrintableASCII(group):
-			// The proxy takes none, and in a comment it would be read as YAML.
-			return nil, fmt.Errorf("group %q holds a character that is not printable ASCII, and is nobody's", group)
+			// A line break would end the comment in the manifest.
+			return nil, fmt.Errorf("group %q holds a character that is not printable ASCII, so no caller can have it", group)
 		}
 	}
 	slices.Sort(groups)

@@ -16,7 +16,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/rbac"
 )
 
-// policy has groups in several places, and things that look like groups.
+// policy has groups in several places, and other values that look like groups.
 const policy = `// a comment
 {
 	"groups": {"group:ops": ["alice@example.com"]},
@@ -66,8 +66,7 @@ func generate(t *testing.T, policy string, change func(*rbac.Options)) []byte {
 	return text
 }
 
-// The role allows to impersonate the groups that the policy file can give anybody,
-// and no others.
+// The role allows the groups that the policy file can give to callers, and no others.
 func TestFromPolicy_AllowsGroupsOfThePolicyFile(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -94,7 +93,7 @@ func TestFromPolicy_AllowsGroupsOfThePolicyFile(t *testing.T) {
 	}
 }
 
-// An empty list of names would stand for all of them.
+// An empty list of resource names would allow all groups.
 func TestFromPolicy_NoRuleForGroupsWithoutGroups(t *testing.T) {
 	text := generate(t, `{"grants": [{"src": ["*"], "dst": ["*"], "ip": ["*"]}]}`, nil)
 	role, _ := parse(t, text)
@@ -102,12 +101,12 @@ func TestFromPolicy_NoRuleForGroupsWithoutGroups(t *testing.T) {
 		t.Errorf("got rules %v; want one for users", role.Rules)
 	}
 	if !strings.Contains(string(text), "names no groups") {
-		t.Errorf("it is not said that there are none:\n%s", text)
+		t.Errorf("the comment does not say that there are none:\n%s", text)
 	}
 }
 
-// Where constrained impersonation is used, a rule with the older verb would undo it,
-// and one with * would be cluster-admin.
+// With constrained impersonation, a rule with the older verb would lift all limits, and
+// one with * would allow everything.
 func TestFromPolicy_ConstrainedVerbsOnly(t *testing.T) {
 	text := generate(t, policy, func(o *rbac.Options) { o.Constrained, o.Audit = true, true })
 	role, _ := parse(t, text)
@@ -125,11 +124,11 @@ func TestFromPolicy_ConstrainedVerbsOnly(t *testing.T) {
 		t.Errorf("got %d rules; want 6: users, groups, uids, extras, objects and paths", n)
 	}
 	if !strings.Contains(string(text), "impersonate is left out") {
-		t.Error("it is not said why the older verb is left out")
+		t.Error("the comment does not say why the older verb is missing")
 	}
 }
 
-// The API server lets nobody impersonate system:masters by constrained impersonation.
+// Constrained impersonation never allows system:masters.
 func TestFromPolicy_ConstrainedOmitsMasters(t *testing.T) {
 	masters := strings.Replace(policy, `"ops"`, `"system:masters"`, 1)
 	for _, constrained := range []bool{false, true} {
@@ -139,7 +138,7 @@ func TestFromPolicy_ConstrainedOmitsMasters(t *testing.T) {
 			t.Errorf("constrained %v: system:masters may be impersonated: %v", constrained, got)
 		}
 		if got := strings.Contains(string(text), "never allows"); got != constrained {
-			t.Errorf("constrained %v: it is said that it may not: %v", constrained, got)
+			t.Errorf("constrained %v: the comment says that it may not: %v", constrained, got)
 		}
 	}
 }
@@ -173,7 +172,7 @@ func TestFromPolicy_CommentNamesWhatRBACCannotLimit(t *testing.T) {
 	}
 	for line := range strings.SplitSeq(text[:strings.Index(text, "apiVersion")], "\n") {
 		if line != "" && !strings.HasPrefix(line, "#") || strings.HasSuffix(line, " ") {
-			t.Errorf("line %q is no comment", line)
+			t.Errorf("line %q is not a comment", line)
 		}
 	}
 }
@@ -183,7 +182,7 @@ func TestFromPolicy_RejectsInvalidPolicyFiles(t *testing.T) {
 		"", "{", "[]", `{"grants": {}}`,
 		`{"grants": [{"app": {"tailscale.com/cap/kubernetes": [{"impersonate": {"groups": "ops"}}]}}]}`,
 		`{"grants": [{"app": {"tailscale.com/cap/kubernetes": [{"impersonate": {"groups": [""]}}]}}]}`,
-		// In a comment of what is written, that would end the comment.
+		// The line break would end the comment in the manifest.
 		`{"grants": [{"app": {"tailscale.com/cap/kubernetes": [{"impersonate": {"groups": ["system:x\u000daggregationRule: {}"]}}]}}]}`,
 	} {
 		if got, err := rbac.FromPolicy([]byte(text), serviceAccount); err == nil || got != nil {
@@ -192,7 +191,7 @@ func TestFromPolicy_RejectsInvalidPolicyFiles(t *testing.T) {
 	}
 }
 
-// The example manifests hold what is written for the example policy file.
+// The example manifest holds the output for the example policy file.
 func TestFromPolicy_WritesTheExampleManifest(t *testing.T) {
 	policy, err := os.ReadFile(filepath.Join("..", "..", "examples", "policy.hujson"))
 	if err != nil {

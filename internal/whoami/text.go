@@ -22,8 +22,8 @@ func oneLine(value json.RawMessage) string {
 	return out.String()
 }
 
-// printable returns text without what a terminal would take for a command: names and
-// grants are whatever the control server says they are.
+// printable replaces the control characters in text. The control server chooses names and
+// grants, and a terminal would execute escape sequences in them.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if !strconv.IsPrint(r) {
@@ -73,7 +73,7 @@ func (f *Facts) WriteText(w io.Writer) error {
 		row("tags", strings.Join(f.Tags, ", "))
 	}
 	if f.Shared {
-		row("shared", "the device is another tailnet's")
+		row("shared", "the device belongs to another tailnet")
 	}
 	if f.Refused == "" {
 		switch r := f.Recording; {

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package whoami tells callers who they are taken for, and why: as a page for a
-// browser, or as JSON. The page is one file without scripts, and nothing on it is
-// loaded from anywhere.
+// Package whoami shows callers who they are to the cluster, and why: as a page, as JSON, or
+// as text for a terminal. The page has no scripts and loads nothing.
 package whoami
 
 import (
@@ -22,21 +21,21 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 )
 
-// Facts are all that there is to say about a caller.
+// Facts are what is known about a caller.
 type Facts struct {
-	// User and Groups are the Kubernetes user and groups: empty if the caller is
+	// User and Groups are the Kubernetes user and groups, empty if the caller is
 	// refused. Source says where the groups come from: grants, tags or none.
 	User   string  `json:"user,omitempty"`
 	Groups []Group `json:"groups,omitempty"`
 	Source string  `json:"source,omitempty"`
 
-	// Refused is why the caller is refused, empty if it is not. Reason is the same
-	// in a word.
+	// Refused is the message of a refusal, empty if the caller is not refused. Reason
+	// is its reason, as in the metrics.
 	Refused string `json:"refused,omitempty"`
 	Reason  string `json:"reason,omitempty"`
 
-	// ID, Device, Address, Login, Tags and Shared are what the tailnet says about
-	// the caller's device.
+	// ID, Device, Address, Login, Tags and Shared are what the tailnet node reports
+	// about the caller's device.
 	ID      string   `json:"id,omitempty"`
 	Device  string   `json:"device,omitempty"`
 	Address string   `json:"address,omitempty"`
@@ -44,19 +43,18 @@ type Facts struct {
 	Tags    []string `json:"tags,omitempty"`
 	Shared  bool     `json:"shared,omitempty"`
 
-	// Capability is the name under which the policy file's grants were found, and
-	// Grants are their values. LooksFor is the name under which they are looked
-	// for first.
+	// Capability is the name under which the caller has grants, and Grants are their
+	// values. LooksFor is the name that is looked up first.
 	Capability string  `json:"capability,omitempty"`
 	Grants     []Grant `json:"grants,omitempty"`
 	LooksFor   string  `json:"looks_for,omitempty"`
-	// Cut are the groups that are granted and that nobody may have here.
+	// Cut are the granted groups that an option of the handler removes.
 	Cut []Cut `json:"cut,omitempty"`
 
 	Recording Recording `json:"recording"`
 
-	// Proxy is the tailnet node that was asked, Listen what its server listens on,
-	// Server the URL under which the caller reached it.
+	// Proxy is the name of the tailnet node that reported the caller, Listen are the
+	// addresses of its server, and Server is the URL that the caller used.
 	Proxy  string   `json:"proxy,omitempty"`
 	Listen []string `json:"listen,omitempty"`
 	Server string   `json:"server,omitempty"`
@@ -67,27 +65,27 @@ type Facts struct {
 // Group is a Kubernetes group of the caller.
 type Group struct {
 	Name string `json:"name"`
-	// Grants are the numbers, from 1, of the grants that give it: none if it is a
-	// tag of the device.
+	// Grants are the numbers, from 1, of the grants that give it. It is empty if the
+	// group is a tag of the device.
 	Grants []int `json:"grants,omitempty"`
 }
 
-// Grant is a value that the policy file's grants have for the caller.
+// Grant is a value of the capability, and the groups that it gives.
 type Grant struct {
 	Value  json.RawMessage `json:"value"`
 	Groups []string        `json:"groups,omitempty"`
 }
 
-// Cut is a group that is granted and that nobody may have.
+// Cut is a granted group that an option of the handler removes.
 type Cut struct {
 	Name string `json:"name"`
-	// Option is the one that says so.
+	// Option is the name of the option.
 	Option string `json:"option"`
 	Grants []int  `json:"grants,omitempty"`
 }
 
-// Recording says whether the caller's sessions are recorded, by recorders or in
-// files that the proxy keeps.
+// Recording says whether the caller's sessions are recorded, by recorders or to files of
+// the proxy.
 type Recording struct {
 	Wanted    bool     `json:"wanted"`
 	Files     bool     `json:"files,omitempty"`
@@ -103,23 +101,23 @@ var pageHTML string
 var pageCSS string
 
 var page = template.Must(template.New("page").Funcs(template.FuncMap{
-	"css":     func() template.CSS { return template.CSS(pageCSS) }, //nolint:gosec // it is ours
+	"css":     func() template.CSS { return template.CSS(pageCSS) }, //nolint:gosec // a constant
 	"indent":  indented,
 	"next":    func(i int) int { return i + 1 },
 	"numbers": numbers,
-	// Whose refusal it is, need not be said on a page of the proxy's own.
+	// The page is the proxy's own, so it does not repeat the proxy's name.
 	"sentence": func(refused string) string { return strings.TrimPrefix(refused, apistatus.Prefix) },
 }).Parse(pageHTML))
 
-// policy is the content security policy: nothing but the page's own style.
+// policy is the Content-Security-Policy. It allows nothing but the page's own style.
 var policy = func() string {
 	sum := sha256.Sum256([]byte(pageCSS))
 	return "default-src 'none'; style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) +
 		"'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 }()
 
-// Serve answers r with f: as JSON if that is what it accepts, as a kubeconfig if its
-// query is kubeconfig, and as a page otherwise. f's Server must be set.
+// Serve answers r with f: as a kubeconfig if r's query is kubeconfig, as JSON if r accepts
+// JSON and not HTML, and as a page otherwise. f.Server must be set.
 func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
 	config, err := kubeconfig.New(f.Server, "")
 	if err != nil {
@@ -158,7 +156,7 @@ func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
 		err = page.Execute(&body, f)
 	}
 	if err != nil {
-		return fmt.Errorf("saying who the caller is: %w", err)
+		return fmt.Errorf("writing who the caller is: %w", err)
 	}
 	if f.Refused != "" && header.Get("Content-Disposition") == "" {
 		code = http.StatusForbidden
@@ -178,7 +176,7 @@ func wantsJSON(r *http.Request) bool {
 	return strings.Contains(accept, "application/json") && !strings.Contains(accept, "text/html")
 }
 
-// filename is what a kubeconfig for server is saved as.
+// filename returns the file name for a kubeconfig for server.
 func filename(server string) string {
 	name := "cluster"
 	if u, err := url.Parse(server); err == nil && u.Hostname() != "" {
@@ -192,10 +190,10 @@ func filename(server string) string {
 	return name + ".kubeconfig"
 }
 
-// lineLength is how long JSON may be on one line.
+// lineLength is the maximum length of JSON on one line.
 const lineLength = 72
 
-// indented returns JSON as people read it.
+// indented returns value on one line if it fits, or else indented.
 func indented(value json.RawMessage) string {
 	var out bytes.Buffer
 	if err := json.Compact(&out, value); err == nil && out.Len() <= lineLength {
@@ -208,7 +206,8 @@ func indented(value json.RawMessage) string {
 	return out.String()
 }
 
-// numbers returns "grant 1" or "grants 1 and 3".
+// numbers describes where a group comes from: "grant 1", "grants 1 and 3", or a tag if
+// grants is empty.
 func numbers(grants []int) string {
 	switch len(grants) {
 	case 0:

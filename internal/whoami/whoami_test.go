@@ -22,7 +22,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
 
-// alice are the facts about somebody who has some of everything.
+// alice returns facts with all fields of a caller that is not refused.
 func alice() *whoami.Facts {
 	return &whoami.Facts{
 		User: "alice@example.com", Source: "grants",
@@ -40,6 +40,7 @@ func alice() *whoami.Facts {
 	}
 }
 
+// dave returns facts about a caller that is refused.
 func dave() *whoami.Facts {
 	return &whoami.Facts{
 		Refused: `tailscale_impersonate: dave@example.com on phone.example.ts.net may not use this server`, Reason: "no_groups",
@@ -93,7 +94,7 @@ func TestPage_ShowsRecordingToFiles(t *testing.T) {
 	f.Recording = whoami.Recording{Wanted: true, Files: true}
 	_, body := get(t, f, "GET", "/whoami", browser)
 	if !strings.Contains(body, "The proxy keeps the recordings of all sessions") || strings.Contains(body, "goes on if no recorder") {
-		t.Errorf("the page does not say what becomes of sessions:\n%s", body)
+		t.Errorf("the page does not say that sessions go to files:\n%s", body)
 	}
 }
 
@@ -109,13 +110,13 @@ func TestPage_ShowsTheReasonOfARefusal(t *testing.T) {
 	}
 	for _, not := range []string{"You are known", "not recorded", "kubeconfig"} {
 		if strings.Contains(body, not) {
-			t.Errorf("the page says %q to somebody who is refused", not)
+			t.Errorf("the page says %q to a refused caller", not)
 		}
 	}
 }
 
-// The page is all there is: no script, nothing that is loaded, and a policy that
-// would allow neither. The style is the one that the policy names.
+// The page has no script and loads nothing, and its policy would allow neither. The hash in
+// the policy is that of the page's style.
 func TestPage_SelfContained(t *testing.T) {
 	for name, f := range map[string]*whoami.Facts{"known": alice(), "refused": dave()} {
 		resp, body := get(t, f, "GET", "/whoami", browser)
@@ -151,7 +152,7 @@ func TestPage_SelfContained(t *testing.T) {
 	}
 }
 
-// Names on a tailnet are chosen by people.
+// Users choose names on a tailnet.
 func TestPage_EscapesNames(t *testing.T) {
 	const evil = `"><img src=x onerror=alert(1)></style><script>alert(1)</script>`
 	f := alice()
@@ -166,7 +167,7 @@ func TestPage_EscapesNames(t *testing.T) {
 	}
 }
 
-// Names and grants are whatever the control server says they are.
+// The control server chooses names and grants.
 func TestText_ReplacesTerminalControls(t *testing.T) {
 	const evil = "\x1b]0;owned\x07\u009b2J\x7f"
 	f := whoami.Facts{Login: evil, Device: evil, Refused: evil, Tags: []string{evil}, Grants: []whoami.Grant{{Value: json.RawMessage(`"` + "\u009b2J\x7f" + `"`)}}}
@@ -191,7 +192,7 @@ func TestJSON_HoldsAllFacts(t *testing.T) {
 		if err := json.Unmarshal([]byte(body), &got); err != nil {
 			t.Fatalf("%s: %v\n%s", name, err, body)
 		}
-		for i := range got.Grants { // laid out by now
+		for i := range got.Grants { // the answer is indented
 			var compact bytes.Buffer
 			if err := json.Compact(&compact, got.Grants[i].Value); err != nil {
 				t.Fatal(err)
@@ -223,7 +224,7 @@ func TestKubeconfig_Download(t *testing.T) {
 		t.Errorf("got server %s", config.Host)
 	}
 
-	// The name is the client's to say, and may end the one that stands here.
+	// The client chooses the name, and could end the value of the header.
 	f := alice()
 	f.Server = `https://a".exe;x="b`
 	resp, _ = get(t, f, "GET", "/whoami?kubeconfig", browser)
@@ -232,7 +233,6 @@ func TestKubeconfig_Download(t *testing.T) {
 	}
 }
 
-// Clients say what they take in many ways; a browser gets the page.
 func TestServe_JSONOnlyIfAccepted(t *testing.T) {
 	for accept, want := range map[string]string{
 		"":                       "text/html; charset=utf-8",
