@@ -13,57 +13,53 @@ import (
 	"time"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/accessreview"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
-// actAs returns the identity that caller wants to be sent as in r, if the API server
-// that r is for says that it may.
-func (t *Transport) actAs(r *http.Request, caller *impersonate.Identity) (*impersonate.Identity, *apierrors.StatusError) {
-	wish, host, agent := caller.ActAs, r.URL.Host, userAgent
+// actAs returns the identity of the user that caller asks to act as in r, if the API
+// server that r goes to allows that.
+func (t *Transport) actAs(r *http.Request, caller *impersonate.Identity) (*impersonate.Identity, error) {
+	asked, host, agent := caller.ActAs, r.URL.Host, userAgent
 	if caller.RequestID != "" {
-		// For the audit log, where a request that is refused appears in no other way.
+		// The reviews are the only trace of a refused request in the audit log.
 		agent += " (request " + caller.RequestID + ")"
 	}
 	question := accessreview.Question{
 		Caller:  caller,
-		Target:  wish.Target,
+		Target:  asked.Target,
 		Request: requestinfo.Parse(r),
-		Since:   time.Now().Add(-wish.MaxAge),
+		Since:   time.Now().Add(-asked.MaxAge),
 	}
 	ask := func(ctx context.Context, review *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
 		return t.cluster.review(ctx, host, agent, review)
 	}
-	id, refused := t.reviewer.Authorize(r.Context(), ask, question)
-	if refused != nil {
-		return nil, apistatus.Because(apistatus.Impersonation, refused)
+	id, err := t.reviewer.Authorize(r.Context(), ask, question)
+	if err != nil {
+		return nil, err
 	}
-	if wish.Granted != nil {
-		wish.Granted(func(ctx context.Context, caller *impersonate.Identity, since time.Time) error {
+	if asked.Granted != nil {
+		asked.Granted(func(ctx context.Context, caller *impersonate.Identity, since time.Time) error {
 			again := question
 			again.Caller, again.Since = caller, since
-			if _, refused := t.reviewer.Authorize(ctx, ask, again); refused != nil {
-				return refused
-			}
-			return nil
+			_, err := t.reviewer.Authorize(ctx, ask, again)
+			return err
 		})
 	}
 	return id, nil
 }
 
-// userAgent is what the proxy calls itself where it asks the API server something.
+// userAgent is the User-Agent of the proxy's own requests to the API server.
 const userAgent = "caddy-tailscale-impersonate"
 
-// maxReview is how long an API server's answer to a review may be, in bytes.
+// maxReview is the longest answer to a review that is read, in bytes.
 const maxReview = 1 << 20
 
-// review asks the API server at host to review whether somebody may do something,
-// as the proxy itself, which calls itself agent.
+// review sends review to the API server at host, as the proxy itself and with agent for
+// a User-Agent, and returns what the API server decides.
 func (c *cluster) review(ctx context.Context, host, agent string, review *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
 	review.TypeMeta = metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: "SubjectAccessReview"}
 	body, err := json.Marshal(review)

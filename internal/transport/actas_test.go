@@ -28,7 +28,7 @@ type reviewingServer struct {
 	mu sync.Mutex
 	// allow are the verbs that it allows.
 	allow []string
-	// instead is what it answers instead, if it is to answer something else.
+	// instead writes another answer, if not nil.
 	instead func(http.ResponseWriter)
 	asked   []*http.Request
 	specs   []authorizationv1.SubjectAccessReviewSpec
@@ -55,7 +55,7 @@ func (s *reviewingServer) review(t *testing.T, w http.ResponseWriter, r *http.Re
 	defer s.mu.Unlock()
 	var review authorizationv1.SubjectAccessReview
 	if err := json.NewDecoder(r.Body).Decode(&review); err != nil {
-		t.Errorf("a review cannot be read: %v", err)
+		t.Errorf("reading a review: %v", err)
 	}
 	s.asked, s.specs = append(s.asked, r), append(s.specs, review.Spec)
 	if s.instead != nil {
@@ -79,10 +79,10 @@ func (s *reviewingServer) allows(verbs ...string) {
 	s.allow = verbs
 }
 
-// acting is alice, who wants to act as bob, and what she is told.
+// acting is alice, who asks to act as bob.
 type acting struct {
 	*impersonate.Identity
-	mayStill impersonate.StillAllowed
+	mayStill impersonate.StillAllowed // nil until granted
 }
 
 func newActing() *acting {
@@ -101,7 +101,7 @@ func (a *acting) request(s *reviewingServer, target string, headers ...string) *
 	return r.WithContext(impersonate.NewContext(r.Context(), a.Identity))
 }
 
-func TestWhoMayActAsSomebodyElseIsSentAsThat(t *testing.T) {
+func TestActAs_AllowedIsSentAsTarget(t *testing.T) {
 	s := newReviewingServer(t, "impersonate")
 	tr := newTransport(t, kubeconfig{server: s.URL + "/clusters/a", cluster: map[string]any{"certificate-authority-data": s.ca()}, user: token})
 	a := newActing()
@@ -150,7 +150,7 @@ func TestWhoMayActAsSomebodyElseIsSentAsThat(t *testing.T) {
 	}
 }
 
-func TestWhoMayNotActAsSomebodyElseIsNotSent(t *testing.T) {
+func TestActAs_RefusedIsNotSent(t *testing.T) {
 	html := func(w http.ResponseWriter) { w.WriteHeader(http.StatusBadGateway); fmt.Fprint(w, "<html>") }
 	for _, tt := range []struct {
 		name    string
@@ -184,39 +184,39 @@ func TestWhoMayNotActAsSomebodyElseIsNotSent(t *testing.T) {
 			checkRefused(t, roundTrip(t, tr, a.request(s, "/api/v1/namespaces/default/pods")), tt.code, tt.words...)
 			s.none(t)
 			if a.mayStill != nil {
-				t.Error("a refused request is said to be granted")
+				t.Error("Granted was called for a refused request")
 			}
 		})
 	}
 }
 
-func TestAReviewNeedsCredentials(t *testing.T) {
+func TestReview_NeedsCredentials(t *testing.T) {
 	s := newReviewingServer(t, "impersonate")
 	tr := newTransport(t, trusting(s.apiServer, map[string]any{"tokenFile": writeFile(t, "token", "")}))
 	checkRefused(t, roundTrip(t, tr, newActing().request(s, "/api/v1/pods")), 503, "no credentials")
 	s.none(t)
-	// Nor when the right is asked for again, for which nothing else is sent.
+	// Nor is one sent when the permission is checked again.
 	if _, err := tr.cluster.review(t.Context(), s.Listener.Addr().String(), userAgent, new(authorizationv1.SubjectAccessReview)); err == nil {
-		t.Error("a review without credentials is no error")
+		t.Error("got no error from a review without credentials")
 	}
 	if len(s.asked) > 0 {
 		t.Error("a review was sent without credentials")
 	}
 }
 
-// Of several API servers, one may not have heard yet what another knows.
-func TestTheServerThatIsSentToIsAsked(t *testing.T) {
+// Several API servers may not be in the same state.
+func TestActAs_AsksServerOfRequest(t *testing.T) {
 	first, second := newReviewingServer(t), newReviewingServer(t, "impersonate")
 	tr := newTransport(t, trusting(first.apiServer, token))
 	roundTrip(t, tr, newActing().request(second, "/api/v1/pods"))
 	second.one(t)
 	if len(first.asked) > 0 || len(second.asked) == 0 {
-		t.Errorf("the cluster's own address was asked %d times, the server that is sent to %d times; want that only", len(first.asked), len(second.asked))
+		t.Errorf("the server at the cluster's own address received %d reviews, the one of the request %d; want only the latter to receive any", len(first.asked), len(second.asked))
 	}
 }
 
-// An answer is used for as long as the one to the question who the caller is.
-func TestAnAnswerIsAsOldAsTheWishAllows(t *testing.T) {
+// Reviews are cached for as long as the caller's identity.
+func TestActAs_CacheLastsMaxAge(t *testing.T) {
 	s := newReviewingServer(t, "impersonate")
 	tr := newTransport(t, trusting(s.apiServer, token))
 	a := newActing()
@@ -226,34 +226,34 @@ func TestAnAnswerIsAsOldAsTheWishAllows(t *testing.T) {
 	s.allows()
 	a.ActAs.MaxAge = time.Hour
 	roundTrip(t, tr, a.request(s, "/api/v1/pods"))
-	// What is not remembered, as it was a no, is asked for every time.
+	// Reviews that were not allowed are not cached.
 	if n := len(s.take()); n != 2 || len(s.asked) >= 2*asked {
-		t.Errorf("%d requests were sent, after %d and %d questions; want both, and no question twice", n, asked, len(s.asked)-asked)
+		t.Errorf("%d requests were sent, after %d and %d reviews; want both, and fewer reviews the second time", n, asked, len(s.asked)-asked)
 	}
 	a.ActAs.MaxAge = 0
 	checkRefused(t, roundTrip(t, tr, a.request(s, "/api/v1/pods")), 403, "cannot impersonate")
 	s.none(t)
 }
 
-// Whoever has been let through is told how to ask again, and gets the answer of the
-// day.
-func TestARightToActCanBeAskedForAgain(t *testing.T) {
+// Granted receives a function that checks the permission again, with the caller's
+// identity at that time.
+func TestActAs_GrantedAsksAgain(t *testing.T) {
 	s := newReviewingServer(t, "impersonate")
 	tr := newTransport(t, trusting(s.apiServer, token))
 	a := newActing()
 	roundTrip(t, tr, a.request(s, "/api/v1/pods?watch=true"))
 	if a.mayStill == nil {
-		t.Fatal("it was not said that it is granted")
+		t.Fatal("Granted was not called")
 	}
 	if err := a.mayStill(t.Context(), alice, time.Now()); err != nil {
 		t.Errorf("got %v while nothing has changed", err)
 	}
 	s.allows()
 	if err := a.mayStill(t.Context(), alice, time.Now().Add(-time.Minute)); err != nil {
-		t.Errorf("got %v; want what was allowed a moment ago, which will do", err)
+		t.Errorf("got %v; want the cached permission to count", err)
 	}
 	if err := a.mayStill(t.Context(), alice, time.Now()); !apierrors.IsForbidden(err) {
-		t.Errorf("got %v after the right was withdrawn; want forbidden", err)
+		t.Errorf("got %v after the permission was withdrawn; want forbidden", err)
 	}
 	s.allows("impersonate")
 	other := &impersonate.Identity{User: "carol@example.com"}
@@ -261,11 +261,11 @@ func TestARightToActCanBeAskedForAgain(t *testing.T) {
 		t.Error(err)
 	}
 	if last := s.specs[len(s.specs)-1]; last.User != other.User {
-		t.Errorf("asked about %s; want whoever the caller is by now", last.User)
+		t.Errorf("the review is of %s; want the caller's identity at that time", last.User)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := a.mayStill(ctx, alice, time.Now()); err == nil || apierrors.IsForbidden(err) {
-		t.Errorf("got %v when nobody can tell; want an error that is not forbidden", err)
+		t.Errorf("got %v when the check is impossible; want an error that is not forbidden", err)
 	}
 }

@@ -3,6 +3,8 @@
 package transport
 
 import (
+	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -11,26 +13,11 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 )
 
-// tokenAges reports to Prometheus how old the tokens are that the transports of
-// this process use. One that nobody renews any more gets older than others do, long
-// before it expires.
-var tokenAges = &ages{clusters: make(map[*cluster]bool)}
-
-type ages struct {
+// tokenAges reports the ages of the tokens that the transports of one config use. A
+// token that is no longer renewed grows older than others do, long before it expires.
+type tokenAges struct {
 	mu       sync.Mutex
-	clusters map[*cluster]bool
-}
-
-func (a *ages) add(c *cluster) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.clusters[c] = true
-}
-
-func (a *ages) remove(c *cluster) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	delete(a.clusters, c)
+	clusters []*cluster
 }
 
 var tokenAge = prometheus.NewDesc(
@@ -38,15 +25,36 @@ var tokenAge = prometheus.NewDesc(
 	"Time since the bearer token that is in use for a cluster was written to its file, by the cluster's address.",
 	[]string{"cluster"}, nil)
 
-// Describe implements prometheus.Collector.
-func (a *ages) Describe(to chan<- *prometheus.Desc) { to <- tokenAge }
+// reportAge makes registry, which belongs to one config, report the age of c's token.
+func reportAge(registry *prometheus.Registry, c *cluster) error {
+	ages := new(tokenAges)
+	if err := registry.Register(ages); err != nil {
+		// Another transport of the config has registered its collector.
+		var registered prometheus.AlreadyRegisteredError
+		if !errors.As(err, &registered) {
+			return fmt.Errorf("registering the metric of token ages: %w", err)
+		}
+		existing, ok := registered.ExistingCollector.(*tokenAges)
+		if !ok {
+			return fmt.Errorf("[unexpected] registering the metric of token ages: %w", err)
+		}
+		ages = existing
+	}
+	ages.mu.Lock()
+	defer ages.mu.Unlock()
+	ages.clusters = append(ages.clusters, c)
+	return nil
+}
 
-// Collect implements prometheus.Collector. Of several tokens for one cluster, as
-// there are while Caddy replaces a config, the oldest counts.
-func (a *ages) Collect(to chan<- prometheus.Metric) {
+// Describe implements [prometheus.Collector].
+func (a *tokenAges) Describe(to chan<- *prometheus.Desc) { to <- tokenAge }
+
+// Collect implements [prometheus.Collector]. If a config uses several tokens for one
+// cluster, it reports the age of the oldest.
+func (a *tokenAges) Collect(to chan<- prometheus.Metric) {
 	oldest := make(map[string]time.Time)
 	a.mu.Lock()
-	for c := range a.clusters {
+	for _, c := range a.clusters {
 		written := c.token.lastWritten()
 		if before, ok := oldest[c.base.Host]; !written.IsZero() && (!ok || written.Before(before)) {
 			oldest[c.base.Host] = written

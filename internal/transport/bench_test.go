@@ -7,12 +7,12 @@ import (
 	"testing"
 )
 
-// roundTripFunc is a pool of no connections.
+// roundTripFunc implements http.RoundTripper without connections.
 type roundTripFunc func(*http.Request) (*http.Response, error)
 
 func (f roundTripFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-// BenchmarkRoundTrip is what the transport adds to sending a request.
+// BenchmarkRoundTrip measures what the transport adds to sending a request.
 func BenchmarkRoundTrip(b *testing.B) {
 	s := newAPIServer(b)
 	for name, user := range map[string]map[string]any{

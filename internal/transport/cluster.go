@@ -23,22 +23,22 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
 
-// errNotInPod is returned by inCluster outside of a pod that has a service
-// account.
+// errNotInPod is returned by inCluster outside of a pod with a service account.
 var errNotInPod = errors.New("not in a pod with a service account")
 
-// clusterConfig is a cluster configuration as client-go reads it, except that a
-// file with a bearer token is left to us: client-go uses a token from memory
-// when the file is gone, and does not tell.
+// clusterConfig is a cluster configuration as client-go reads it, except for a bearer
+// token's file, which this package reads: client-go goes on with the token in memory
+// when the file is gone, and does not report that.
 type clusterConfig struct {
 	rest *rest.Config
 	// tokenFile is the path of the bearer token's file, empty if there is none.
 	tokenFile string
-	// userErr is why the credentials cannot be used to impersonate anybody.
+	// userErr says why the credentials cannot be used to impersonate callers. Nil if
+	// they can.
 	userErr error
 }
 
-// inCluster returns the configuration of the cluster whose pod this is.
+// inCluster returns the configuration of the cluster that this pod runs in.
 func inCluster() (clusterConfig, error) {
 	config, err := rest.InClusterConfig()
 	if errors.Is(err, rest.ErrNotInCluster) || errors.Is(err, os.ErrNotExist) {
@@ -50,10 +50,10 @@ func inCluster() (clusterConfig, error) {
 	return ofServiceAccount(config)
 }
 
-// ofServiceAccount returns the configuration that client-go found in a pod.
+// ofServiceAccount returns the configuration for config, which client-go found in a pod.
 func ofServiceAccount(config *rest.Config) (clusterConfig, error) {
 	if config.CAFile == "" {
-		return clusterConfig{}, errors.New("in_cluster: the service account has no readable ca.crt, without which nothing proves that the API server is the cluster's")
+		return clusterConfig{}, errors.New("in_cluster: the service account has no readable ca.crt, which is needed to verify the API server")
 	}
 	tokenFile := config.BearerTokenFile
 	config.BearerToken, config.BearerTokenFile = "", ""
@@ -61,8 +61,8 @@ func ofServiceAccount(config *rest.Config) (clusterConfig, error) {
 }
 
 // fromKubeconfig returns the configuration of a context of the kubeconfig file at
-// path, or of its current context if none is named. It is an error if the
-// configuration does not say who the proxy is, or says so twice.
+// path, or of its current context if contextName is empty. The credentials must be of
+// exactly one kind; see userErr.
 func fromKubeconfig(path, contextName string) (clusterConfig, error) {
 	fail := func(err error) (clusterConfig, error) {
 		return clusterConfig{}, fmt.Errorf("kubeconfig %s: %w", path, err)
@@ -84,7 +84,7 @@ func fromKubeconfig(path, contextName string) (clusterConfig, error) {
 	}
 	user, ok := raw.AuthInfos[kubeContext.AuthInfo]
 	if !ok {
-		return fail(fmt.Errorf("it has no user %q, whom context %q names", kubeContext.AuthInfo, contextName))
+		return fail(fmt.Errorf("it has no user %q, which context %q names", kubeContext.AuthInfo, contextName))
 	}
 	impersonates := user.Impersonate != "" || user.ImpersonateUID != "" || len(user.ImpersonateGroups) > 0 || len(user.ImpersonateUserExtra) > 0
 	user.Impersonate, user.ImpersonateUID, user.ImpersonateGroups, user.ImpersonateUserExtra = "", "", nil, nil
@@ -107,25 +107,21 @@ func fromKubeconfig(path, contextName string) (clusterConfig, error) {
 	return out, nil
 }
 
-// warnIfInsecure warns of a cluster that anybody can pretend to be.
+// warnIfInsecure logs a warning if c does not verify the API server.
 func (c clusterConfig) warnIfInsecure(logger *zap.Logger) {
 	if c.rest.Insecure {
-		logger.Warn("the cluster configuration says insecure-skip-tls-verify: whoever answers at the cluster's address is given the credentials", zap.String("cluster", c.rest.Host))
+		logger.Warn("the cluster configuration has insecure-skip-tls-verify: the credentials go to whatever answers at the cluster's address", zap.String("cluster", c.rest.Host))
 	}
 }
-
-// checkUser returns an error if the credentials in c cannot be used to impersonate
-// callers.
-func (c clusterConfig) checkUser() error { return c.userErr }
 
 // anonymous returns the configuration of the same cluster without any credentials.
 func (c clusterConfig) anonymous() clusterConfig {
 	return clusterConfig{rest: rest.AnonymousClientConfig(c.rest)}
 }
 
-// checkCredentials returns an error unless config holds credentials of exactly
-// one kind. The API server would settle for one of several, a client certificate
-// before a token, and not say which.
+// checkCredentials returns an error unless config holds credentials of exactly one
+// kind. Of several, the API server would use one (a client certificate before a token)
+// and not say which.
 func checkCredentials(config *rest.Config, tokenFile string) error {
 	var kinds []string
 	for _, c := range []struct {
@@ -144,35 +140,34 @@ func checkCredentials(config *rest.Config, tokenFile string) error {
 	}
 	switch len(kinds) {
 	case 0:
-		return errors.New("it has no credentials, which the proxy needs to impersonate anybody")
+		return errors.New("it has no credentials, which the proxy needs to impersonate callers")
 	case 1:
 		return nil
 	}
 	return fmt.Errorf("it has %s, of which the API server would pick one", strings.Join(kinds, " and "))
 }
 
-// cluster is an API server, or several behind one name, that requests can be sent
-// to.
+// cluster sends requests to the API servers of one cluster.
 type cluster struct {
 	// base is the URL of the cluster configuration.
 	base *url.URL
-	// token is the bearer token's file, nil if there is none. Other
-	// credentials are attached by the pools.
+	// token is the bearer token's file, nil if there is none. The pools attach
+	// credentials other than bearer tokens.
 	token *tokenFile
 	// bearer is a bearer token that never changes, empty if there is none.
 	bearer string
-	// http2 speaks HTTP/2 where the server does, http1, for upgrades, never.
+	// http2 speaks HTTP/2 if the server does. http1, for upgrades, never does.
 	http1, http2 http.RoundTripper
 }
 
 // The pools of connections.
 const (
-	// idleConns is how many unused connections to one API server are kept:
-	// as many as there may be callers at once without dialling anew.
+	// idleConns is how many idle connections to one API server are kept, so that as
+	// many concurrent callers need not dial.
 	idleConns = 512
-	// idleTimeout is how long an unused connection is kept. It is below the 90
-	// seconds after which the API server closes it, so that it is not closed
-	// just when a request is on its way.
+	// idleTimeout is how long an idle connection is kept. It is below the 90 seconds
+	// after which the API server closes it, which could otherwise happen while a
+	// request is under way.
 	idleTimeout = 60 * time.Second
 )
 
@@ -203,10 +198,10 @@ func (c clusterConfig) connect(logger *zap.Logger) (*cluster, error) {
 	config := rest.CopyConfig(c.rest)
 	config.BearerToken = ""
 	config.Dial = dial
-	config.DisableCompression = true // answers are passed on as they come
+	config.DisableCompression = true // responses are passed on unchanged
 	if config.ServerName == "" {
-		// The upstream that is dialled may be any address of the cluster; the
-		// name it has to prove is the cluster's.
+		// Whichever of the cluster's addresses is dialled, the certificate has to be
+		// for the cluster's name.
 		config.ServerName = base.Hostname()
 	}
 	if out.http2, err = newPool(config); err != nil {
@@ -225,10 +220,9 @@ func newPool(config *rest.Config) (http.RoundTripper, error) {
 	if err != nil {
 		return nil, err
 	}
-	// client-go offers no other way to these two than to look below what it
-	// wraps around the connections. They are set before the first request, and on
-	// nobody else's connections: client-go shares those of equal configurations
-	// only, and each of ours has a Dial of its own.
+	// client-go has no option for these two, so they are set on the http.Transport
+	// that it wraps, before the first request. Nothing else uses it: client-go
+	// shares transports between equal configurations, but not those with a Dial.
 	for layer := pool; ; {
 		switch l := layer.(type) {
 		case *http.Transport:
@@ -243,8 +237,8 @@ func newPool(config *rest.Config) (http.RoundTripper, error) {
 	}
 }
 
-// request returns a copy of r, which reverse_proxy has directed at an upstream,
-// that is for the cluster. Its headers can be changed without changing r's.
+// request returns the request to the cluster for r, which reverse_proxy has directed at
+// an upstream. Its headers can be changed without changing r's.
 func (c *cluster) request(r *http.Request) *http.Request {
 	out := r.WithContext(r.Context())
 	u := *r.URL
@@ -259,20 +253,19 @@ func (c *cluster) request(r *http.Request) *http.Request {
 	out.Host = c.base.Host
 	out.Trailer = nil
 	out.Header = r.Header.Clone()
-	// A config can set Connection as well as a client can. What it names is removed
-	// by whatever stands between here and the API server.
+	// A config can set Connection as well. Proxies between here and the API server
+	// remove the headers that it names.
 	impersonate.ReduceConnection(out.Header)
 	return out
 }
 
-// send sends a request over the connections that suit it.
+// send sends r over a connection of the pool that suits it.
 //
-// Nearly all share a few HTTP/2 connections. That is what watches need, of which a
-// thousand would hold as many connections otherwise, and it costs less under load:
-// what several callers send at once goes out together. An upgrade needs HTTP/1.1:
-// neither SPDY nor a WebSocket can ride on HTTP/2.
+// Nearly all requests share a few HTTP/2 connections. A thousand watches would otherwise
+// hold a thousand connections, and requests that are sent at the same time share
+// packets. Upgrades need HTTP/1.1: neither SPDY nor WebSocket runs over HTTP/2.
 func (c *cluster) send(r *http.Request) (*http.Response, error) {
-	if r.Header["Connection"] == nil {
+	if !upgrade.Requested(r.Header) {
 		return c.http2.RoundTrip(r)
 	}
 	resp, err := c.http1.RoundTrip(r)
@@ -283,7 +276,7 @@ func (c *cluster) send(r *http.Request) (*http.Response, error) {
 }
 
 // dial connects to an upstream that reverse_proxy has chosen. Its errors tell
-// reverse_proxy that nothing has been sent yet.
+// reverse_proxy that nothing has been sent, so that it may try another upstream.
 func dial(ctx context.Context, network, address string) (net.Conn, error) {
 	conn, err := (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext(ctx, network, address)
 	if err != nil {
@@ -292,9 +285,9 @@ func dial(ctx context.Context, network, address string) (net.Conn, error) {
 	return conn, nil
 }
 
-// authorization returns the value of the Authorization header, empty if the
-// proxy's credentials are not sent in that header by us. stale is why the value
-// could not be renewed, if it could not; err is why there is none.
+// authorization returns the value of the Authorization header, empty if the proxy has
+// no bearer token. stale says why the token could not be renewed, nil if it could. err
+// says why there is no token although there should be one.
 func (c *cluster) authorization() (value string, stale, err error) {
 	token := c.bearer
 	if c.token != nil {
@@ -316,7 +309,7 @@ func (c *cluster) renew() {
 	}
 }
 
-// close closes the connections that no request uses.
+// close closes idle connections.
 func (c *cluster) close() {
 	utilnet.CloseIdleConnectionsFor(c.http1)
 	utilnet.CloseIdleConnectionsFor(c.http2)

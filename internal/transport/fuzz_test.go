@@ -11,10 +11,9 @@ import (
 	"testing"
 )
 
-// FuzzPath has requests for whatever net/http takes for a target directed at a
-// cluster below a path. Nothing may panic, the path that is sent has to say what was
-// asked for and stay below the cluster's, and what a server has received is never
-// taken for a health check.
+// FuzzPath directs requests for every target that net/http accepts at a cluster with a
+// path. Nothing may panic, the path that is sent has to be the requested one below the
+// cluster's, and no request that a server has received is a health check.
 func FuzzPath(f *testing.F) {
 	for _, target := range []string{
 		"/", "*", "/livez", "/%6civez", "/api/v1/secrets%2Fname", "/api//v1/./x/../y", "/%2e%2e/%2e%2e", "/a;b?c#d", "/%zz", "//other.example/x", "http://other.example", "http:api", "/\\x", "/ä", "/%C3%A4 ",
@@ -36,14 +35,14 @@ func FuzzPath(f *testing.F) {
 			}
 			sent, err := url.PathUnescape(out.URL.EscapedPath())
 			if want := c.base.Path + before.Path; err != nil || sent != want {
-				t.Errorf("%q: the path is sent as %q (%v); want what says %q", target, out.URL.EscapedPath(), err, want)
+				t.Errorf("%q: the path is sent as %q (%v); want one that decodes to %q", target, out.URL.EscapedPath(), err, want)
 			}
 			if out.URL.Scheme != "https" || out.Host != "api.example:6443" {
 				t.Errorf("%q: sent to %s://%s", target, out.URL.Scheme, out.Host)
 			}
 		}
 		if isHealthCheck(r.WithContext(context.WithValue(t.Context(), http.ServerContextKey, new(http.Server)))) {
-			t.Errorf("%q: a request that a server has received is taken for a health check", target)
+			t.Errorf("%q: a request that a server has received counts as a health check", target)
 		}
 	})
 }

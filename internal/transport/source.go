@@ -11,11 +11,11 @@ import (
 	"go.uber.org/zap"
 )
 
-// Source says where the configuration of the cluster is. If it says nothing, the
-// pod's service account is used, and outside of a pod that is an error.
+// Source says where the cluster configuration is. The zero value uses the pod's service
+// account, which is an error outside of a pod.
 type Source struct {
-	// Use the service account of the pod that Caddy runs in. Outside of a pod
-	// such a config can be validated, but answers every request with 503.
+	// Use the service account of the pod that Caddy runs in. Outside of a pod, a
+	// config with this option is valid but answers every request with 503.
 	//
 	// Default: true where `kubeconfig` is not given and a service account is
 	// present.
@@ -24,7 +24,7 @@ type Source struct {
 	// The path of a kubeconfig file. Placeholders such as `{env.HOME}` are
 	// expanded when the config is loaded. Its user needs credentials (a token,
 	// a token file, a client certificate or an exec plugin) that may
-	// impersonate users and groups, and must not impersonate by itself.
+	// impersonate users and groups. It must not have `as` or the like itself.
 	//
 	// Default: none.
 	Kubeconfig string `json:"kubeconfig,omitempty"`
@@ -46,8 +46,8 @@ func (s Source) Validate() error {
 	return nil
 }
 
-// load reads the configuration. A config that is meant for a pod is often
-// validated outside of one: then unusable is why it cannot be used here.
+// load reads the cluster configuration. A Caddy config for a pod is often validated
+// outside of one, which is not an error: unusable then says why it cannot be used here.
 func (s Source) load(logger *zap.Logger) (config clusterConfig, unusable, err error) {
 	if s.Kubeconfig != "" {
 		path, err := caddy.NewReplacer().ReplaceOrErr(s.Kubeconfig, true, true)
@@ -65,8 +65,8 @@ func (s Source) load(logger *zap.Logger) (config clusterConfig, unusable, err er
 	return config, nil, err
 }
 
-// UnmarshalOption sets s from the option that d is at and its arguments. It
-// reports whether the option is one of a Source's.
+// UnmarshalOption sets s from the option at d's cursor and its arguments. It reports
+// whether a Source has such an option.
 func (s *Source) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error) {
 	option := d.Val()
 	switch option {

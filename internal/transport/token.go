@@ -14,14 +14,14 @@ import (
 
 const (
 	// tokenPeriod is how long a token is used before its file is read again. A
-	// kubelet renews a service account's token when 80 % of its life is over,
-	// which is at least two minutes before it ends.
+	// kubelet renews a service account's token after 80 % of its lifetime, at least
+	// two minutes before it expires.
 	tokenPeriod = time.Minute
 	// tokenRetry is how long after a failure a file is read again.
 	tokenRetry = time.Second
 )
 
-// tokenFile is a bearer token in a file that somebody else renews.
+// tokenFile is a bearer token in a file that another program renews.
 type tokenFile struct {
 	path   string
 	logger *zap.Logger
@@ -29,17 +29,17 @@ type tokenFile struct {
 	mu sync.Mutex
 	// token is the last good token, empty if there has been none.
 	token string
-	// err is why the file could not be read the last time, nil if it could.
+	// err is the result of the last attempt to read the file.
 	err error
 	// next is when to read the file again.
 	next time.Time
-	// written is when the last good token was written, as its file says.
+	// written is the modification time of the file with the last good token.
 	written time.Time
 }
 
-// get returns the token. If the file can no longer be read it returns the last
-// good one together with the reason, stale. It is an error if there has never
-// been one: an empty token is none.
+// get returns the token. If the file can no longer be read, it returns the last good
+// token, and stale is the reason. It returns an error if there has been no good token;
+// an empty one is not good.
 func (f *tokenFile) get() (token string, stale, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -52,7 +52,8 @@ func (f *tokenFile) get() (token string, stale, err error) {
 	return f.token, f.err, nil
 }
 
-// expire makes the next get read the file, unless it was just tried.
+// expire makes the next get read the file, unless the last attempt failed: get then
+// tries again after tokenRetry anyway.
 func (f *tokenFile) expire() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -77,11 +78,10 @@ func (f *tokenFile) read(now time.Time) {
 	f.token, f.written, f.err, f.next = token, written, nil, now.Add(tokenPeriod)
 }
 
-// readToken returns the token in the file at path and when it was written. It is an
-// error if there is none.
+// readToken returns the token in the file at path, and the time it was written. An empty
+// file is an error.
 func readToken(path string) (token string, written time.Time, err error) {
-	// Before it is read: a token that is replaced meanwhile is not older than
-	// that.
+	// First, so that the token that is read is at least this new.
 	info, err := os.Stat(path)
 	if err != nil {
 		return "", time.Time{}, fmt.Errorf("token file: %w", err)

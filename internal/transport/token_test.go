@@ -17,6 +17,21 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 )
 
+// After a 401, the next request reads the token's file, in case the old token was
+// revoked as soon as it was replaced.
+func TestToken_ReadAgainAfter401(t *testing.T) {
+	path := writeFile(t, "token", "old")
+	s, tr, _ := withTokenFile(t, path)
+	checkToken(t, s, tr, "Bearer old")
+	rewrite(t, path, "new")
+	checkToken(t, s, tr, "Bearer old") // not due yet
+	s.answer(http.StatusUnauthorized)
+	roundTrip(t, tr, newRequest(s, "/api"))
+	s.take()
+	s.answer(0)
+	checkToken(t, s, tr, "Bearer new")
+}
+
 // withTokenFile returns an API server and a transport to it whose token is in the
 // file at path, with what the token file logs.
 func withTokenFile(t *testing.T, path string) (*apiServer, *Transport, *observer.ObservedLogs) {
@@ -28,7 +43,7 @@ func withTokenFile(t *testing.T, path string) (*apiServer, *Transport, *observer
 	return s, tr, logs
 }
 
-// expire has the token file read again by the next request.
+// expire makes the next request read the token's file.
 func expire(tr *Transport) {
 	tr.cluster.token.mu.Lock()
 	defer tr.cluster.token.mu.Unlock()
@@ -42,7 +57,7 @@ func rewrite(t *testing.T, path, content string) {
 	}
 }
 
-// checkToken checks with which Authorization header the next request goes out.
+// checkToken checks the Authorization header of the next request.
 func checkToken(t *testing.T, s *apiServer, tr *Transport, want string) {
 	t.Helper()
 	if resp := roundTrip(t, tr, newRequest(s, "/api")); resp.StatusCode != http.StatusOK {
@@ -53,8 +68,8 @@ func checkToken(t *testing.T, s *apiServer, tr *Transport, want string) {
 	}
 }
 
-// A token that is renewed is used, without a restart.
-func TestTokenRotation(t *testing.T) {
+// A renewed token is used without a restart.
+func TestToken_Rotation(t *testing.T) {
 	path := writeFile(t, "token", "first\n")
 	s, tr, _ := withTokenFile(t, path)
 	checkToken(t, s, tr, "Bearer first")
@@ -63,9 +78,9 @@ func TestTokenRotation(t *testing.T) {
 	checkToken(t, s, tr, "Bearer second")
 }
 
-// Where there is no token, there is no request: neither without Authorization nor
-// with one that says nothing.
-func TestNoTokenNoRequest(t *testing.T) {
+// Without a token, no request is sent, neither without Authorization nor with an empty
+// one.
+func TestToken_MissingRefusesRequests(t *testing.T) {
 	for name, content := range map[string]string{"empty": "", "blank": " \n\t\n"} {
 		t.Run(name, func(t *testing.T) {
 			path := writeFile(t, "token", content)
@@ -81,7 +96,7 @@ func TestNoTokenNoRequest(t *testing.T) {
 			}
 		})
 	}
-	t.Run("missing, and there later", func(t *testing.T) {
+	t.Run("missing, and written later", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "token")
 		s, tr, logs := withTokenFile(t, path)
 		checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable, path)
@@ -95,9 +110,9 @@ func TestNoTokenNoRequest(t *testing.T) {
 	})
 }
 
-// A token whose file is gone stays in use, which is said once, until the API server
-// no longer takes it. That is then the proxy's failure, not the caller's.
-func TestStaleToken(t *testing.T) {
+// A token whose file is gone stays in use, and is logged once, until the API server no
+// longer accepts it. The refusal then blames the proxy's credentials, not the caller's.
+func TestToken_StaleStaysInUse(t *testing.T) {
 	for name, spoil := range map[string]func(*testing.T, string){
 		"gone": func(t *testing.T, path string) {
 			if err := os.Remove(path); err != nil {
@@ -139,8 +154,8 @@ func TestStaleToken(t *testing.T) {
 	}
 }
 
-// The answer that is not passed on is let go of, and its connection with it.
-func TestDiscardedAnswersAreClosed(t *testing.T) {
+// A response that is not passed on is closed, so that its connection can be used again.
+func TestToken_DiscardedResponseIsClosed(t *testing.T) {
 	path := writeFile(t, "token", "good")
 	s, tr, _ := withTokenFile(t, path)
 	checkToken(t, s, tr, "Bearer good")
@@ -152,12 +167,11 @@ func TestDiscardedAnswersAreClosed(t *testing.T) {
 	})
 	checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable)
 	if !body.closed {
-		t.Error("the API server's answer is left open")
+		t.Error("the API server's response is left open")
 	}
 }
 
-// Requests ask for the token all at once.
-func TestTokenIsSafeForConcurrentUse(t *testing.T) {
+func TestToken_ConcurrentUse(t *testing.T) {
 	f := &tokenFile{path: writeFile(t, "token", "good"), logger: zap.NewNop()}
 	var wg sync.WaitGroup
 	for range 8 {
@@ -170,9 +184,9 @@ func TestTokenIsSafeForConcurrentUse(t *testing.T) {
 	wg.Wait()
 }
 
-// A token is read again well within the time that a kubelet leaves before the old
-// one ends, and sooner after a failure.
-func TestWhenTheTokenIsRead(t *testing.T) {
+// A token's file is read again well before the token expires, given how early a kubelet
+// renews it, and sooner after a failure.
+func TestToken_ReadInterval(t *testing.T) {
 	path := writeFile(t, "token", "first")
 	synctest.Test(t, func(t *testing.T) {
 		f := &tokenFile{path: path, logger: zap.NewNop()}
@@ -199,6 +213,6 @@ func TestWhenTheTokenIsRead(t *testing.T) {
 		check("third", false)
 	})
 	if tokenPeriod > 2*time.Minute {
-		t.Errorf("tokenPeriod is %v, longer than a renewed token's predecessor is sure to live", tokenPeriod)
+		t.Errorf("tokenPeriod is %v, longer than a token is sure to be valid after a kubelet has renewed it", tokenPeriod)
 	}
 }

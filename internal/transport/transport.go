@@ -4,12 +4,12 @@
 // reverse_proxy, which knows the cluster, holds the credentials, and attaches
 // both credentials and identity as the request leaves.
 //
-// The credentials are allowed to impersonate anybody. They must not be found on
-// any request that does not say whom, so they are not given out earlier, and not
-// given to anything else: the identity is the one that tailscale_impersonate left
-// in the request's context, everything that stands in the headers by then is
-// discarded, and a request without such an identity is refused. A config that
-// forgot the handler, or edits those headers, cannot speak as the proxy itself.
+// The credentials may impersonate any user, so no request may carry them without an
+// identity to impersonate. That is why they are attached last, and are available to
+// nothing else. The identity comes from the request's context, where
+// tailscale_impersonate put it. Identity headers that the request has at this point are
+// discarded, and a request without an identity in its context is refused. So a config
+// that lacks the handler, or edits those headers, cannot act as the proxy itself.
 package transport
 
 import (
@@ -21,39 +21,37 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"go.uber.org/zap"
-	"golang.org/x/net/http/httpguts"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/accessreview"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
 
 func init() {
 	caddy.RegisterModule(new(Transport))
 }
 
-// Whose credentials go with a request: what Transport.Credentials can be.
+// The values of Transport.Credentials: whose credentials go with a request.
 const (
 	Proxy  = "proxy"
 	Client = "client"
 )
 
 // Transport is a transport of `reverse_proxy` that sends requests to a Kubernetes
-// API server as the identity that the `tailscale_impersonate` handler found. It
-// refuses requests that the handler did not see.
+// API server as the identity that the `tailscale_impersonate` handler determined. It
+// refuses requests that did not pass the handler.
 //
 // Certificate authority, TLS server name and credentials come from the cluster
 // configuration and always belong together: the address that `reverse_proxy`
 // dials has to present the certificate of that cluster.
 //
 // An active health check of `reverse_proxy` may GET `/livez`, `/readyz` and
-// `/healthz`. As it has no caller it is sent without any credentials, which needs
-// a cluster that lets anybody read these paths, as clusters do by default
+// `/healthz`. It has no caller, so it is sent without credentials. The cluster must
+// allow unauthenticated requests to these paths, as clusters do by default
 // (anonymous authentication and the ClusterRole `system:public-info-viewer`).
 type Transport struct {
 	Source
@@ -63,18 +61,18 @@ type Transport struct {
 	// - `proxy` (the default): those of the cluster configuration, together with
 	//   the identity of the caller that they impersonate.
 	// - `client`: those that the client sends, if any. The cluster configuration
-	//   provides the way to the cluster and nothing else, and
-	//   `tailscale_impersonate`, which removes a client's credentials, must not
-	//   stand in front.
+	//   provides only the address and the certificate authority of the cluster.
+	//   `tailscale_impersonate` removes a client's credentials, so it must not
+	//   handle these requests.
 	Credentials string `json:"credentials,omitempty"`
 
 	logger *zap.Logger
-	// cluster is where requests with the proxy's credentials go, anonymous where
-	// those without go.
+	// cluster is for requests with the proxy's credentials, anonymous for those
+	// without.
 	cluster, anonymous *cluster
-	// reviewer finds out whether callers may act as somebody else.
+	// reviewer decides whether callers may act as another user.
 	reviewer *accessreview.Reviewer
-	// unusable is why there is no cluster, if there is none.
+	// unusable says why there is no cluster. Nil if there is one.
 	unusable error
 }
 
@@ -104,8 +102,8 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if t.Credentials == Client {
 		return nil
 	}
-	if err := config.checkUser(); err != nil {
-		return err
+	if config.userErr != nil {
+		return config.userErr
 	}
 	if t.reviewer, err = accessreview.NewReviewer(); err != nil {
 		return err
@@ -113,11 +111,11 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if t.cluster, err = config.connect(t.logger); err != nil {
 		return err
 	}
-	if t.cluster.token != nil {
-		tokenAges.add(t.cluster)
-		metrics.Register(ctx.GetMetricsRegistry(), tokenAges)
+	if t.cluster.token == nil {
+		return nil
 	}
-	return nil
+	metrics.Register(ctx.GetMetricsRegistry())
+	return reportAge(ctx.GetMetricsRegistry(), t.cluster)
 }
 
 // Validate returns an error if the options cannot be used.
@@ -130,9 +128,8 @@ func (t *Transport) Validate() error {
 	return t.Source.Validate()
 }
 
-// Cleanup closes connections that nothing uses any more.
+// Cleanup closes idle connections.
 func (t *Transport) Cleanup() error {
-	tokenAges.remove(t.cluster)
 	for _, c := range []*cluster{t.cluster, t.anonymous} {
 		if c != nil {
 			c.close()
@@ -149,31 +146,29 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	switch {
 	case check:
 	case t.Credentials == Client && identified:
-		return t.refuse(r, apistatus.Forbidden(apistatus.NoHandler, "credentials client takes the caller's own credentials, which tailscale_impersonate in front of it has removed"))
+		return t.refuse(r, apistatus.Forbidden(apistatus.NoHandler, "credentials client sends the caller's own credentials, which tailscale_impersonate has removed"))
 	case t.Credentials != Client && !identified:
 		return t.refuse(r, apistatus.Forbidden(apistatus.NoHandler, "the request has no identity: it reached transport kubernetes without passing tailscale_impersonate"))
 	}
-	// What a matcher was asked about has to be what is sent.
-	if refused := pin.Check(r); refused != nil {
-		return t.refuse(r, refused)
+	// Matchers and recorders have decided about a request that must be this one.
+	if err := pin.Check(r); err != nil {
+		return t.refuse(r, err)
 	}
 	if t.unusable != nil {
 		return t.refuse(r, apistatus.Unavailable(apistatus.NoCredentials, "no cluster: %v", t.unusable))
 	}
-	// It is sent on as it is, below the cluster's own path.
+	// The path is appended to the cluster's own, unchanged, and must not lead out of it.
 	if !requestinfo.IsPath(r.URL) || t.anonymous.base.Path != "" && requestinfo.HasDotSegments(r.URL) {
-		return t.refuse(r, apistatus.BadRequest(apistatus.AmbiguousPath, "%q is no path below that of the cluster", r.URL))
+		return t.refuse(r, apistatus.BadRequest(apistatus.AmbiguousPath, "%q is not a path below that of the cluster", r.URL))
 	}
-	if err := sessionrecording.Confirm(r); err != nil {
-		return t.refuse(r, err)
-	}
-	protocols, ok := upgradeAllowed(r.Header)
-	if !ok {
+	protocols, upgrades := upgrade.Protocols(r.Header)
+	if upgrades && !(upgrade.Requested(r.Header) && streams(protocols)) {
 		return t.refuse(r, apistatus.BadRequest(apistatus.Protocol, "cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", protocols))
 	}
-	// The API server answers when it has all of the body, and acts before that.
-	if len(protocols) > 0 && r.ContentLength != 0 {
-		return t.refuse(r, apistatus.BadRequest(apistatus.Protocol, "a request to upgrade the connection has no body"))
+	// The API server acts on such a request before it has received the body, and
+	// answers only after that.
+	if upgrades && r.ContentLength != 0 {
+		return t.refuse(r, apistatus.BadRequest(apistatus.Protocol, "a request to upgrade the connection must not have a body"))
 	}
 
 	switch {
@@ -190,21 +185,20 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 }
 
-// impersonate sends r with the proxy's credentials, as id, or as whom id wants to
-// act as and may.
+// impersonate sends r with the proxy's credentials as id, or as the user that id asks
+// to act as if it may.
 func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*http.Response, error) {
 	authorization, stale, err := t.cluster.authorization()
 	if err != nil {
 		return t.refuse(r, apistatus.Unavailable(apistatus.NoCredentials, "no credentials for the cluster: %v", err))
 	}
 	if id.ActAs != nil {
-		var refused *apierrors.StatusError
-		if id, refused = t.actAs(r, id); refused != nil {
-			return t.refuse(r, refused)
+		if id, err = t.actAs(r, id); err != nil {
+			return t.refuse(r, err)
 		}
 	}
 	out := t.cluster.request(r)
-	// From here to the wire nothing else touches the headers.
+	// Nothing else changes the headers from here to the wire.
 	impersonate.StripProtected(out.Header)
 	id.SetHeaders(out.Header)
 	if authorization != "" {
@@ -217,19 +211,19 @@ func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*htt
 	if resp.StatusCode != http.StatusUnauthorized {
 		return resp, nil
 	}
-	// The token may have been renewed since it was read.
+	// The token's file may have changed since it was read.
 	t.cluster.renew()
 	if stale != nil {
-		// Passed on, a 401 would tell the caller to log in, who is not the one
-		// that has to.
+		// A 401 would tell the caller to log in, but it is the proxy's credentials
+		// that are not accepted.
 		_ = resp.Body.Close()
 		return t.refuse(r, apistatus.Unavailable(apistatus.NoCredentials, "the API server no longer accepts the proxy's credentials, and they cannot be renewed: %v", stale))
 	}
 	return resp, nil
 }
 
-// refuse answers r with err, and says so in the log.
-func (t *Transport) refuse(r *http.Request, err *apierrors.StatusError) (*http.Response, error) {
+// refuse answers r with err, and logs that.
+func (t *Transport) refuse(r *http.Request, err error) (*http.Response, error) {
 	var who []zap.Field
 	if id, ok := impersonate.FromContext(r.Context()); ok {
 		who = id.Fields()
@@ -243,7 +237,7 @@ func (t *Transport) refuse(r *http.Request, err *apierrors.StatusError) (*http.R
 
 // isHealthCheck reports whether r is one of reverse_proxy's own active health
 // checks, which have no caller: a request that no server has received, for a path
-// that says nothing but whether the API server is well.
+// that reports nothing but the health of the API server.
 func isHealthCheck(r *http.Request) bool {
 	if r.Context().Value(http.ServerContextKey) != nil || r.Context().Value(caddyhttp.VarsCtxKey) != nil {
 		return false
@@ -255,32 +249,19 @@ func isHealthCheck(r *http.Request) bool {
 	return false
 }
 
-// upgradeAllowed returns the protocols to which a request with the headers h asks
-// to upgrade its connection, and whether it may: to none, or to one that the API
-// server streams over. Any other would turn the connection, which is authenticated
-// as the proxy, into something that nobody looks at.
-func upgradeAllowed(h http.Header) (protocols []string, ok bool) {
-	asks := false
-	for name, values := range h {
-		switch {
-		case strings.EqualFold(name, "Connection"):
-			asks = asks || httpguts.HeaderValuesContainsToken(values, "upgrade")
-		case strings.EqualFold(name, "Upgrade"):
-			protocols = append(protocols, values...)
-		}
-	}
-	if !asks {
-		return nil, true
-	}
-	return protocols, len(protocols) == 1 && (strings.EqualFold(protocols[0], "SPDY/3.1") || strings.EqualFold(protocols[0], "websocket"))
+// streams reports whether the API server streams over the protocols of an upgrade: it
+// is one, SPDY or WebSocket. Any other would turn the connection, which is authenticated
+// as the proxy, into something that the proxy does not check.
+func streams(protocols []string) bool {
+	return len(protocols) == 1 && (strings.EqualFold(protocols[0], "SPDY/3.1") || strings.EqualFold(protocols[0], "websocket"))
 }
 
-// TLSEnabled implements reverseproxy.TLSTransport: a cluster that is not spoken
-// to over TLS is refused when its configuration is read.
+// TLSEnabled implements [reverseproxy.TLSTransport]. A cluster configuration without
+// TLS is an error.
 func (*Transport) TLSEnabled() bool { return true }
 
-// EnableTLS implements reverseproxy.TLSTransport. All about TLS comes from the
-// cluster configuration.
+// EnableTLS implements [reverseproxy.TLSTransport]. It ignores its argument: everything
+// about TLS comes from the cluster configuration.
 func (*Transport) EnableTLS(*reverseproxy.TLSConfig) error { return nil }
 
 // Interface guards

@@ -12,7 +12,6 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
-	"errors"
 	"fmt"
 	"io"
 	"math/big"
@@ -30,7 +29,6 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	"github.com/google/go-cmp/cmp"
@@ -39,8 +37,8 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 )
 
 // apiServer is a TLS server that records what it is sent and accepts every
@@ -268,8 +266,8 @@ func protectedHeaders(h http.Header) http.Header {
 	return out
 }
 
-// No decision in the context, no request: whatever the headers say.
-func TestNoIdentityNoRequest(t *testing.T) {
+// Without an identity in the context the request is refused, whatever its headers say.
+func TestRoundTrip_RefusesWithoutIdentity(t *testing.T) {
 	s := newAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	for name, ctx := range map[string]context.Context{
@@ -284,9 +282,9 @@ func TestNoIdentityNoRequest(t *testing.T) {
 	}
 }
 
-// Identity and credentials are those of the context and the cluster, and nothing
-// that stands in the headers by then.
-func TestIdentityAndCredentialsAreAttachedLast(t *testing.T) {
+// The identity comes from the context, the credentials from the cluster configuration,
+// and neither from the headers.
+func TestRoundTrip_AttachesIdentityAndCredentialsLast(t *testing.T) {
 	s := newAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	want := http.Header{
@@ -322,9 +320,9 @@ func TestIdentityAndCredentialsAreAttachedLast(t *testing.T) {
 	})
 }
 
-// reverse_proxy uses a request again when it retries, and for logging: credentials
-// written into it would get around.
-func TestRoundTripDoesNotModifyItsRequest(t *testing.T) {
+// reverse_proxy uses the request again for retries and for logging, so credentials in it
+// would leak.
+func TestRoundTrip_LeavesRequestUnchanged(t *testing.T) {
 	s := newAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	r := newRequest(s, "/api/a%2Fb?x=1", "Impersonate-User", "root", "Authorization", "Bearer other", "X-Kept", "1")
@@ -348,8 +346,8 @@ func TestRoundTripDoesNotModifyItsRequest(t *testing.T) {
 	}
 }
 
-// Trailers arrive behind everything that was looked at.
-func TestTrailersAreNotSent(t *testing.T) {
+// Trailers arrive after the headers have been checked.
+func TestRoundTrip_DropsTrailers(t *testing.T) {
 	s := newAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	r := newRequest(s, "/api")
@@ -361,35 +359,9 @@ func TestTrailersAreNotSent(t *testing.T) {
 	}
 }
 
-// What a request is for is left as it is: the API server decides on the same path.
-func TestWhereRequestsGo(t *testing.T) {
-	for _, tt := range []struct{ base, target, want string }{
-		{"", "/api/v1/pods?watch=true&x=%2F;y", "/api/v1/pods?watch=true&x=%2F;y"},
-		{"", "/api/v1/secrets%2Fname", "/api/v1/secrets%2Fname"},
-		{"", "/api/v1/s%65crets/", "/api/v1/s%65crets/"},
-		{"", "//api/./x/../y", "//api/./x/../y"},
-		{"", "/?", "/?"},
-		{"/", "/api", "/api"},
-		{"/k8s/clusters/c-1", "/api/v1/pods?limit=5", "/k8s/clusters/c-1/api/v1/pods?limit=5"},
-		{"/k8s/clusters/c-1/", "/api", "/k8s/clusters/c-1/api"},
-		{"/k8s/clusters/c-1", "/api/v1/secrets%2Fname", "/k8s/clusters/c-1/api/v1/secrets%2Fname"},
-		{"/k8s clusters", "/a%2Fb", "/k8s%20clusters/a%2Fb"},
-	} {
-		t.Run(tt.base+" "+tt.target, func(t *testing.T) {
-			s := newAPIServer(t)
-			k := trusting(s, token)
-			k.server += tt.base
-			roundTrip(t, newTransport(t, k), newRequest(s, tt.target))
-			if got := s.one(t).RequestURI; got != tt.want {
-				t.Errorf("got %q; want %q", got, tt.want)
-			}
-		})
-	}
-}
-
-// Of a cluster that is a part of a server, such as Rancher's, no request reaches the
-// rest of it with the proxy's credentials.
-func TestNoRequestLeavesTheClustersPath(t *testing.T) {
+// If the cluster is a path of a server, such as Rancher's, no request reaches the other
+// paths with the proxy's credentials.
+func TestRoundTrip_StaysBelowClusterPath(t *testing.T) {
 	for _, target := range []string{
 		"/../../escape", "/%2e%2e/escape", "/a%2F..%2F..%2Fescape", "/api/v1/namespaces/a/services/s/proxy/../../../../../../../../escape",
 		"a:https://$HOST/v3/clusters/other", "*",
@@ -405,82 +377,8 @@ func TestNoRequestLeavesTheClustersPath(t *testing.T) {
 			}
 			u.Scheme, u.Host = r.URL.Scheme, r.URL.Host // as reverse_proxy directs it
 			r.URL = u
-			checkRefused(t, roundTrip(t, newTransport(t, k), r), http.StatusBadRequest, "no path below that of the cluster")
+			checkRefused(t, roundTrip(t, newTransport(t, k), r), http.StatusBadRequest, "not a path below that of the cluster")
 			s.none(t)
-		})
-	}
-}
-
-// Whichever address is dialled has to prove the cluster's name, and is told it.
-func TestServerName(t *testing.T) {
-	// The server's certificate is for example.com and 127.0.0.1.
-	for _, tt := range []struct {
-		name, server, serverName string
-		wantHost                 string // empty if the connection must fail
-	}{
-		{"the cluster's name", "https://example.com:6443", "", "example.com:6443"},
-		{"without a port", "https://example.com", "", "example.com"},
-		{"another name than the certificate's", "https://kubernetes.invalid:6443", "", ""},
-		{"another address than the certificate's", "https://192.0.2.1:6443", "", ""},
-		{"tls-server-name", "https://kubernetes.invalid:6443", "example.com", "kubernetes.invalid:6443"},
-		{"wrong tls-server-name", "https://example.com:6443", "kubernetes.invalid", ""},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			s := newAPIServer(t)
-			k := trusting(s, token)
-			k.server = tt.server
-			if tt.serverName != "" {
-				k.cluster["tls-server-name"] = tt.serverName
-			}
-			tr := newTransport(t, k)
-			for _, upgrade := range []bool{false, true} {
-				r := newRequest(s, "/api")
-				r.Host = "k8s.example.ts.net"
-				if upgrade {
-					r.Header["Connection"], r.Header["Upgrade"] = []string{"Upgrade"}, []string{"websocket"}
-				}
-				resp, err := tr.RoundTrip(r)
-				if tt.wantHost == "" {
-					if err == nil {
-						resp.Body.Close()
-						t.Errorf("upgrade %v: answered %s; want an error", upgrade, resp.Status)
-					}
-					s.none(t)
-					continue
-				}
-				if err != nil {
-					t.Fatalf("upgrade %v: %v", upgrade, err)
-				}
-				resp.Body.Close()
-				if got := s.one(t).Host; got != tt.wantHost {
-					t.Errorf("upgrade %v: got host %q; want %q", upgrade, got, tt.wantHost)
-				}
-			}
-		})
-	}
-}
-
-// Credentials go to nobody that another authority vouches for.
-func TestWrongAuthority(t *testing.T) {
-	s := newAPIServer(t)
-	other, _ := newCertificate(t)
-	for name, cluster := range map[string]map[string]any{
-		"another": {"certificate-authority-data": other},
-		"none":    nil, // the system's do not know the server either
-	} {
-		t.Run(name, func(t *testing.T) {
-			tr := newTransport(t, kubeconfig{server: s.URL, cluster: cluster, user: token})
-			for _, upgrade := range []bool{false, true} {
-				r := newRequest(s, "/api")
-				if upgrade {
-					r.Header["Connection"], r.Header["Upgrade"] = []string{"Upgrade"}, []string{"websocket"}
-				}
-				if resp, err := tr.RoundTrip(r); err == nil {
-					resp.Body.Close()
-					t.Errorf("answered %s; want an error", resp.Status)
-				}
-				s.none(t)
-			}
 		})
 	}
 }
@@ -507,143 +405,9 @@ func newCertificate(t *testing.T) (cert, key []byte) {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})
 }
 
-// Every kind of credentials reaches the API server, next to the identity.
-func TestCredentials(t *testing.T) {
-	cert, key := newCertificate(t)
-	plugin := writeFile(t, "plugin", "#!/bin/sh\necho '{\"apiVersion\": \"client.authentication.k8s.io/v1\", \"kind\": \"ExecCredential\", \"status\": {\"token\": \"from-plugin\"}}'\n")
-	exec := func(command string) map[string]any {
-		return map[string]any{"exec": map[string]any{"apiVersion": "client.authentication.k8s.io/v1", "command": command, "interactiveMode": "Never"}}
-	}
-	for _, tt := range []struct {
-		name          string
-		user          map[string]any
-		authorization []string
-		certificate   bool
-	}{
-		{"token", token, []string{"Bearer proxy-token"}, false},
-		{"token between blanks", map[string]any{"token": " proxy-token\n"}, []string{"Bearer proxy-token"}, false},
-		{"token file", map[string]any{"tokenFile": writeFile(t, "token", "from-file\n")}, []string{"Bearer from-file"}, false},
-		{"token file before token", map[string]any{"token": "from-kubeconfig", "tokenFile": writeFile(t, "token", "from-file")}, []string{"Bearer from-file"}, false},
-		{"password", map[string]any{"username": "u", "password": "p"}, []string{"Basic dTpw"}, false},
-		{"exec plugin", exec(plugin), []string{"Bearer from-plugin"}, false},
-		{"client certificate", map[string]any{"client-certificate-data": cert, "client-key-data": key}, nil, true},
-		{"client certificate files", map[string]any{"client-certificate": writeFile(t, "cert", string(cert)), "client-key": writeFile(t, "key", string(key))}, nil, true},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			s := newAPIServer(t, func(s *httptest.Server) { s.TLS = &tls.Config{ClientAuth: tls.RequestClientCert} })
-			tr := newTransport(t, trusting(s, tt.user))
-			for _, upgrade := range []bool{false, true} {
-				r := newRequest(s, "/api", "Authorization", "Bearer other")
-				if upgrade {
-					r.Header["Connection"], r.Header["Upgrade"] = []string{"Upgrade"}, []string{"SPDY/3.1"}
-				}
-				roundTrip(t, tr, r)
-				got := s.one(t)
-				want := http.Header{"Impersonate-User": {"alice@example.com"}, "Impersonate-Group": {"tailnet-readers", "b"}}
-				if tt.authorization != nil {
-					want["Authorization"] = tt.authorization
-				}
-				if diff := cmp.Diff(want, protectedHeaders(got.Header)); diff != "" {
-					t.Errorf("upgrade %v: headers differ (-want +got):\n%s", upgrade, diff)
-				}
-				if certificate := len(got.TLS.PeerCertificates) > 0; certificate != tt.certificate {
-					t.Errorf("upgrade %v: client certificate sent: %v; want %v", upgrade, certificate, tt.certificate)
-				}
-			}
-		})
-	}
-	t.Run("exec plugin fails", func(t *testing.T) {
-		s := newAPIServer(t)
-		tr := newTransport(t, trusting(s, exec(writeFile(t, "plugin", "#!/bin/sh\nexit 1\n"))))
-		if resp, err := tr.RoundTrip(newRequest(s, "/api")); err == nil {
-			resp.Body.Close()
-			t.Errorf("answered %s; want an error", resp.Status)
-		}
-		s.none(t)
-	})
-}
-
-// Connections carry no token of their own: it would go out with a request that
-// nobody has given one.
-func TestConnectionsHoldNoToken(t *testing.T) {
-	for name, user := range map[string]map[string]any{
-		"token":                token,
-		"token file":           {"tokenFile": writeFile(t, "token", "from-file")},
-		"token and token file": {"token": "from-kubeconfig", "tokenFile": writeFile(t, "token", "from-file")},
-	} {
-		t.Run(name, func(t *testing.T) {
-			s := newAPIServer(t)
-			tr := newTransport(t, trusting(s, user))
-			for _, pool := range []http.RoundTripper{tr.cluster.http1, tr.cluster.http2} {
-				r := newRequest(s, "/api")
-				r.URL.Scheme = "https"
-				resp, err := pool.RoundTrip(r)
-				if err != nil {
-					t.Fatal(err)
-				}
-				resp.Body.Close()
-				if got := protectedHeaders(s.one(t).Header); len(got) > 0 {
-					t.Errorf("sent with %v", got)
-				}
-			}
-		})
-	}
-}
-
-// An answer is passed on as it comes: what the client did not ask to be compressed
-// is not compressed on the way to be expanded again.
-func TestNoCompressionIsAskedFor(t *testing.T) {
-	s := newAPIServer(t)
-	tr := newTransport(t, trusting(s, token))
-	for _, want := range []string{"", "gzip"} {
-		r := newRequest(s, "/api")
-		if want != "" {
-			r.Header.Set("Accept-Encoding", want)
-		}
-		roundTrip(t, tr, r)
-		if got := s.one(t).Header.Get("Accept-Encoding"); got != want {
-			t.Errorf("got Accept-Encoding %q; want %q", got, want)
-		}
-	}
-}
-
-// Neither SPDY nor a WebSocket can ride on HTTP/2. All else shares connections.
-func TestWhatGoesOverWhichProtocol(t *testing.T) {
-	s := newAPIServer(t)
-	tr := newTransport(t, trusting(s, token))
-	const pods = "/api/v1/namespaces/default/pods"
-	for _, tt := range []struct {
-		path, upgrade string
-		proto         string
-		wantStatus    int
-	}{
-		{pods, "", "HTTP/2.0", http.StatusOK},
-		{pods + "?watch=true", "", "HTTP/2.0", http.StatusOK},
-		{pods + "/web/log?follow=true", "", "HTTP/2.0", http.StatusOK},
-		{pods + "/web/exec?command=sh", "SPDY/3.1", "HTTP/1.1", http.StatusSwitchingProtocols},
-		{pods + "/web/exec?command=sh", "spdy/3.1", "HTTP/1.1", http.StatusSwitchingProtocols},
-		{pods + "/web/exec?command=sh", "websocket", "HTTP/1.1", http.StatusSwitchingProtocols},
-		{pods + "?watch=true", "WebSocket", "HTTP/1.1", http.StatusSwitchingProtocols},
-	} {
-		t.Run(tt.path+" "+tt.upgrade, func(t *testing.T) {
-			r := newRequest(s, tt.path)
-			if tt.upgrade != "" {
-				r.Header["Connection"], r.Header["Upgrade"] = []string{"Upgrade"}, []string{tt.upgrade}
-			}
-			resp := roundTrip(t, tr, r)
-			if resp.StatusCode != tt.wantStatus {
-				t.Errorf("answered %s; want %d", resp.Status, tt.wantStatus)
-			}
-			if got := s.one(t).Proto; got != tt.proto {
-				t.Errorf("sent over %s; want %s", got, tt.proto)
-			}
-		})
-	}
-}
-
-// A connection that is authenticated as the proxy must not become one of a
-// protocol that nobody looks at.
-func TestUnknownUpgradesAreRefused(t *testing.T) {
+// A connection that is authenticated as the proxy must not switch to a protocol that the
+// proxy does not check.
+func TestRoundTrip_RefusesUnknownUpgrades(t *testing.T) {
 	s := newAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	for _, upgrade := range [][]string{
@@ -662,8 +426,8 @@ func TestUnknownUpgradesAreRefused(t *testing.T) {
 	}
 }
 
-// The API server would run a command before it has all of the body, and answer after.
-func TestUpgradesWithABodyAreRefused(t *testing.T) {
+// The API server would run the command before it has received the body, and answer after.
+func TestRoundTrip_RefusesUpgradeWithBody(t *testing.T) {
 	s := newAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	for _, length := range []int64{1, -1} {
@@ -674,8 +438,8 @@ func TestUpgradesWithABodyAreRefused(t *testing.T) {
 	}
 }
 
-// What the transport refuses is in the log as what the handler refuses is.
-func TestRefusalsAreLogged(t *testing.T) {
+// The transport logs its refusals as the handler does.
+func TestRoundTrip_LogsRefusals(t *testing.T) {
 	s := newAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	core, logs := observer.New(zapcore.WarnLevel)
@@ -688,36 +452,8 @@ func TestRefusalsAreLogged(t *testing.T) {
 		got = append(got, fmt.Sprint(fields["code"], " ", fields["uri"], " ", fields["user"]))
 	}
 	if want := []string{"protocol /api/v1/pods?watch=1 alice@example.com", "no_handler /api <nil>"}; !slices.Equal(got, want) {
-		t.Errorf("logged is %q; want %q", got, want)
+		t.Errorf("logged %q; want %q", got, want)
 	}
-}
-
-// reverse_proxy tries another upstream only after an error of which it knows that
-// nothing has been sent.
-func TestDialErrors(t *testing.T) {
-	s := newAPIServer(t)
-	plugin := writeFile(t, "plugin", "#!/bin/sh\necho '{\"apiVersion\": \"client.authentication.k8s.io/v1\", \"kind\": \"ExecCredential\", \"status\": {\"token\": \"t\"}}'\n")
-	for name, user := range map[string]map[string]any{
-		"token": token,
-		"exec":  {"exec": map[string]any{"apiVersion": "client.authentication.k8s.io/v1", "command": plugin, "interactiveMode": "Never"}},
-	} {
-		tr := newTransport(t, trusting(s, user))
-		for _, upgrade := range []bool{false, true} {
-			r := newRequest(s, "/api")
-			r.URL.Host = closedPort(t)
-			if upgrade {
-				r.Header["Connection"], r.Header["Upgrade"] = []string{"Upgrade"}, []string{"websocket"}
-			}
-			resp, err := tr.RoundTrip(r)
-			if err == nil {
-				resp.Body.Close()
-			}
-			if dialErr := (reverseproxy.DialError{}); !errors.As(err, &dialErr) {
-				t.Errorf("%s, upgrade %v: got error %v (%T); want a DialError", name, upgrade, err, err)
-			}
-		}
-	}
-	s.none(t)
 }
 
 // closedPort returns an address at which nothing listens.
@@ -731,8 +467,8 @@ func closedPort(t *testing.T) string {
 	return ln.Addr().String()
 }
 
-// A refused request's body is closed, which a RoundTripper owes its caller.
-func TestRefusalsCloseTheBody(t *testing.T) {
+// An http.RoundTripper must close the body of every request.
+func TestRoundTrip_RefusalClosesBody(t *testing.T) {
 	s := newAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	body := &closeRecorder{Reader: strings.NewReader("body")}
@@ -752,8 +488,8 @@ type closeRecorder struct {
 
 func (c *closeRecorder) Close() error { c.closed = true; return nil }
 
-// TLS is not for reverse_proxy to configure, or to leave out.
-func TestTLSIsTheClusters(t *testing.T) {
+// reverse_proxy cannot configure TLS, nor disable it.
+func TestEnableTLS_ChangesNothing(t *testing.T) {
 	s := newAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	if !tr.TLSEnabled() {
@@ -770,8 +506,8 @@ func TestTLSIsTheClusters(t *testing.T) {
 	}
 }
 
-// Reloading a config leaves nothing behind of the old one.
-func TestNoGoroutinesAreLeft(t *testing.T) {
+// Reloading leaves no goroutine of the old config.
+func TestCleanup_LeavesNoGoroutines(t *testing.T) {
 	cert, key := newCertificate(t)
 	plugin := writeFile(t, "plugin", "#!/bin/sh\necho '{\"apiVersion\": \"client.authentication.k8s.io/v1\", \"kind\": \"ExecCredential\", \"status\": {\"token\": \"t\"}}'\n")
 	s := newAPIServer(t)
@@ -814,8 +550,8 @@ func TestNoGoroutinesAreLeft(t *testing.T) {
 	deadline, stop := context.WithTimeout(t.Context(), 20*time.Second)
 	defer stop()
 	for runtime.NumGoroutine() > before+3 {
-		// What watches a client certificate's files ends when the transport that
-		// it is for has been collected.
+		// The goroutine that watches a client certificate's files ends when its
+		// transport has been garbage collected.
 		runtime.GC()
 		select {
 		case <-time.Tick(20 * time.Millisecond):
@@ -826,49 +562,7 @@ func TestNoGoroutinesAreLeft(t *testing.T) {
 	}
 }
 
-// The Caddyfile's options are the JSON's, and what it does not know it refuses.
-func TestUnmarshalCaddyfile(t *testing.T) {
-	for _, tt := range []struct {
-		input   string
-		want    Transport
-		wantErr string
-	}{
-		{"kubernetes", Transport{}, ""},
-		{"kubernetes {\nin_cluster\n}", Transport{Source: Source{InCluster: true}}, ""},
-		{"kubernetes {\nkubeconfig /a/b\n}", Transport{Source: Source{Kubeconfig: "/a/b"}}, ""},
-		{"kubernetes {\nkubeconfig /a/b c\n}", Transport{Source: Source{Kubeconfig: "/a/b", Context: "c"}}, ""},
-
-		{"kubernetes x", Transport{}, `unexpected argument "x"`},
-		{"kubernetes {\ntls_insecure_skip_verify\n}", Transport{}, `unknown option "tls_insecure_skip_verify"`},
-		{"kubernetes {\nin_cluster\nin_cluster\n}", Transport{}, "in_cluster is given twice"},
-		{"kubernetes {\nin_cluster x\n}", Transport{}, `unexpected argument "x" after in_cluster`},
-		{"kubernetes {\nin_cluster {\nx\n}\n}", Transport{}, "in_cluster takes no block"},
-		{"kubernetes {\nkubeconfig\n}", Transport{}, "kubeconfig has no path"},
-		{"kubernetes {\nkubeconfig \"\"\n}", Transport{}, "kubeconfig has no path"},
-		{"kubernetes {\nkubeconfig a b c\n}", Transport{}, `unexpected argument "c" after kubeconfig`},
-		{"kubernetes {\nkubeconfig a\nkubeconfig b\n}", Transport{}, "kubeconfig is given twice"},
-		{"kubernetes {\nin_cluster\nkubeconfig a\n}", Transport{}, "exclude each other"},
-	} {
-		t.Run(tt.input, func(t *testing.T) {
-			var got Transport
-			err := got.UnmarshalCaddyfile(caddyfile.NewTestDispenser(tt.input))
-			if tt.wantErr != "" {
-				if err == nil || !strings.Contains(err.Error(), tt.wantErr) {
-					t.Errorf("got error %v; want one with %q", err, tt.wantErr)
-				}
-				return
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got.InCluster != tt.want.InCluster || got.Kubeconfig != tt.want.Kubeconfig || got.Context != tt.want.Context {
-				t.Errorf("got %+v; want %+v", &got, &tt.want)
-			}
-		})
-	}
-}
-
-func TestWhatIsSentIsWhatWasDecidedAbout(t *testing.T) {
+func TestRoundTrip_ChecksDecisions(t *testing.T) {
 	s := newAPIServer(t)
 	for _, credentials := range []string{Proxy, Client} {
 		t.Run(credentials, func(t *testing.T) {
@@ -890,5 +584,148 @@ func TestWhatIsSentIsWhatWasDecidedAbout(t *testing.T) {
 			checkRefused(t, roundTrip(t, tr, r), http.StatusForbidden, "a matcher has decided about", `delete "/api/v1/namespaces/a/pods/p"`)
 			s.none(t)
 		})
+	}
+}
+
+// requestingCertificates returns an API server that requests client certificates.
+func requestingCertificates(t *testing.T) *apiServer {
+	return newAPIServer(t, func(s *httptest.Server) { s.TLS = &tls.Config{ClientAuth: tls.RequestClientCert} })
+}
+
+// withoutIdentity returns a request as reverse_proxy hands it over if it did not pass
+// tailscale_impersonate.
+func withoutIdentity(s *apiServer, target string, headers ...string) *http.Request {
+	r := httptest.NewRequest("GET", target, nil)
+	r.Body = nil
+	r.URL.Scheme, r.URL.Host = "", s.Listener.Addr().String()
+	for i := 0; i < len(headers); i += 2 {
+		r.Header.Add(headers[i], headers[i+1])
+	}
+	return r.WithContext(context.WithValue(r.Context(), caddyhttp.VarsCtxKey, map[string]any{}))
+}
+
+func TestCredentialsClient_SendsNoneOfTheProxys(t *testing.T) {
+	cert, key := newCertificate(t)
+	for name, user := range map[string]map[string]any{
+		"client certificate": {"client-certificate-data": cert, "client-key-data": key},
+		"token":              token,
+		"token file":         {"tokenFile": writeFile(t, "token", "from-file")},
+		"password":           {"username": "u", "password": "p"},
+		"as":                 {"token": "proxy-token", "as": "system:admin", "as-groups": []string{"system:masters"}},
+		"exec plugin": {"exec": map[string]any{
+			"apiVersion": "client.authentication.k8s.io/v1", "interactiveMode": "Never",
+			"command": writeFile(t, "plugin", "#!/bin/sh\necho '{\"apiVersion\": \"client.authentication.k8s.io/v1\", \"kind\": \"ExecCredential\", \"status\": {\"token\": \"from-plugin\"}}'\n"),
+		}},
+		"none": nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := requestingCertificates(t)
+			tr, err := provision(t, &Transport{Source: Source{Kubeconfig: trusting(s, user).write(t)}, Credentials: Client})
+			if err != nil {
+				t.Fatal(err)
+			}
+			roundTrip(t, tr, withoutIdentity(s, "/api"))
+			got := s.one(t)
+			if h := protectedHeaders(got.Header); len(h) > 0 {
+				t.Errorf("a client without credentials is sent on with %v", h)
+			}
+			if len(got.TLS.PeerCertificates) > 0 {
+				t.Error("the proxy's certificate was sent")
+			}
+
+			roundTrip(t, tr, withoutIdentity(s, "/api?watch=true", "Authorization", "Bearer own", "Impersonate-User", "bob",
+				"X-Remote-User", "system:admin", "x-remote-group", "system:masters", "X_Remote_Extra_Scopes", "all"))
+			want := http.Header{"Authorization": {"Bearer own"}, "Impersonate-User": {"bob"}}
+			if diff := cmp.Diff(want, protectedHeaders(s.one(t).Header)); diff != "" {
+				t.Errorf("a client's own credentials differ (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestCredentialsClient_RefusesIdentity(t *testing.T) {
+	s := newAPIServer(t)
+	tr, err := provision(t, &Transport{Source: Source{Kubeconfig: trusting(s, token).write(t)}, Credentials: Client})
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusForbidden, "tailscale_impersonate")
+	s.none(t)
+}
+
+// healthCheck returns a request as reverse_proxy's active health checks make it.
+func healthCheck(t *testing.T, s *apiServer, method, target string) *http.Request {
+	t.Helper()
+	r, err := http.NewRequestWithContext(t.Context(), method, "http://"+s.Listener.Addr().String()+target, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+func TestHealthCheck_HasNoCredentials(t *testing.T) {
+	cert, key := newCertificate(t)
+	for name, user := range map[string]map[string]any{
+		"client certificate": {"client-certificate-data": cert, "client-key-data": key},
+		"token":              token,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := requestingCertificates(t)
+			tr := newTransport(t, trusting(s, user))
+			for _, path := range []string{"/livez", "/readyz", "/healthz", "/readyz?verbose"} {
+				r := healthCheck(t, s, "GET", path)
+				r.Header.Set("Authorization", "Bearer other")
+				r.Header.Set("Impersonate-User", "system:admin")
+				if resp := roundTrip(t, tr, r); resp.StatusCode != http.StatusOK {
+					t.Errorf("%s: %s; want 200", path, resp.Status)
+				}
+				got := s.one(t)
+				if h := protectedHeaders(got.Header); len(h) > 0 {
+					t.Errorf("%s is sent with %v", path, h)
+				}
+				if len(got.TLS.PeerCertificates) > 0 {
+					t.Errorf("%s is sent with the proxy's certificate", path)
+				}
+			}
+		})
+	}
+}
+
+func TestHealthCheck_OtherRequestsNeedIdentity(t *testing.T) {
+	s := newAPIServer(t)
+	tr := newTransport(t, trusting(s, token))
+	for _, tt := range []struct{ method, target string }{
+		{"GET", "/api"}, {"GET", "/"}, {"GET", "/livez/etcd"}, {"GET", "/livez/"}, {"GET", "//livez"}, {"GET", "/live%7A"},
+		{"POST", "/livez"}, {"HEAD", "/livez"}, {"DELETE", "/healthz"},
+	} {
+		checkRefused(t, roundTrip(t, tr, healthCheck(t, s, tt.method, tt.target)), http.StatusForbidden, "no identity")
+	}
+	s.none(t)
+}
+
+func TestHealthCheck_IsNeverReceived(t *testing.T) {
+	s := newAPIServer(t)
+	tr := newTransport(t, trusting(s, token))
+	received := healthCheck(t, s, "GET", "/livez")
+	for name, r := range map[string]*http.Request{
+		"through Caddy":            withoutIdentity(s, "/livez"),
+		"through any other server": received.WithContext(context.WithValue(received.Context(), http.ServerContextKey, &http.Server{})),
+	} {
+		t.Run(name, func(t *testing.T) {
+			checkRefused(t, roundTrip(t, tr, r), http.StatusForbidden, "no identity")
+		})
+	}
+	s.none(t)
+}
+
+// Other handlers can put header names into the map that net/http would spell otherwise.
+func TestRoundTrip_RefusesOddlySpelledUpgrades(t *testing.T) {
+	s := newAPIServer(t)
+	tr := newTransport(t, trusting(s, token))
+	for _, protocol := range []string{"h2c", "websocket"} {
+		r := newRequest(s, "/api")
+		r.Header["connection"], r.Header["UPGRADE"] = []string{"upgrade"}, []string{protocol}
+		checkRefused(t, roundTrip(t, tr, r), http.StatusBadRequest, protocol)
+		s.none(t)
 	}
 }

@@ -16,14 +16,14 @@ func init() {
 }
 
 // Upstreams is a source of upstreams for `reverse_proxy`: the address of the API
-// server in a cluster configuration. It is read when the config is loaded, so
-// that a config holds no address of the machine that it was adapted on.
+// server in a cluster configuration. It is read when the config is loaded, so that the
+// JSON config does not contain an address from the machine that adapted it.
 type Upstreams struct {
 	Source
 
 	// dial is the address of the API server.
 	dial string
-	// unusable is why there is none, if there is none.
+	// unusable says why there is none. Nil if there is one.
 	unusable error
 }
 
@@ -57,8 +57,8 @@ func (u *Upstreams) Provision(ctx caddy.Context) error {
 	return nil
 }
 
-// GetUpstreams returns the address of the API server, whatever the request. It is
-// a new upstream every time, since reverse_proxy writes into what it gets.
+// GetUpstreams returns the address of the API server for any request. It returns a new
+// upstream every time, because reverse_proxy writes to it.
 func (u *Upstreams) GetUpstreams(*http.Request) ([]*reverseproxy.Upstream, error) {
 	if u.unusable != nil {
 		return nil, fmt.Errorf("no cluster: %w", u.unusable)
