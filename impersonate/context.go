@@ -27,8 +27,8 @@ func NewContext(ctx context.Context, id *Identity) context.Context {
 	return &Context{ctx, id}
 }
 
-// FromContext returns the identity that ctx carries, and whether it carries one. An
-// identity without a user is none.
+// FromContext returns the identity that ctx carries, and whether it carries one. It
+// ignores identities without a user.
 func FromContext(ctx context.Context) (*Identity, bool) {
 	id, ok := ctx.Value(identityKey{}).(*Identity)
 	if !ok || id == nil || id.User == "" {

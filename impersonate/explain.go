@@ -32,13 +32,3 @@ func (g *Grant) add(group string) {
 		g.Groups = append(g.Groups, group)
 	}
 }
-
-// GivenBy returns the numbers, from 1, of the grants that give group.
-func (e *Explanation) GivenBy(group string) (numbers []int) {
-	for i, grant := range e.Grants {
-		if slices.Contains(grant.Groups, group) {
-			numbers = append(numbers, i+1)
-		}
-	}
-	return numbers
-}
