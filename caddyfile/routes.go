@@ -101,7 +101,7 @@ func (c *Config) CheckRoutes(logger *zap.Logger, server *caddyhttp.Server) error
 	}
 	for _, r := range routes {
 		if r.authorizes && r.proxies && !r.reviews && !r.invokes {
-			return errors.New("client_impersonation authorize needs transport kubernetes in reverse_proxy, as its account asks the API server who may act as whom")
+			return errors.New("client_impersonation authorize needs transport kubernetes in reverse_proxy, as its account asks the API server whether callers may act as other users")
 		}
 	}
 	if !slices.ContainsFunc(server.ExpectedDotHeaders, func(name string) bool {
