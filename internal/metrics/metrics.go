@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package metrics makes the plugin's Prometheus metrics and registers them with
-// each Caddy config.
+// Package metrics creates the plugin's Prometheus metrics and registers them with each
+// Caddy config.
 //
 // Each package owns the metrics of what it does. They belong to the process: Caddy
 // makes a new registry for every config, and counts must survive a reload. Label
@@ -9,9 +9,7 @@
 // are unbounded, and do not belong in a monitoring system.
 package metrics
 
-import (
-	"github.com/prometheus/client_golang/prometheus"
-)
+import "github.com/prometheus/client_golang/prometheus"
 
 // The prefix of every metric's name is both, joined by an underscore.
 const (
@@ -19,15 +17,16 @@ const (
 	Subsystem = "tailscale_impersonate"
 )
 
-// process holds the metrics that packages made while they were initialized.
+// process holds the metrics that packages created during initialization. Nothing changes
+// it after that.
 var process []prometheus.Collector
 
 // Counter counts events by one label, whose values have type V.
 type Counter[V ~string] struct{ vec *prometheus.CounterVec }
 
-// NewCounter returns a counter with one label. Every one of values is reported from
-// the start, as 0: Prometheus cannot see the first increment of a series that was
-// missing before. Call it only to initialize a package variable.
+// NewCounter returns a counter with one label. Each of values is reported as 0 from the
+// start: Prometheus cannot see the first increment of a series that did not exist
+// before. Call it only to initialize a package variable.
 func NewCounter[V ~string](name, help, label string, values ...V) Counter[V] {
 	c := Counter[V]{prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: Namespace, Subsystem: Subsystem, Name: name, Help: help,
@@ -52,8 +51,8 @@ func NewCounterVec(name, help string, labels ...string) *prometheus.CounterVec {
 	return vec
 }
 
-// NewHistogram returns a histogram with one label. Every one of values is reported
-// from the start. Call it only to initialize a package variable.
+// NewHistogram returns a histogram with one label. Each of values is reported from the
+// start. Call it only to initialize a package variable.
 func NewHistogram[V ~string](name, help string, buckets []float64, label string, values ...V) *prometheus.HistogramVec {
 	vec := prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Namespace: Namespace, Subsystem: Subsystem, Name: name, Help: help, Buckets: buckets,
@@ -65,8 +64,8 @@ func NewHistogram[V ~string](name, help string, buckets []float64, label string,
 	return vec
 }
 
-// Register makes registry report the metrics of the process, and further collectors.
-// Several modules of one config may register the same ones.
+// Register makes registry report the metrics of the process, and those of further.
+// Several modules of one config may register the same metrics.
 func Register(registry *prometheus.Registry, further ...prometheus.Collector) {
 	for _, c := range append(further, process...) {
 		// The only possible error is that c is registered already.

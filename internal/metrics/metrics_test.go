@@ -3,7 +3,6 @@
 package metrics_test
 
 import (
-	"slices"
 	"strings"
 	"testing"
 
@@ -12,44 +11,74 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 )
 
-// labels are all that a metric may be told apart by: nothing that names anybody.
-var labels = []string{"outcome", "source", "reason", "result"}
+type result string
 
-// Caddy makes a new registry for every config, and several handlers share one.
-func TestCountsOutliveConfigs(t *testing.T) {
+var (
+	counter   = metrics.NewCounter[result]("test_counted_total", "A test's.", "result", "yes", "no")
+	vec       = metrics.NewCounterVec("test_vec_total", "A test's.", "result", "reason")
+	histogram = metrics.NewHistogram[result]("test_duration_seconds", "A test's.", []float64{1}, "result", "yes", "no")
+)
+
+// gather returns the metrics of registry as name{label values}.
+func gather(t *testing.T, registry *prometheus.Registry) map[string]float64 {
+	t.Helper()
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(map[string]float64)
+	for _, family := range families {
+		for _, m := range family.GetMetric() {
+			var labels []string
+			for _, label := range m.GetLabel() {
+				labels = append(labels, label.GetValue())
+			}
+			value := m.GetCounter().GetValue()
+			if h := m.GetHistogram(); h != nil {
+				value = float64(h.GetSampleCount())
+			}
+			got[family.GetName()+"{"+strings.Join(labels, ",")+"}"] = value
+		}
+	}
+	return got
+}
+
+// Caddy makes a new registry for every config, and several modules of a config use it.
+func TestRegister_CountsSurviveReload(t *testing.T) {
 	for config := 1; config <= 2; config++ {
-		registry := prometheus.NewRegistry()
+		registry := prometheus.NewPedanticRegistry()
 		metrics.Register(registry)
 		metrics.Register(registry)
-		metrics.Revocations.WithLabelValues("test").Inc()
-		metrics.Decisions.WithLabelValues(metrics.Allowed, "test").Inc()
-		metrics.Refusals.WithLabelValues("test").Inc()
-		metrics.Recordings.WithLabelValues("test").Inc()
-		metrics.Events.WithLabelValues("test").Inc()
-		metrics.Questions.WithLabelValues(metrics.Known).Observe(1)
-		families, err := registry.Gather()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if len(families) != 7 {
-			t.Errorf("got %d metrics; want 7", len(families))
-		}
-		for _, family := range families {
-			if !strings.HasPrefix(family.GetName(), "caddy_tailscale_impersonate_") {
-				t.Errorf("metric %s is not named as ours", family.GetName())
-			}
-			for _, m := range family.GetMetric() {
-				test := false
-				for _, label := range m.GetLabel() {
-					if !slices.Contains(labels, label.GetName()) {
-						t.Errorf("%s has the label %s; want only those of %v", family.GetName(), label.GetName(), labels)
-					}
-					test = test || label.GetValue() == "test"
-				}
-				if test && m.GetCounter().GetValue() != float64(config) {
-					t.Errorf("in config %d %s is %v; want %d", config, family.GetName(), m.GetCounter().GetValue(), config)
-				}
+		counter.With("yes").Inc()
+		vec.WithLabelValues("yes", "because").Inc()
+		histogram.WithLabelValues("yes").Observe(1)
+		got := gather(t, registry)
+		for _, name := range []string{"test_counted_total{yes}", "test_vec_total{because,yes}", "test_duration_seconds{yes}"} {
+			if value := got["caddy_tailscale_impersonate_"+name]; value != float64(config) {
+				t.Errorf("config %d: %s is %v; want %d", config, name, value, config)
 			}
 		}
+	}
+}
+
+// Prometheus cannot see the first increment of a series that did not exist before.
+func TestNew_ReportsEveryValueFromTheStart(t *testing.T) {
+	registry := prometheus.NewPedanticRegistry()
+	metrics.Register(registry)
+	got := gather(t, registry)
+	for _, name := range []string{"test_counted_total{no}", "test_duration_seconds{no}"} {
+		if value, ok := got["caddy_tailscale_impersonate_"+name]; !ok || value != 0 {
+			t.Errorf("%s: got %v (reported: %v); want 0", name, value, ok)
+		}
+	}
+}
+
+func TestRegister_FurtherCollectors(t *testing.T) {
+	registry := prometheus.NewPedanticRegistry()
+	metrics.Register(registry, prometheus.NewGauge(prometheus.GaugeOpts{Name: "further", Help: "A test's."}))
+	if got := gather(t, registry); len(got) < 2 {
+		t.Errorf("got %v; want the further metric as well as the process's", got)
+	} else if _, ok := got["further{}"]; !ok {
+		t.Errorf("got %v; want further", got)
 	}
 }
