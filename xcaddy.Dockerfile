@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Caddy with this plugin and caddy-tailscale, without root and without file
-# capabilities: tsnet listens in the process, on the tailnet, so even ports 80
-# and 443 need no privilege. Run it from the root of a checkout:
+# capabilities: tsnet listens on the tailnet within the process, so even ports 80
+# and 443 need no privilege. Build it from the root of a checkout:
 #
 #	docker build -f xcaddy.Dockerfile -t caddy-tailscale-impersonate .
 #
-# The base is pinned by tag. Who builds for production should pin it by digest as
-# well (FROM image:tag@sha256:...), with the digest they have verified.
+# The base image is pinned by tag. For production, pin it by digest as well
+# (FROM image:tag@sha256:...), with a digest that you have verified.
 
 FROM golang:1.26.8-bookworm AS build
 
@@ -16,7 +16,7 @@ ARG CADDY_VERSION=v2.11.9
 ARG CADDY_TAILSCALE_VERSION=v0.0.0-20251225051618-413764819c5e
 
 ENV CGO_ENABLED=0 GOTOOLCHAIN=local
-# xcaddy v0.4.5, with the checksums of all it is made of.
+# xcaddy v0.4.5, with the checksums of all its modules.
 COPY lab/tools/xcaddy /tools/xcaddy
 RUN cd /tools/xcaddy && go build -o /usr/local/bin/xcaddy github.com/caddyserver/xcaddy/cmd/xcaddy
 
@@ -25,15 +25,15 @@ RUN xcaddy build ${CADDY_VERSION} \
 	--with github.com/tailscale/caddy-tailscale@${CADDY_TAILSCALE_VERSION} \
 	--with github.com/tailscale-impersonate/caddy-tailscale-impersonate@v0.0.0=/src \
 	--output /out/usr/bin/caddy
-# A Caddy that does not start, or lacks a module, is found out here.
+# Fails if Caddy does not start or lacks a module.
 RUN /out/usr/bin/caddy list-modules > /tmp/modules \
 	&& grep -qx http.handlers.tailscale_impersonate /tmp/modules \
 	&& grep -qx http.reverse_proxy.transport.kubernetes /tmp/modules \
 	&& grep -qx tailscale /tmp/modules
 RUN mkdir -p /out/etc/caddy /out/data/config
 
-# Nothing but Caddy and the certificates of public authorities: no shell, no user
-# database, nothing to escalate with.
+# Only Caddy and the certificates of public authorities: no shell and no user
+# database that an attacker could use.
 FROM scratch
 
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
@@ -41,8 +41,8 @@ COPY --from=build /out/usr/bin/caddy /usr/bin/caddy
 COPY --from=build /out/etc/caddy /etc/caddy
 COPY --from=build --chown=65532:65532 /out/data /data
 
-# Caddy's own storage and the tailnet nodes' state: one volume, to be kept, or
-# nodes join anew with every start.
+# Caddy's storage and the tailnet nodes' state. Keep this volume: without the state,
+# nodes join as new ones with every start.
 ENV XDG_CONFIG_HOME=/data/config XDG_DATA_HOME=/data
 VOLUME /data
 
