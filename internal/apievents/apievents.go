@@ -64,20 +64,17 @@ type Recorder struct {
 	Logger *zap.Logger
 }
 
-// Concerns reports whether requests of a caller whose grants say recording have to pass
-// Record.
-func (rec *Recorder) Concerns(recording *impersonate.Recording) bool {
-	return rec.Log != nil || wanted(recording)
-}
-
 // wanted reports whether events are to be sent, by a recorder that may not be known.
 func wanted(recording *impersonate.Recording) bool { return recording.Events && recording.Wanted() }
 
-// Record records r. It may read a part of the body, and puts that back. It returns an
-// error if r has to be refused.
+// Record records r, if caller's grants or the config say so. It may read a part of the
+// body, and puts that back. It returns an error if r has to be refused.
 func (rec *Recorder) Record(r *http.Request, caller authn.Caller) error {
 	recording := &caller.Identity.Recording
 	recorded := wanted(recording)
+	if rec.Log == nil && !recorded {
+		return nil
+	}
 	var info requestinfo.Info
 	if recorded {
 		info = pin.On(r) // what is recorded has to be what is sent

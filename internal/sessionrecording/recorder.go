@@ -12,7 +12,6 @@ import (
 	"go.uber.org/zap"
 	"tailscale.com/sessionrecording"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
@@ -45,16 +44,13 @@ type Recorder struct {
 	Logger *zap.Logger
 }
 
-// Concerns reports whether requests of a caller whose grants say recording have to pass
-// Begin.
-func (rec *Recorder) Concerns(recording *impersonate.Recording) bool {
-	return rec.Dir != "" || recording.Wanted()
-}
-
-// Begin returns the session that r becomes, or nil if r does not become one or is not
-// recorded. It returns an error if r has to be refused. The caller of Begin must close
-// the session. If the session has to be recorded, its recorder has answered.
+// Begin returns the session that r becomes, to be closed when r has been handled. It
+// returns nil if r does not become a session, or one that is not recorded, and an error
+// if r has to be refused. If a recorder is required, it has answered.
 func (rec *Recorder) Begin(r *http.Request, caller authn.Caller) (*Session, error) {
+	if rec.Dir == "" && !caller.Identity.Recording.Wanted() {
+		return nil, nil
+	}
 	session, err := rec.begin(r, caller)
 	if err != nil {
 		recordings.With(Refused).Inc()
