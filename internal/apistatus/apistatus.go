@@ -30,7 +30,7 @@ func Forbidden(because Reason, format string, args ...any) error {
 	return refuse(because, http.StatusForbidden, metav1.StatusReasonForbidden, format, args...)
 }
 
-// BadRequest returns a 400: nobody may do this.
+// BadRequest returns a 400: no caller may do this.
 func BadRequest(because Reason, format string, args ...any) error {
 	return refuse(because, http.StatusBadRequest, metav1.StatusReasonBadRequest, format, args...)
 }
@@ -69,8 +69,8 @@ func refuse(because Reason, code int32, reason metav1.StatusReason, format strin
 	}}
 }
 
-// body counts err and returns its Status object, with the JSON of that. Any other
-// error becomes a 500 that does not repeat it: its text is for the log.
+// body counts err, and returns its Status object and that as JSON. Any other error
+// becomes a 500 that does not contain its text, which is for the log only.
 func body(err error) (*metav1.Status, []byte, error) {
 	refusals.With(ReasonOf(err)).Inc()
 	status, ok := From(err)
@@ -96,11 +96,11 @@ func Write(w http.ResponseWriter, err error) error {
 	return err
 }
 
-// Response returns the response to r for an [http.RoundTripper]: the Status object of
-// err, or a 500 if it has none.
+// Response returns the response of an [http.RoundTripper] to r: the Status object of err,
+// or a 500 if it has none.
 func Response(r *http.Request, err error) (*http.Response, error) {
 	if r.Body != nil {
-		_ = r.Body.Close() // as the contract of RoundTripper demands
+		_ = r.Body.Close() // as http.RoundTripper requires
 	}
 	status, encoded, err := body(err)
 	if err != nil {
@@ -127,7 +127,7 @@ func setHeaders(h http.Header, status *metav1.Status, length int) {
 	h.Set("Content-Length", strconv.Itoa(length))
 	h.Set("Cache-Control", "no-cache, private")
 	// The API server's own warnings have code 299. A message that is not valid in a
-	// header is in the body all the same.
+	// header is only in the body.
 	if warning, err := utilnet.NewWarningHeader(299, "-", status.Message); err == nil {
 		h.Set("Warning", warning)
 	}

@@ -25,10 +25,10 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 )
 
-// Every kind of refusal, and how the client's libraries tell it from others.
+// Every kind of refusal, and how client-go recognizes it.
 var refusals = []struct {
 	name       string
-	err        *apierrors.StatusError
+	err        error
 	code       int
 	is         func(error) bool
 	retryAfter string
@@ -78,7 +78,7 @@ func check(t *testing.T, code int, header http.Header, body []byte, wantCode int
 	}
 }
 
-func TestWriteAnswersWithStatus(t *testing.T) {
+func TestWrite_Status(t *testing.T) {
 	for _, tt := range refusals {
 		t.Run(tt.name, func(t *testing.T) {
 			w := httptest.NewRecorder()
@@ -90,7 +90,7 @@ func TestWriteAnswersWithStatus(t *testing.T) {
 	}
 }
 
-func TestResponseAnswersWithStatus(t *testing.T) {
+func TestResponse_Status(t *testing.T) {
 	for _, tt := range refusals {
 		t.Run(tt.name, func(t *testing.T) {
 			r := httptest.NewRequest(http.MethodGet, "/api/v1/pods", nil)
@@ -119,7 +119,7 @@ func TestResponseAnswersWithStatus(t *testing.T) {
 	}
 }
 
-// closing is a request's body that knows whether it was closed.
+// closing is the body of a request, and records whether it was closed.
 type closing struct {
 	io.Reader
 	closed bool
@@ -130,7 +130,7 @@ func (c *closing) Close() error {
 	return errors.New("closing failed")
 }
 
-func TestResponseClosesTheRequestsBody(t *testing.T) {
+func TestResponse_ClosesRequestBody(t *testing.T) {
 	body := &closing{Reader: strings.NewReader("{}")}
 	r := httptest.NewRequest(http.MethodPost, "/api/v1/pods", body)
 	r.Body = body
@@ -140,15 +140,15 @@ func TestResponseClosesTheRequestsBody(t *testing.T) {
 	if !body.closed {
 		t.Error("the body is still open; want it closed")
 	}
-	// A client's request can have none.
+	// A client's request may have no body.
 	r.Body = nil
 	if _, err := apistatus.Response(r, apistatus.Forbidden(apistatus.Other, "no")); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// client-go is what kubectl reads answers with.
-func TestClientGoReadsTheReason(t *testing.T) {
+// kubectl reads responses with client-go.
+func TestWrite_ClientGoReadsMessage(t *testing.T) {
 	for _, tt := range refusals {
 		t.Run(tt.name, func(t *testing.T) {
 			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -160,7 +160,7 @@ func TestClientGoReadsTheReason(t *testing.T) {
 			var warned warnings
 			err := client(t, server.URL).Get().AbsPath("/api/v1/pods").WarningHandler(&warned).MaxRetries(0).Do(t.Context()).Error()
 			if !tt.is(err) {
-				t.Errorf("got error %#v; want one of its kind", err)
+				t.Errorf("got error %#v; want another kind of error", err)
 			}
 			if err == nil || err.Error() != message {
 				t.Errorf("got error %v; want %s", err, message)
@@ -181,8 +181,8 @@ func (w *warnings) HandleWarningHeader(code int, _, text string) {
 	}
 }
 
-// What a client wrote stands in messages, and must not become a header.
-func TestWarningDoesNotSplitHeaders(t *testing.T) {
+// Messages contain text from clients, which must not become a header of its own.
+func TestWrite_WarningDoesNotSplitHeaders(t *testing.T) {
 	const hostile = "no\r\nSet-Cookie: a=b\x00\x7f\xff"
 	w := httptest.NewRecorder()
 	if err := apistatus.Write(w, apistatus.Forbidden(apistatus.Other, "%s", hostile)); err != nil {
@@ -190,7 +190,7 @@ func TestWarningDoesNotSplitHeaders(t *testing.T) {
 	}
 	for _, warning := range w.Header()["Warning"] {
 		if !httpguts.ValidHeaderFieldValue(warning) {
-			t.Errorf("got warning %q, which no header can hold", warning)
+			t.Errorf("got warning %q, which is not valid in a header", warning)
 		}
 	}
 	var status metav1.Status
@@ -202,7 +202,7 @@ func TestWarningDoesNotSplitHeaders(t *testing.T) {
 	}
 }
 
-func TestClientGoTriesAgainOnlyWhenAskedTo(t *testing.T) {
+func TestTryAgain_OnlyItIsRetriedByClientGo(t *testing.T) {
 	for _, tt := range refusals {
 		t.Run(tt.name, func(t *testing.T) {
 			requests := 0
@@ -251,16 +251,40 @@ type failing struct{ http.ResponseWriter }
 
 func (failing) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
 
-func TestWriteReportsThatTheClientIsGone(t *testing.T) {
+func TestWrite_ReportsWriteError(t *testing.T) {
 	if err := apistatus.Write(failing{httptest.NewRecorder()}, apistatus.Forbidden(apistatus.Other, "no")); !errors.Is(err, io.ErrClosedPipe) {
 		t.Errorf("got error %v; want %v", err, io.ErrClosedPipe)
 	}
 }
 
-// What a client wrote stands in messages, and must not be read as a format.
-func TestMessageIsNotAFormat(t *testing.T) {
+// Messages contain text from clients, which must not be used as a format.
+func TestForbidden_ArgumentsAreNoFormat(t *testing.T) {
 	err := apistatus.Forbidden(apistatus.Other, "host %q", "%s%d\r\n\x00{env.SECRET}")
 	if got, want := err.Error(), `tailscale_impersonate: host "%s%d\r\n\x00{env.SECRET}"`; got != want {
 		t.Errorf("got message %s; want %s", got, want)
+	}
+}
+
+func TestWrite_OtherErrorsAreNotDisclosed(t *testing.T) {
+	w := httptest.NewRecorder()
+	if err := apistatus.Write(w, errors.New("secret detail")); err != nil {
+		t.Fatal(err)
+	}
+	if w.Code != http.StatusInternalServerError || strings.Contains(w.Body.String(), "secret detail") {
+		t.Errorf("got %d %s; want a 500 without the text of the error", w.Code, w.Body)
+	}
+	var status metav1.Status
+	if err := json.Unmarshal(w.Body.Bytes(), &status); err != nil || status.Kind != "Status" {
+		t.Errorf("got body %s (%v); want a Status object", w.Body, err)
+	}
+}
+
+func TestWrite_WrappedRefusal(t *testing.T) {
+	w := httptest.NewRecorder()
+	if err := apistatus.Write(w, fmt.Errorf("wrapped: %w", apistatus.Forbidden(apistatus.Guard, "no"))); err != nil {
+		t.Fatal(err)
+	}
+	if w.Code != http.StatusForbidden {
+		t.Errorf("got code %d; want 403", w.Code)
 	}
 }

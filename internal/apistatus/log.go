@@ -10,8 +10,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// Log logs that r is refused with err, and for which caller: who, or else what err
-// says about it. Call it wherever a refusal is written.
+// Log logs that r is refused with err. who identifies the caller; without it, Log uses
+// what [About] added to err. Call it wherever a refusal is written.
 func Log(logger *zap.Logger, r *http.Request, err error, who ...zap.Field) {
 	message, code := err.Error(), int32(http.StatusInternalServerError)
 	if status, ok := From(err); ok {
@@ -34,7 +34,7 @@ func Log(logger *zap.Logger, r *http.Request, err error, who ...zap.Field) {
 }
 
 // RequestID returns Caddy's {http.request.uuid} of r, empty outside of Caddy. Caddy
-// makes it when it is first asked for, and then logs it in the access log as uuid.
+// generates it on first use, and then adds it to the access log as uuid.
 func RequestID(r *http.Request) string {
 	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if !ok {

@@ -50,7 +50,7 @@ var refusals = metrics.NewCounter("refusals_total",
 	"Requests that were answered with a refusal, by reason.",
 	"reason", Reasons...)
 
-// The fields of a Status object's causes that say which caller was refused.
+// The fields of the causes in a Status object that name the refused caller.
 const (
 	fieldNode = "node"
 	fieldUser = "user"
@@ -73,8 +73,8 @@ func About(node, user string, err error) error {
 	return err
 }
 
-// From returns the Status object of err, and whether it has one. The object is err's
-// own, not a copy.
+// From returns the Status object of err, and whether it has one. The result is not a
+// copy.
 func From(err error) (*metav1.Status, bool) {
 	var refused *apierrors.StatusError
 	if !errors.As(err, &refused) || refused == nil {

@@ -1,60 +1,77 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package apistatus_test
+package apistatus
 
 import (
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
-
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 )
 
-func TestReasonsAreToldAndCounted(t *testing.T) {
+func TestReasonOf_IsCounted(t *testing.T) {
 	for _, tt := range []struct {
 		name string
-		err  *apierrors.StatusError
-		want apistatus.Reason
+		err  error
+		want Reason
 	}{
-		{"with a reason", apistatus.Forbidden(apistatus.Guard, "no"), apistatus.Guard},
-		{"about somebody", apistatus.About("laptop", "alice", apistatus.Forbidden(apistatus.Guard, "no")), apistatus.Guard},
-		{"about somebody, the other way round", apistatus.Because(apistatus.Guard, apistatus.About("laptop", "alice", apistatus.Forbidden(apistatus.Other, "no"))), apistatus.Guard},
-		{"that may be tried again", apistatus.TryAgain(apistatus.NoAnswer, "no"), apistatus.NoAnswer},
-		{"without a reason", apistatus.Forbidden(apistatus.Other, "no"), apistatus.Other},
-		{"about somebody without a reason", apistatus.About("laptop", "alice", apistatus.Forbidden(apistatus.Other, "no")), apistatus.Other},
+		{"with a reason", Forbidden(Guard, "no"), Guard},
+		{"with a caller", About("laptop", "alice", Forbidden(Guard, "no")), Guard},
+		{"to be retried", TryAgain(NoAnswer, "no"), NoAnswer},
+		{"other", Forbidden(Other, "no"), Other},
+		{"other, with a caller", About("laptop", "alice", Forbidden(Other, "no")), Other},
+		{"no refusal", errors.New("broken"), Other},
+		{"no refusal, with a caller", About("laptop", "alice", errors.New("broken")), Other},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := apistatus.ReasonOf(tt.err); got != tt.want {
+			if got := ReasonOf(tt.err); got != tt.want {
 				t.Errorf("got reason %q; want %q", got, tt.want)
 			}
-			counter := metrics.Refusals.WithLabelValues(string(tt.want))
+			counter := refusals.With(tt.want)
 			before := testutil.ToFloat64(counter)
 			rec := httptest.NewRecorder()
-			if err := apistatus.Write(rec, tt.err); err != nil {
+			if err := Write(rec, tt.err); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := apistatus.Response(httptest.NewRequest(http.MethodGet, "/", nil), tt.err); err != nil {
+			if _, err := Response(httptest.NewRequest(http.MethodGet, "/", nil), tt.err); err != nil {
 				t.Fatal(err)
 			}
 			if got := testutil.ToFloat64(counter) - before; got != 2 {
 				t.Errorf("two refusals were counted as %v", got)
 			}
-			if d := tt.err.ErrStatus.Details; d != nil && d.RetryAfterSeconds > 0 && rec.Header().Get("Retry-After") != "1" {
-				t.Error("the reason has displaced Retry-After")
-			}
 		})
 	}
 }
 
-func TestARefusalNamesWhomItIsAbout(t *testing.T) {
-	if node, user := apistatus.Of(apistatus.About("laptop", "alice", apistatus.Forbidden(apistatus.Guard, "no"))); node != "laptop" || user != "alice" {
-		t.Errorf("got node %q and user %q", node, user)
+// The reason and the delay are both in the details of the Status object.
+func TestTryAgain_KeepsReasonAndDelay(t *testing.T) {
+	rec := httptest.NewRecorder()
+	err := About("laptop", "alice", TryAgain(NoAnswer, "no"))
+	if got := ReasonOf(err); got != NoAnswer {
+		t.Errorf("got reason %q; want %q", got, NoAnswer)
 	}
-	if node, user := apistatus.Of(apistatus.Forbidden(apistatus.Other, "no")); node != "" || user != "" {
-		t.Errorf("got node %q and user %q; want none", node, user)
+	if err := Write(rec, err); err != nil {
+		t.Fatal(err)
+	}
+	if got := rec.Header().Get("Retry-After"); got != "1" {
+		t.Errorf("got Retry-After %q; want 1", got)
+	}
+}
+
+func TestAbout_NamesTheCaller(t *testing.T) {
+	for _, tt := range []struct {
+		err        error
+		node, user string
+	}{
+		{About("laptop", "alice", Forbidden(Guard, "no")), "laptop", "alice"},
+		{About("laptop", "", Forbidden(Guard, "no")), "laptop", ""},
+		{Forbidden(Other, "no"), "", ""},
+		{errors.New("broken"), "", ""},
+	} {
+		if node, user := Of(tt.err); node != tt.node || user != tt.user {
+			t.Errorf("%v: got node %q and user %q; want %q and %q", tt.err, node, user, tt.node, tt.user)
+		}
 	}
 }
