@@ -399,7 +399,7 @@ func productCode(t *testing.T, root string) string {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	return regexp.MustCompile(`%[qvsdT]`).ReplaceAllString(code.String(), "…")
+	return regexp.MustCompile(`%[qvsdTw]`).ReplaceAllString(code.String(), "…")
 }
 
 // matches returns the first group of every match of pattern in text, of which there
@@ -444,7 +444,7 @@ func TestTroubleshooting_HasEachMessage(t *testing.T) {
 // docs/logs.md has each message of the log and nothing else, with an example of it.
 func TestLogs_HaveEachMessage(t *testing.T) {
 	root, texts := documents(t)
-	logged := matches(t, `\.(?:Info|Warn|Error|Debug|Check)\((?:zapcore\.\w+, )?"([^"]+)"`, productCode(t, root), 25)
+	logged := matches(t, `[lL]og(?:ger)?\.(?:Info|Warn|Error|Debug|Check)\((?:zapcore\.\w+, )?"([^"]+)"`, productCode(t, root), 25)
 	text := texts[filepath.Join("docs", "logs.md")]
 	documented := matches(t, "(?m)^### `(.*)`$", text, 25)
 	for _, message := range logged {
