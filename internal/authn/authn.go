@@ -93,17 +93,19 @@ func (a *Authenticator) Authenticate(r *http.Request, claims Claims) (Caller, er
 		return Caller{}, err
 	}
 	// Which node accepted the connection, and is the request for it?
-	conn, key, err := a.accepted(r)
+	arrived, err := a.accepted(r)
 	if err != nil {
 		return Caller{}, err
 	}
 	// Who is the peer, and which identity is that?
-	known, err := a.lookUp(r.Context(), key, conn.Accepted)
-	if err != nil {
-		return Caller{}, err
+	known := arrived.known
+	if known == nil {
+		if known, err = a.ask(r.Context(), arrived); err != nil {
+			return Caller{}, err
+		}
 	}
 	caller := *known
-	caller.Conn = conn
+	caller.Conn = arrived.conn
 	// May it say about itself what it said?
 	if err := a.checkClaims(r, claims, caller.Identity.User); err != nil {
 		return caller, err
@@ -116,25 +118,39 @@ func (a *Authenticator) Authenticate(r *http.Request, claims Claims) (Caller, er
 	return caller, nil
 }
 
-// accepted returns the connection that r came on, and the peer at its other end as the
-// node that accepted it knows it.
-func (a *Authenticator) accepted(r *http.Request) (*tailnet.Conn, peerKey, error) {
+// arrival is how a request arrived.
+type arrival struct {
+	conn *tailnet.Conn
+	// node is the node that accepted conn.
+	node *tailnet.Node
+	// known is the caller that the peer was a short while ago, nil if the node has to be
+	// asked.
+	known *Caller
+}
+
+// key returns how the node knows the peer.
+func (arrived arrival) key() peerKey {
+	return peerKey{arrived.node, arrived.conn.Remote.Addr(), arrived.conn.Local}
+}
+
+// accepted returns how r arrived at a node that it is meant for.
+func (a *Authenticator) accepted(r *http.Request) (arrived arrival, err error) {
 	if err := a.waitUntilStarted(r.Context()); err != nil {
-		return nil, peerKey{}, err
+		return arrival{}, err
 	}
 	connFrom := tailnet.ConnFrom
 	if a.HostSockets {
 		connFrom = tailnet.HostConnFrom
 	}
-	conn, err := connFrom(r.Context())
-	if err != nil {
-		return nil, peerKey{}, apistatus.Forbidden(apistatus.NotFromTailnet, "%v", err)
+	if arrived.conn, err = connFrom(r.Context()); err != nil {
+		return arrival{}, apistatus.Forbidden(apistatus.NotFromTailnet, "%v", err)
 	}
-	node, err := a.owner(conn.Local)
-	if err != nil {
-		return nil, peerKey{}, err
+	if known, ok := a.callers.on(arrived.conn); ok {
+		arrived.node, arrived.known = known.Node, known
+	} else if arrived.node, err = a.owner(arrived.conn.Local); err != nil {
+		return arrival{}, err
 	}
-	return conn, peerKey{node, conn.Remote.Addr(), conn.Local}, a.checkHost(r, node)
+	return arrived, a.checkHost(r, arrived.node)
 }
 
 func (a *Authenticator) waitUntilStarted(ctx context.Context) error {
@@ -163,10 +179,10 @@ func (a *Authenticator) owner(local netip.Addr) (*tailnet.Node, error) {
 	return node, nil
 }
 
-// lookUp returns the caller that the peer of key is, from an answer that was asked for
-// at since or later.
-func (a *Authenticator) lookUp(ctx context.Context, key peerKey, since time.Time) (*Caller, error) {
-	caller, err := a.callers.get(ctx, key, since)
+// ask asks the node who the peer is, unless another connection did a short while ago.
+func (a *Authenticator) ask(ctx context.Context, arrived arrival) (*Caller, error) {
+	key := arrived.key()
+	caller, err := a.callers.get(ctx, key, arrived.conn)
 	if err != nil {
 		return nil, key.refusal(err)
 	}
@@ -189,11 +205,12 @@ func (a *Authenticator) Identify(ctx context.Context, remote, local netip.Addr, 
 	if err != nil {
 		return nil, err
 	}
-	caller, err := a.lookUp(ctx, peerKey{node, remote, local}, since)
+	key := peerKey{node, remote, local}
+	answer, err := a.callers.since(ctx, key, since)
 	if err != nil {
-		return nil, err
+		return nil, key.refusal(err)
 	}
-	return caller.Identity, nil
+	return answer.value.Identity, nil
 }
 
 // Forget makes the next request of the peer at remote, on local, ask about it again.

@@ -53,12 +53,12 @@ var (
 // want fails t unless key's answer is want. asked after since.
 func want(t *testing.T, c *cache[string], key peerKey, since time.Time, want string) {
 	t.Helper()
-	got, err := c.get(t.Context(), key, since)
+	got, err := c.since(t.Context(), key, since)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got != want {
-		t.Errorf("got answer %s; want %s", got, want)
+	if got.value != want {
+		t.Errorf("got answer %s; want %s", got.value, want)
 	}
 }
 
@@ -91,7 +91,7 @@ func TestCache_QuestionFromBeforeConnectionIsNotUsed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := testCache(t, time.Second, &asker{takes: 100 * time.Millisecond})
 		first := time.Now()
-		go func() { _, _ = c.get(t.Context(), alice, first) }()
+		go func() { _, _ = c.since(t.Context(), alice, first) }()
 		time.Sleep(50 * time.Millisecond)
 		want(t, c, alice, time.Now(), "2")
 	})
@@ -114,7 +114,7 @@ func TestCache_ZeroTTLDoesNotShareQuestions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := testCache(t, 0, &asker{takes: 100 * time.Millisecond})
 		accepted := time.Now()
-		go func() { _, _ = c.get(t.Context(), alice, accepted) }()
+		go func() { _, _ = c.since(t.Context(), alice, accepted) }()
 		time.Sleep(50 * time.Millisecond)
 		want(t, c, alice, accepted, "2")
 	})
@@ -183,8 +183,8 @@ func TestCache_ExpiredAnswerIsNotUsedWhenAskingFails(t *testing.T) {
 		want(t, c, alice, accepted, "1")
 		time.Sleep(time.Second)
 		a.err = errors.New("no answer")
-		if got, err := c.get(t.Context(), alice, accepted); !errors.Is(err, a.err) {
-			t.Errorf("got answer %q, error %v; want error %v", got, err, a.err)
+		if got, err := c.since(t.Context(), alice, accepted); !errors.Is(err, a.err) {
+			t.Errorf("got answer %v, error %v; want error %v", got, err, a.err)
 		}
 	})
 }
@@ -199,8 +199,8 @@ func TestCache_ErrorReplacesAnswer(t *testing.T) {
 		time.Sleep(time.Millisecond)
 		a.err = errors.New("unknown")
 		for _, since := range []time.Time{time.Now(), first} {
-			if got, err := c.get(t.Context(), alice, since); !errors.Is(err, a.err) {
-				t.Errorf("got answer %q, error %v; want error %v", got, err, a.err)
+			if got, err := c.since(t.Context(), alice, since); !errors.Is(err, a.err) {
+				t.Errorf("got answer %v, error %v; want error %v", got, err, a.err)
 			}
 		}
 		a.err = nil
@@ -212,12 +212,12 @@ func TestCache_QuestionTimesOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := testCache(t, time.Second, &asker{takes: time.Hour})
 		began := time.Now()
-		go func() { _, _ = c.get(t.Context(), alice, began) }()
+		go func() { _, _ = c.since(t.Context(), alice, began) }()
 		time.Sleep(tailnet.WhoIsTimeout / 2)
 		// This one has to wait for the first before it can ask by itself.
 		asked := time.Now()
-		if got, err := c.get(t.Context(), alice, asked); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("got answer %q, error %v; want error %v", got, err, context.DeadlineExceeded)
+		if got, err := c.since(t.Context(), alice, asked); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got answer %v, error %v; want error %v", got, err, context.DeadlineExceeded)
 		}
 		if took := time.Since(asked); took > tailnet.WhoIsTimeout {
 			t.Errorf("it took %v; want at most %v", took, tailnet.WhoIsTimeout)
@@ -234,7 +234,7 @@ func TestCache_IsBounded(t *testing.T) {
 	key := alice
 	for range cacheSize + 100 {
 		key.remote = key.remote.Next()
-		if _, err := c.get(t.Context(), key, accepted); err != nil {
+		if _, err := c.since(t.Context(), key, accepted); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -243,7 +243,7 @@ func TestCache_IsBounded(t *testing.T) {
 	}
 }
 
-// What is forgotten is asked about anew, and only that.
+// Every other answer becomes stale too, which is simpler, and rare.
 func TestCache_ForgottenAnswerIsAskedForAgain(t *testing.T) {
 	asked := make(map[peerKey]int)
 	c, err := newCache(time.Hour, func(_ context.Context, key peerKey) (int, error) {
@@ -255,7 +255,7 @@ func TestCache_ForgottenAnswerIsAskedForAgain(t *testing.T) {
 	}
 	a, b := peerKey{remote: netip.MustParseAddr("100.64.0.2")}, peerKey{remote: netip.MustParseAddr("100.64.0.3")}
 	for _, key := range []peerKey{a, b, a, b} {
-		if _, err := c.get(t.Context(), key, time.Time{}); err != nil {
+		if _, err := c.since(t.Context(), key, time.Time{}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -263,19 +263,18 @@ func TestCache_ForgottenAnswerIsAskedForAgain(t *testing.T) {
 	known := make(map[peerKey]int)
 	c.all(func(key peerKey, value int) { known[key] = value })
 	if len(known) != 1 || known[b] != 1 {
-		t.Errorf("remembered are %v; want the other one's first answer", known)
+		t.Errorf("cached are %v; want the other peer's first answer", known)
 	}
 	for _, key := range []peerKey{a, b} {
-		if _, err := c.get(t.Context(), key, time.Time{}); err != nil {
+		if _, err := c.since(t.Context(), key, time.Time{}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if asked[a] != 2 || asked[b] != 1 {
-		t.Errorf("asked %d and %d times; want 2 and 1", asked[a], asked[b])
+	if asked[a] != 2 || asked[b] != 2 {
+		t.Errorf("asked %d and %d times; want 2 and 2", asked[a], asked[b])
 	}
 }
 
-// What was asked before a caller was forgotten is not known about it afterwards.
 func TestCache_ForgetDuringQuestionDiscardsAnswer(t *testing.T) {
 	asked, answers := make(chan bool), make(chan int)
 	c, err := newCache(time.Hour, func(context.Context, peerKey) (int, error) {
@@ -287,11 +286,11 @@ func TestCache_ForgetDuringQuestionDiscardsAnswer(t *testing.T) {
 	}
 	got := make(chan int)
 	get := func() {
-		value, err := c.get(t.Context(), peerKey{}, time.Time{})
+		a, err := c.since(t.Context(), peerKey{}, time.Time{})
 		if err != nil {
 			t.Error(err)
 		}
-		got <- value
+		got <- a.value
 	}
 	go get()
 	<-asked
@@ -300,7 +299,7 @@ func TestCache_ForgetDuringQuestionDiscardsAnswer(t *testing.T) {
 	select {
 	case <-asked: // anew
 	case <-time.After(10 * time.Second):
-		t.Fatal("who comes later waits for the answer that is under way")
+		t.Fatal("a later request waits for the earlier question")
 	}
 	answers <- 1
 	answers <- 1
@@ -312,9 +311,47 @@ func TestCache_ForgetDuringQuestionDiscardsAnswer(t *testing.T) {
 	c.forget(peerKey{})
 	answers <- 2
 	if value := <-got; value != 2 {
-		t.Errorf("who waits got %d; want 2", value)
+		t.Errorf("the request that waits got %d; want 2", value)
 	}
 	c.all(func(_ peerKey, value int) { t.Errorf("%d is remembered", value) })
+}
+
+// The answer on a connection is used until it is stale, whatever other handlers of the
+// server note there.
+func TestCache_AnswerOnConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, other := testCache(t, time.Second, new(asker)), testCache(t, time.Hour, new(asker))
+		conn := &tailnet.Conn{Accepted: time.Now()}
+		wantOn := func(c *cache[string], value string) {
+			t.Helper()
+			if got, ok := c.on(conn); ok != (value != "") || got != value {
+				t.Errorf("got answer %q, %v; want %q", got, ok, value)
+			}
+		}
+		wantOn(c, "")
+		get := func(c *cache[string]) {
+			t.Helper()
+			if _, err := c.get(t.Context(), alice, conn); err != nil {
+				t.Fatal(err)
+			}
+		}
+		get(c)
+		wantOn(c, "1")
+		wantOn(other, "")
+		time.Sleep(time.Second - time.Nanosecond)
+		wantOn(c, "1")
+		time.Sleep(time.Nanosecond)
+		wantOn(c, "")
+		get(c)
+		wantOn(c, "2")
+		c.forget(peerKey{}) // any peer
+		wantOn(c, "")
+		get(other)
+		wantOn(c, "")
+		wantOn(other, "1")
+		conn.Accepted = time.Now().Add(time.Second) // as if another peer had opened it
+		wantOn(other, "")
+	})
 }
 
 func TestCache_CountsHitsAndMisses(t *testing.T) {
@@ -324,7 +361,7 @@ func TestCache_CountsHitsAndMisses(t *testing.T) {
 	}
 	wasHits, wasMisses := testutil.ToFloat64(hits), testutil.ToFloat64(misses)
 	for range 3 {
-		if _, err := c.get(t.Context(), peerKey{}, time.Time{}); err != nil {
+		if _, err := c.since(t.Context(), peerKey{}, time.Time{}); err != nil {
 			t.Fatal(err)
 		}
 	}

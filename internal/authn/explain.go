@@ -38,11 +38,11 @@ func (a *Authenticator) Explain(r *http.Request) (*whoami.Facts, error) {
 			return nil, err
 		}
 	}
-	_, key, err := a.accepted(r)
+	arrived, err := a.accepted(r)
 	if err != nil {
 		return nil, err
 	}
-	return a.facts(r.Context(), key)
+	return a.facts(r.Context(), arrived.key())
 }
 
 // ExplainPeer returns what each of the server's nodes, and its configuration, says
