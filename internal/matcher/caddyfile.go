@@ -20,7 +20,7 @@ import (
 //	    class       ordinary|interactive|ambiguous...
 //	}
 //
-// At least one option has to be given. The values of one that is repeated add up.
+// At least one option has to be given. A repeated option adds its values.
 func (m *Matcher) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the matcher's name
 	if d.NextArg() {
@@ -42,7 +42,7 @@ func (m *Matcher) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		}
 		*options[i].values = append(*options[i].values, args...)
 	}
-	// Caddy puts a set's matchers of one name together.
+	// Caddy joins the segments of matchers with the same name in a set.
 	if d.Next() {
 		return d.Err("kubernetes is given twice: all have to match, so put the options into one block")
 	}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package matcher is the request matcher kubernetes, which tells requests apart by
-// what they ask of a Kubernetes API server.
+// Package matcher is the request matcher kubernetes, which matches requests by what they
+// ask of a Kubernetes API server.
 package matcher
 
 import (
@@ -17,71 +17,71 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/glob"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
 func init() {
 	caddy.RegisterModule(Matcher{})
 }
 
-// Matcher matches requests by what they ask of a Kubernetes API server, which it
-// finds out as the API server itself does, however the path is written.
+// Matcher matches requests by what they ask of a Kubernetes API server. It parses them
+// as the API server does, however the path is written.
 //
-// Every option that is given has to match; of an option's values, one. In values
-// of `group`, `resource`, `subresource`, `namespace` and `name`, `*` stands for any
-// characters, none included, and an empty value for having none. These five
-// concern requests for resources only: with any of them, requests such as those
-// for `/version` or for the description of the API do not match.
+// Every given option has to match, and an option matches if one of its values does. In
+// the values of `group`, `resource`, `subresource`, `namespace` and `name`, `*` stands
+// for any number of characters, including none, and an empty value matches only
+// requests that have no group, resource and so on. These five options never match
+// requests that are not for resources, such as those for `/version` or for API
+// discovery.
 //
-// A request whose path can be understood in more than one way is not one to decide
-// about. It is answered with 400, unless `class ambiguous` asks for just that.
+// A request whose path can be understood in more than one way is answered with 400,
+// whether it would match or not, unless the matcher has `class ambiguous`.
 //
-// `transport kubernetes` sends a request that was matched, or not, only if what it
-// sends asks for the same. Behind a `transport http` nothing does that: do not
-// rewrite the method or the URI there once the matcher has been asked.
+// After the matcher has decided about a request, `transport kubernetes` refuses to send
+// one that asks for something else. `transport http` does not check that: with it, do not
+// rewrite the method or the URI after the matcher.
 //
 // In expressions, the matcher takes the options as a map:
-// `kubernetes({"verb": ["get", "list"], "resource": "pods"})`. What a placeholder
-// in it stands for counts as a pattern.
+// `kubernetes({"verb": ["get", "list"], "resource": "pods"})`. The value of a
+// placeholder in it is used as a pattern.
 type Matcher struct {
-	// Verbs, as RBAC knows them: `get`, `list`, `watch`, `create`, `update`,
-	// `patch`, `delete` and `deletecollection`. Requests that are not for a
-	// resource have their method in lower case for a verb: `get`, `head`, `post`,
-	// `put`, `patch`, `delete` or `options`.
+	// Verbs, as in RBAC: `get`, `list`, `watch`, `create`, `update`, `patch`,
+	// `delete` and `deletecollection`. The verb of a request that is not for a
+	// resource is its method in lower case: `get`, `head`, `post`, `put`,
+	// `patch`, `delete` or `options`.
 	Verb []string `json:"verb,omitempty"`
 
 	// Patterns of API groups. The core group, which has Pods and Secrets, is
 	// empty: `""`, as in RBAC.
 	Group []string `json:"group,omitempty"`
 
-	// Patterns of resources, in the plural: `pods`. A resource's subresources are
-	// among it.
+	// Patterns of resources, in the plural: `pods`. A pattern matches requests for
+	// the resource's subresources as well.
 	Resource []string `json:"resource,omitempty"`
 
-	// Patterns of subresources: `log`. An empty one stands for requests that are
-	// for no subresource.
+	// Patterns of subresources: `log`. An empty one matches requests that are not
+	// for a subresource.
 	Subresource []string `json:"subresource,omitempty"`
 
-	// Patterns of namespaces. An empty one stands for requests that are for what
-	// is in no namespace, or for what is in all of them.
+	// Patterns of namespaces. An empty one matches requests for objects without a
+	// namespace, and requests for all namespaces.
 	Namespace []string `json:"namespace,omitempty"`
 
-	// Patterns of names. An empty one stands for requests that do not name a single
-	// object in their path or field selector, as lists and the creation of most
-	// objects do not.
+	// Patterns of names. An empty one matches requests that do not name a single
+	// object in their path or field selector, such as most lists and creations.
 	Name []string `json:"name,omitempty"`
 
-	// Classes, of which each request is in exactly one:
+	// Classes. Each request has exactly one:
 	//
-	// - `interactive` are requests that end in a shell or a tunnel: `exec`,
+	// - `interactive` are requests that open a shell or a tunnel: `exec`,
 	//   `attach`, `portforward` and `proxy` of any resource, writing
 	//   `ephemeralcontainers`, and every request for an upgraded connection
-	//   other than those of watches and logs.
-	// - `ambiguous` are those whose path holds empty segments, dot segments or
-	//   encoded slashes, other than behind a `proxy` subresource. Nothing else can
-	//   be said of them, so other options cannot be given with it.
+	//   except for watches and logs.
+	// - `ambiguous` are those whose path has empty segments, dot segments or
+	//   encoded slashes, other than after a `proxy` subresource. Nothing else is
+	//   certain about them, so it cannot be combined with other options.
 	// - `ordinary` are all others.
 	Class []string `json:"class,omitempty"`
 }
@@ -94,7 +94,7 @@ func (Matcher) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// option is one of a Matcher's.
+// option is an option of a Matcher.
 type option struct {
 	name   string
 	values *[]string
@@ -114,7 +114,7 @@ func (m *Matcher) options() []option {
 	}
 }
 
-// Validate returns an error if m can match no request, or says nothing.
+// Validate returns an error if m has no option, or a value that matches no request.
 func (m Matcher) Validate() error {
 	given := 0
 	for _, o := range m.options() {
@@ -140,7 +140,7 @@ func (m Matcher) Validate() error {
 	return nil
 }
 
-// oneOf returns a check for values that must be one of those.
+// oneOf returns a check that a value is one of values.
 func oneOf(values ...string) func(string) error {
 	return func(value string) error {
 		if !slices.Contains(values, value) {
@@ -150,8 +150,8 @@ func oneOf(values ...string) func(string) error {
 	}
 }
 
-// checkPattern returns an error if p matches nothing of which the API server has
-// the names under control.
+// checkPattern returns an error if p matches no name that the API server allows for
+// groups, resources, subresources and namespaces.
 func checkPattern(p string) error {
 	if strings.ToLower(p) != p {
 		return errors.New("is always in lower case, so it matches nothing")
@@ -159,7 +159,7 @@ func checkPattern(p string) error {
 	return checkSegment(p)
 }
 
-// checkSegment returns an error if p matches no segment of a path.
+// checkSegment returns an error if p matches no path segment.
 func checkSegment(p string) error {
 	if strings.Contains(p, "/") {
 		return errors.New("holds no slash, so it matches nothing; resource and subresource are options of their own")
@@ -170,9 +170,8 @@ func checkSegment(p string) error {
 	return nil
 }
 
-// MatchWithError reports whether r matches. An error is the answer to a request
-// about which nothing can be decided: one that does not match would be let through
-// by a `not`.
+// MatchWithError reports whether r matches. It returns an error for an ambiguous request,
+// because a `not` would let one through that does not match.
 func (m Matcher) MatchWithError(r *http.Request) (bool, error) {
 	info := pin.On(r)
 	if info.Ambiguous && !m.wantsAmbiguous() {
@@ -209,7 +208,7 @@ func (m Matcher) matches(i requestinfo.Info) bool {
 	return true
 }
 
-// CELLibrary produces options that expose this matcher for use in CEL expressions.
+// CELLibrary makes the matcher available in CEL expressions.
 //
 // Example:
 //

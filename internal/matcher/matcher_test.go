@@ -16,19 +16,19 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/matcher"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 )
 
-// newRequest returns the request of a line like "GET /api", as Caddy's server
-// makes it.
+// newRequest returns the request for a line like "GET /api", as Caddy's server prepares
+// it.
 func newRequest(line string) *http.Request {
 	method, target, _ := strings.Cut(line, " ")
 	r := httptest.NewRequest(method, target, nil)
 	return caddyhttp.PrepareRequest(r, caddy.NewReplacer(), httptest.NewRecorder(), nil)
 }
 
-// row is a matcher's options, as JSON, and requests that match and that do not.
+// row has the options of a matcher as JSON, and requests that match (yes) or do not (no).
 type row struct {
 	options string
 	yes, no []string
@@ -77,7 +77,7 @@ var table = []row{
 	{`{"class": ["ambiguous", "interactive"]}`,
 		[]string{"GET /api//v1/pods", "GET /api/v1/namespaces/a/pods/p/exec"},
 		[]string{"GET /api/v1/pods"}},
-	// All options have to match.
+	// Every option has to match.
 	{`{"verb": ["get"], "group": [""], "resource": ["pods"], "subresource": [""], "namespace": ["a"], "name": ["p"], "class": ["ordinary"]}`,
 		[]string{"GET /api/v1/namespaces/a/pods/p"},
 		[]string{
@@ -98,8 +98,8 @@ func TestMatch(t *testing.T) {
 	}
 }
 
-// The expression is the same options, as a map.
-func TestMatchInExpressions(t *testing.T) {
+// An expression has the same options, as a map.
+func TestMatch_Expression(t *testing.T) {
 	for _, tt := range table {
 		t.Run(tt.options, func(t *testing.T) {
 			tt.check(t, expression(t, "kubernetes("+tt.options+")"))
@@ -143,9 +143,8 @@ func newExpression(text string) (caddyhttp.RequestMatcherWithError, error) {
 	return m, m.Provision(ctx)
 }
 
-// Neither a matcher nor its negation lets a request through about which nothing
-// can be decided.
-func TestAmbiguousRequestsAreErrors(t *testing.T) {
+// Neither a matcher nor its negation lets an ambiguous request through.
+func TestMatch_AmbiguousIsAnError(t *testing.T) {
 	matchers := map[string]caddyhttp.RequestMatcherWithError{
 		"matcher":            matcher.Matcher{Verb: []string{"get", "list"}},
 		"ordinary":           matcher.Matcher{Class: []string{"ordinary"}},
@@ -163,17 +162,17 @@ func TestAmbiguousRequestsAreErrors(t *testing.T) {
 				t.Errorf("got %v, %v; want no match and a Status with the code 400", got, err)
 			}
 			if pin.Check(r) == nil {
-				t.Error("whoever ignores the error can send the request")
+				t.Error("the request can be sent if the error is ignored")
 			}
 		})
 	}
 	var handlerError caddyhttp.HandlerError
 	if _, err := matchers["matcher"].MatchWithError(newRequest("GET /api/./v1")); !errors.As(err, &handlerError) || handlerError.StatusCode != http.StatusBadRequest {
-		t.Errorf("got error %v; want one that Caddy answers with 400", err)
+		t.Errorf("got error %v; want one that makes Caddy answer 400", err)
 	}
 }
 
-func TestADecisionIsHeldToWhatIsSent(t *testing.T) {
+func TestMatch_OtherRequestCannotBeSent(t *testing.T) {
 	for name, m := range map[string]caddyhttp.RequestMatcherWithError{
 		"a match":    matcher.Matcher{Verb: []string{"list"}},
 		"no match":   matcher.Matcher{Verb: []string{"delete"}},
@@ -188,7 +187,7 @@ func TestADecisionIsHeldToWhatIsSent(t *testing.T) {
 		}
 		r.Method = http.MethodDelete
 		if pin.Check(r) == nil {
-			t.Errorf("%s: something else can be sent", name)
+			t.Errorf("%s: another request can be sent", name)
 		}
 	}
 }
@@ -224,7 +223,7 @@ func TestValidate(t *testing.T) {
 		})
 	}
 	if _, err := newExpression(`kubernetes({"verbs": "get"})`); err == nil || !strings.Contains(err.Error(), `unknown option "verbs"`) {
-		t.Errorf("got error %v; want the unknown option to be named", err)
+		t.Errorf("got error %v; want one that names the unknown option", err)
 	}
 	if _, err := newExpression(`kubernetes({"verb": 1})`); err == nil {
 		t.Error("got no error for a verb that is a number")

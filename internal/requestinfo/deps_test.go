@@ -9,9 +9,9 @@ import (
 	"tailscale.com/tstest/deptest"
 )
 
-func TestDependsOnTheParserAndLittleElse(t *testing.T) {
-	const why = "what a request asks for follows from the request alone; " +
-		"and of the API server's code, what users build is the parser and not the server"
+func TestDependencies(t *testing.T) {
+	const why = "what a request asks for depends on the request alone, " +
+		"and users should build the API server's parser but not the server"
 	parser := false
 	deptest.DepChecker{
 		OnDep: func(dep string) {

@@ -12,8 +12,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
-// FuzzParse checks what has to hold of every path that is not ambiguous: that it
-// is what every program on the way takes it for, however it is written.
+// FuzzParse checks that every program on the way interprets a path in the same way if
+// that is not ambiguous, however it is written.
 func FuzzParse(f *testing.F) {
 	for _, target := range []string{
 		"/", "//", "/version", "/api/v1/pods?watch=1&fieldSelector=metadata.name%3Dp",
@@ -40,28 +40,27 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 
-		// As a client sends it that leaves out what need not be encoded, and as
-		// it arrives behind a proxy.
+		// As sent by a client that encodes only what it must, and as forwarded by a
+		// proxy.
 		if other := parse(&url.URL{Path: u.Path, RawQuery: u.RawQuery}); other != got {
 			t.Errorf("got %+v; decoded and encoded again %+v", got, other)
 		}
 		sent, err := url.ParseRequestURI(u.RequestURI())
 		if err != nil {
-			t.Fatalf("sent on, it is no URL: %v", err)
+			t.Fatalf("forwarded, it is no URL: %v", err)
 		}
 		if other := parse(sent); other != got {
-			t.Errorf("got %+v; sent on %+v", got, other)
+			t.Errorf("got %+v; forwarded %+v", got, other)
 		}
 
-		// With a slash at its end it is the same.
+		// A slash at its end makes no difference.
 		other := parse(&url.URL{Path: u.Path + "/", RawPath: u.EscapedPath() + "/", RawQuery: u.RawQuery})
 		other.Path = got.Path
 		if other != got {
 			t.Errorf("got %+v; with a slash at its end %+v", got, other)
 		}
 
-		// No program that tidies paths up makes another one of it, but for what is
-		// behind a proxy subresource.
+		// Cleaning the path does not change it, except after a proxy subresource.
 		if got.Subresource == "proxy" {
 			if got.Class() != requestinfo.Interactive {
 				t.Errorf("got class %s of a proxy subresource", got.Class())
@@ -70,10 +69,10 @@ func FuzzParse(f *testing.F) {
 		}
 		trimmed := "/" + strings.Trim(got.Path, "/")
 		if cleaned := path.Clean(got.Path); cleaned != trimmed {
-			t.Errorf("%q is not ambiguous, and can be taken for %q", got.Path, cleaned)
+			t.Errorf("%q is not ambiguous, but cleaned it is %q", got.Path, cleaned)
 		}
 		if strings.Contains(strings.ToLower(u.EscapedPath()), "%2f") {
-			t.Errorf("%q is not ambiguous, and holds an encoded slash", u.EscapedPath())
+			t.Errorf("%q is not ambiguous, but has an encoded slash", u.EscapedPath())
 		}
 	})
 }

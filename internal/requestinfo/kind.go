@@ -29,9 +29,8 @@ var kindNames = [Kinds]string{"short", "watch", "log", "exec", "attach", "portfo
 
 func (k Kind) String() string { return kindNames[k] }
 
-// KindOf guesses the kind of r from how kubectl and client-go spell it. [Parse] costs
-// too much for every request, most of which end before anybody looks. Use the guess for
-// display only.
+// KindOf guesses the kind of r from the way kubectl and client-go spell it. It is for
+// display only: [Parse] would cost too much for every request, as few are ever displayed.
 func KindOf(r *http.Request) Kind {
 	query := r.URL.RawQuery
 	if query != "" && (strings.Contains(query, "watch=true") || strings.Contains(query, "watch=1")) {
@@ -56,11 +55,11 @@ func KindOf(r *http.Request) Kind {
 	return Upgrade
 }
 
-// Kind returns the kind of the request, however it is spelled. Every interactive
-// request is Exec, Attach or PortForward of a pod, or else Upgrade, except for one that
-// adds an ephemeral container: that is Short, as the session in the container is a
-// request of its own. Log does not imply that the log is followed. The kind of an
-// ambiguous request is not to be relied on.
+// Kind returns the kind of the request, however it is spelled. An interactive request is
+// Exec, Attach or PortForward if it is for a pod, and otherwise Upgrade, except for one
+// that adds an ephemeral container: that is Short, as the session in the container is a
+// request of its own. A Log need not be followed. The kind of an ambiguous request is not
+// to be relied on.
 func (i Info) Kind() Kind {
 	switch {
 	case i.Interactive && i.isPod():

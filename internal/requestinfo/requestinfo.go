@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package apirequest says what an HTTP request asks of a Kubernetes API server.
+// Package requestinfo determines what an HTTP request asks of a Kubernetes API server.
 //
-// Whoever decides by that has to see what the API server will see, and there are
-// many ways to write one path: "%65xec" is exec, and "secrets%2Fname" is a Secret.
-// So the parser is the API server's own, applied to the decoded path as the API
-// server does. What is left are paths that programs on the way understand in
-// different ways. They are ambiguous: nobody has a use for them, and whoever
-// has to decide about one had better refuse it.
+// A decision that depends on that has to see what the API server will see, and there are
+// many ways to write one path: "%65xec" is exec, and "secrets%2Fname" is a Secret. So the
+// parser is the API server's own, applied to the decoded path as the API server does.
+// Some paths remain that programs on the way interpret differently. They are ambiguous:
+// no client needs them, and anything that has to decide about one should refuse it.
 //
-// The package knows nothing of Caddy, of the caller, or of what is allowed.
+// The package depends neither on Caddy, nor on the caller or on what is allowed.
 package requestinfo
 
 import (
@@ -24,13 +23,12 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
 
-// Info is what a request asks for. Two requests ask for the same if their Info is
-// equal.
+// Info is what a request asks for. Two requests with equal Infos ask for the same.
 type Info struct {
 	// Verb is what RBAC calls a verb: get, list, watch, create, update, patch,
 	// delete, deletecollection, and proxy for a path that starts like
-	// /api/v1/proxy/. Of a request that is not for a resource, it is the HTTP
-	// method in lower case. Of a request for a resource with a method that the
+	// /api/v1/proxy/. For a request that is not for a resource, it is the HTTP
+	// method in lower case. For a request for a resource with a method that the
 	// API server does not know, it is empty.
 	Verb string
 	// APIGroup is empty for the core group.
@@ -38,43 +36,42 @@ type Info struct {
 	APIVersion  string
 	Resource    string
 	Subresource string
-	// Namespace is empty for what is in none, and for requests that are about
-	// all of them. A namespace is in itself.
+	// Namespace is empty for objects without a namespace, and for requests for all
+	// namespaces. A Namespace object counts as being in itself.
 	Namespace string
 	// Name is empty if the request names no single object. A list or watch with
-	// a field selector for metadata.name does name one.
+	// a field selector for metadata.name names one.
 	Name string
 	// Path is the decoded path.
 	Path string
 	// IsResourceRequest reports whether the request is for a resource of the API,
-	// and not for something like /version or the description of the API.
+	// rather than for something like /version or API discovery.
 	IsResourceRequest bool
 
-	// Interactive reports whether the request ends in a shell or a tunnel, so
-	// that the requests which matter are those that follow on the same
-	// connection, or are made by whatever is at its other end: exec, attach,
-	// portforward and proxy of any resource, writing ephemeralcontainers, and
-	// every upgraded connection but that of a watch or a log.
+	// Interactive reports whether the request opens a shell or a tunnel, whose
+	// traffic the API server does not authorize: exec, attach, portforward and
+	// proxy of any resource, writing ephemeralcontainers, and every upgraded
+	// connection except for watches and logs.
 	//
-	// An API server that was added to the cluster (an aggregated API) can give
-	// out shells in other ways, which nobody can tell from the request.
+	// An aggregated API server can open shells in other ways, which cannot be
+	// recognized from the request.
 	Interactive bool
-	// Ambiguous reports whether the path holds empty segments, dot segments or
-	// encoded slashes, other than in what follows a proxy subresource, or is none
-	// that the API server can make sense of. Slashes at its end are ordinary.
-	// The other fields say what the API server would make of it, and are not to
-	// be relied on.
+	// Ambiguous reports whether the path has empty segments, dot segments or
+	// encoded slashes, other than after a proxy subresource, or whether the API
+	// server cannot parse it. Slashes at its end are ordinary. The other fields
+	// are the API server's interpretation of the path, and are not to be relied
+	// on.
 	Ambiguous bool
 }
 
-// Class sorts requests by what can be said about them.
+// Class is the class of a request in the config of the matcher.
 type Class string
 
-// The classes. Each request is in exactly one.
+// The classes. Each request has exactly one.
 const (
 	Ordinary    Class = "ordinary"
 	Interactive Class = "interactive"
-	Ambiguous   Class = "ambiguous" // whatever else it may be
+	Ambiguous   Class = "ambiguous" // even if it is interactive as well
 )
 
 // Class returns the class of the request.
@@ -88,7 +85,7 @@ func (i Info) Class() Class {
 	return Ordinary
 }
 
-// String describes the request in a few words.
+// String returns the verb, the path and the class.
 func (i Info) String() string { return fmt.Sprintf("%s %q (%s)", i.Verb, i.Path, i.Class()) }
 
 // resolver is configured as every kube-apiserver's is.
@@ -100,7 +97,7 @@ var resolver = request.RequestInfoFactory{
 // Parse returns what r asks for. It looks at the method, the URL, and whether the
 // headers ask for an upgrade of the connection.
 func Parse(r *http.Request) Info {
-	// The resolver's errors are about paths that lack what they announce.
+	// The resolver returns an error if the path ends early.
 	parsed, err := resolver.NewRequestInfo(r)
 	info := Info{
 		Verb:              parsed.Verb,
@@ -118,16 +115,16 @@ func Parse(r *http.Request) Info {
 	return info
 }
 
-// Detailed returns what the API server's parser says about r, as it is, and even
-// if the path is ambiguous. Only events need that much.
+// Detailed returns the whole result of the API server's parser, even if the path is
+// ambiguous. Only events need that much.
 func Detailed(r *http.Request) *request.RequestInfo {
 	parsed, _ := resolver.NewRequestInfo(r)
 	return parsed
 }
 
-// PassesOn reports whether what the API server gets with the request, a body for one,
-// is not for itself, but for a process or an application behind it. Whether an upgrade
-// is asked for does not count: the API server may not care for it.
+// PassesOn reports whether the API server passes the request's body on to a process or
+// an application. It does not depend on whether the request asks for an upgrade, as the
+// API server may ignore that.
 func (i Info) PassesOn() bool {
 	if !i.IsResourceRequest {
 		return false
@@ -139,8 +136,8 @@ func (i Info) PassesOn() bool {
 	return i.Verb == "proxy"
 }
 
-// isInteractive reports whether a request ends in a shell or a tunnel. upgrades is
-// whether it asks for an upgrade of the connection.
+// isInteractive reports whether a request opens a shell or a tunnel. upgrades says whether
+// it asks for an upgrade of the connection.
 func isInteractive(i Info, upgrades bool) bool {
 	if i.PassesOn() {
 		return true
@@ -150,23 +147,23 @@ func isInteractive(i Info, upgrades bool) bool {
 		case i.Subresource == "ephemeralcontainers" && i.Verb != "get":
 			return true
 		case i.Verb == "watch" && i.Subresource == "", i.isPod() && i.Subresource == "log":
-			// These stream one way, over a WebSocket to a browser.
+			// These stream in one direction, to a browser over a WebSocket.
 			return false
 		}
 	}
-	// The consoles of virtual machines, for one.
+	// For example, the console of a virtual machine.
 	return upgrades
 }
 
-// IsPath reports whether u asks for a path, as every request to an API server does.
-// A request line can hold other things, which are sent on as they are: past all that
-// looks at paths, and without the prefix that a cluster has.
+// IsPath reports whether u is for a path, as every request to an API server is. A request
+// line can contain other targets, which are forwarded unchanged: without the path prefix
+// of a cluster, and unseen by anything that examines paths.
 func IsPath(u *url.URL) bool {
 	return u.Opaque == "" && (u.Path == "" || u.Path[0] == '/')
 }
 
-// HasDotSegments reports whether u's path has segments that lead elsewhere where
-// paths are cleaned, however they are written.
+// HasDotSegments reports whether u's path has dot segments, encoded or not. A server that
+// cleans paths would resolve them.
 func HasDotSegments(u *url.URL) bool {
 	for segment := range strings.SplitSeq(u.Path, "/") {
 		if segment == "." || segment == ".." {
@@ -176,17 +173,16 @@ func HasDotSegments(u *url.URL) bool {
 	return false
 }
 
-// isAmbiguous reports whether u is a way of writing a path that is not understood
-// in the same way by everybody.
+// isAmbiguous reports whether programs interpret u differently.
 func isAmbiguous(u *url.URL) bool {
-	// Opaque is sent in place of a path.
+	// Opaque is sent instead of the path.
 	if u.Opaque != "" || !strings.HasPrefix(u.Path, "/") {
 		return true
 	}
 	if isPlain(u) {
 		return false
 	}
-	// As it is sent, cut where slashes are written as such.
+	// Segments of the path as it is sent, in which encoded slashes do not separate.
 	rest := strings.TrimRight(u.EscapedPath(), "/")
 	end := 0
 	for end < len(rest) {
@@ -199,21 +195,20 @@ func isAmbiguous(u *url.URL) bool {
 	return false
 }
 
-// isPlain reports whether u's path holds nothing that isAmbiguous would have to
-// look at more closely, as is the case for nearly all.
+// isPlain reports whether u's path is unambiguous without a look at each segment. Nearly
+// all paths are plain.
 func isPlain(u *url.URL) bool {
 	return u.RawPath == "" && !strings.Contains(u.Path, "//") && !strings.Contains(u.Path, "/.")
 }
 
-// isOdd reports whether a decoded segment of a path is empty, a dot segment, or
-// holds a slash.
+// isOdd reports whether a decoded segment of a path is empty, is a dot segment, or
+// contains a slash.
 func isOdd(segment string) bool {
 	return segment == "" || segment == "." || segment == ".." || strings.Contains(segment, "/")
 }
 
-// isProxied reports whether all that follows the path prefix, of which no segment
-// is odd, is not the API server's to interpret, as it is passed on to what a proxy
-// subresource stands for.
+// isProxied reports whether the API server passes on everything after prefix, which has
+// no odd segment, because prefix is the path of a proxy subresource.
 func isProxied(prefix string) bool {
 	path, err := url.PathUnescape(prefix)
 	if err != nil {

@@ -13,8 +13,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
-// read returns the request that a server makes of the request line and the header
-// lines.
+// read parses a request line and header lines as a server does.
 func read(t *testing.T, line string, headers ...string) *http.Request {
 	t.Helper()
 	raw := line + " HTTP/1.1\r\nHost: k8s\r\n" + strings.Join(append(headers, ""), "\r\n") + "\r\n"
@@ -53,7 +52,7 @@ func TestParse(t *testing.T) {
 		{"DELETE /api/v1/namespaces/a/pods", requestinfo.Info{
 			Verb: "deletecollection", APIVersion: "v1", Resource: "pods", Namespace: "a", Path: "/api/v1/namespaces/a/pods", IsResourceRequest: true,
 		}},
-		// The API server answers it with 405, whatever it is for.
+		// The API server answers this method with 405.
 		{"PROPFIND /api/v1/pods", requestinfo.Info{
 			APIVersion: "v1", Resource: "pods", Path: "/api/v1/pods", IsResourceRequest: true,
 		}},
@@ -88,7 +87,7 @@ func TestClass(t *testing.T) {
 		headers []string
 		want    requestinfo.Class
 	}{
-		// All that ends in a shell or a tunnel, whatever the method.
+		// Shells and tunnels, with any method.
 		{"POST " + pod + "/exec?command=sh", nil, interactive},
 		{"GET " + pod + "/exec", nil, interactive},
 		{"GET " + pod + "/%65xec", nil, interactive},
@@ -105,7 +104,7 @@ func TestClass(t *testing.T) {
 		{"PATCH " + pod + "/ephemeralcontainers", nil, interactive},
 		{"PUT " + pod + "/ephemeralcontainers", nil, interactive},
 		{"GET " + pod + "/ephemeralcontainers", nil, ordinary},
-		// Of other APIs than Kubernetes' own.
+		// APIs other than Kubernetes' own.
 		{"GET /apis/example.com/v1/namespaces/a/machines/m/proxy/x", nil, interactive},
 		{"GET /apis/subresources.kubevirt.io/v1/namespaces/a/virtualmachineinstances/m/console", upgrade, interactive},
 		{"GET /apis/subresources.kubevirt.io/v1/namespaces/a/virtualmachineinstances/m/console", nil, ordinary},
@@ -113,19 +112,19 @@ func TestClass(t *testing.T) {
 		{"GET " + pod, upgrade, interactive},
 		{"GET " + pod, []string{"Connection: upgrade"}, ordinary},
 		{"GET " + pod, []string{"Upgrade: websocket"}, ordinary},
-		// reverse_proxy goes by the first, and does not pass on one that is empty.
+		// reverse_proxy uses the first value, and does not pass on an empty one.
 		{"POST " + pod, []string{"Connection: upgrade", "Upgrade:"}, ordinary},
 		{"POST " + pod, []string{"Connection: upgrade", "Upgrade:", "Upgrade: websocket"}, ordinary},
-		// What browsers stream.
+		// Browsers stream these.
 		{"GET /api/v1/pods?watch=true", upgrade, ordinary},
 		{"GET " + pod + "/log?follow=true", upgrade, ordinary},
 		{"GET /apis/example.com/v1/namespaces/a/pods/p/log", upgrade, interactive},
 		{"GET /api/v1/namespaces/a/services/s/log", upgrade, interactive},
-		// What is called as those are, and may be anything.
+		// These only have the same names.
 		{"GET /api/v1/watch/namespaces/a/pods/p/console", upgrade, interactive},
 		{"GET /apis/subresources.kubevirt.io/v1/namespaces/a/virtualmachineinstances/m/log", upgrade, interactive},
 
-		// What is no pod's exec.
+		// Paths that only resemble the above.
 		{"GET /api/v1/namespaces/a/pods/exec", nil, ordinary},
 		{"GET /api/v1/namespaces/proxy/configmaps/proxy", nil, ordinary},
 		{"GET " + pod + "/EXEC", nil, ordinary},
@@ -140,7 +139,7 @@ func TestClass(t *testing.T) {
 		{"GET /api/v1/pods//", nil, ordinary},
 		{"GET //", nil, ordinary},
 
-		// What follows a proxy subresource is for whatever it leads to.
+		// The API server does not interpret what follows a proxy subresource.
 		{"GET " + pod + "/proxy//a/./b/../c%2Fd%2f", nil, interactive},
 		{"GET " + pod + "/prox%79/%2e%2e/x", nil, interactive},
 
@@ -162,10 +161,10 @@ func TestClass(t *testing.T) {
 		{"GET /api/v1/namespaces/./pods/p/proxy/x", nil, ambiguous},
 		{"GET /api/v1/namespaces/a/configmaps/proxy//x", nil, ambiguous},
 		{"GET /api/v1/proxy/nodes/n//x", nil, ambiguous},
-		// Nothing that the API server understands.
+		// The API server cannot parse these.
 		{"GET /api/v1/watch", nil, ambiguous},
 		{"GET /api/v1/proxy/", nil, ambiguous},
-		// No path at all: what follows the colon is sent in its place.
+		// Not a path: what follows the colon is sent instead of one.
 		{"GET x:api/v1/pods", nil, ambiguous},
 		{"OPTIONS *", nil, ambiguous},
 	}
@@ -178,8 +177,8 @@ func TestClass(t *testing.T) {
 	}
 }
 
-// A path beside it is what everybody else looks at.
-func TestAnOpaqueURLIsAmbiguous(t *testing.T) {
+// Other code reads Path, but net/http sends Opaque.
+func TestClass_OpaqueURLIsAmbiguous(t *testing.T) {
 	r := read(t, "GET /api/v1/pods")
 	r.URL.Opaque = "/api/v1/secrets"
 	if got := requestinfo.Parse(r).Class(); got != requestinfo.Ambiguous {

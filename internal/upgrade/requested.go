@@ -17,11 +17,10 @@ func Requested(h http.Header) bool {
 	return len(protocols) > 0 && protocols[0] != "" && InConnection(h["Connection"])
 }
 
-// Protocols returns every protocol that the headers h of a request offer to upgrade
-// the connection to, and whether they ask for an upgrade. It accepts header names in
-// any letter case, for callers that must not miss an upgrade: config can set headers
-// that net/http would spell otherwise. requested with no protocols is possible, and a
-// malformed request.
+// Protocols returns every protocol that the headers h of a request offer for an upgrade of
+// the connection, and whether h asks for an upgrade. Unlike [Requested], it accepts header
+// names in any letter case, and an upgrade to no protocol, for callers that must not miss
+// one: other handlers can put header names into h that net/http would spell otherwise.
 func Protocols(h http.Header) (protocols []string, requested bool) {
 	for name, values := range h {
 		switch {

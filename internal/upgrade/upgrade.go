@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package upgrade holds the two sides of a connection whose protocol has been
-// switched: the client's and the API server's.
+// Package upgrade recognizes requests for an upgrade of the connection, and wraps the
+// two sides of an upgraded connection: the client's and the API server's.
 //
 // When a config is reloaded, or its stream_close_delay is over, Caddy closes these
-// one after the other, and over a WebSocket it says so first. While it waited for a
-// client or a pod that does not read, it would hold up the reload, and keep every
-// other session from ending. So nothing more is said on a side on which something is
-// being written already.
+// connections one after the other, and sends a close frame first if it is a WebSocket. A
+// client or a pod that does not read would block that write, and with it the reload and
+// the end of every other session. So a write fails while another one is in progress on
+// the same side.
 package upgrade
 
 import (
@@ -19,10 +19,10 @@ import (
 	"sync"
 )
 
-// ErrBusy is returned to whoever would write while another does.
+// ErrBusy is the error of a write while another one is in progress.
 var ErrBusy = errors.New("something else is being written")
 
-// writer is what one goroutine at a time writes to. Others need not wait.
+// writer lets one goroutine at a time write, without making others wait.
 type writer struct {
 	io.Writer
 	mu sync.Mutex
@@ -37,8 +37,8 @@ func (w *writer) Write(p []byte) (int, error) {
 	return w.Writer.Write(p)
 }
 
-// CloseWrite says on conn that nothing more will be written. It returns
-// [errors.ErrUnsupported] if conn cannot be closed in one direction.
+// CloseWrite closes conn for writing. It returns [errors.ErrUnsupported] if conn cannot
+// be closed in one direction.
 func CloseWrite(conn any) error {
 	if half, ok := conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
@@ -55,7 +55,7 @@ type clientConn struct {
 // Write implements [net.Conn].
 func (c *clientConn) Write(p []byte) (int, error) { return c.out.Write(p) }
 
-// CloseWrite says that nothing more will be written.
+// CloseWrite closes c for writing.
 func (c *clientConn) CloseWrite() error { return CloseWrite(c.Conn) }
 
 // serverConn is the API server's side.
@@ -67,19 +67,19 @@ type serverConn struct {
 // Write implements [io.Writer].
 func (c *serverConn) Write(p []byte) (int, error) { return c.out.Write(p) }
 
-// CloseWrite says that nothing more will be written.
+// CloseWrite closes c for writing.
 func (c *serverConn) CloseWrite() error { return CloseWrite(c.ReadWriteCloser) }
 
-// Server makes the body of resp, which switches protocols, one that nobody waits for
-// while another writes to it. Other answers stay as they are.
+// Server wraps the body of resp, if resp switches protocols, in a connection whose writes
+// never wait for one another. It does not change other responses.
 func Server(resp *http.Response) {
 	if conn, ok := resp.Body.(io.ReadWriteCloser); ok && resp.StatusCode == http.StatusSwitchingProtocols {
 		resp.Body = &serverConn{ReadWriteCloser: conn, out: writer{Writer: conn}}
 	}
 }
 
-// Client returns w for the handlers that follow. When one of them takes over the
-// connection, it is given one that nobody waits for while another writes to it.
+// Client returns w for the next handlers. A handler that hijacks the connection gets one
+// whose writes never wait for one another.
 func Client(w http.ResponseWriter) http.ResponseWriter { return &responseWriter{w} }
 
 type responseWriter struct{ http.ResponseWriter }

@@ -14,7 +14,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
 
-// stalled is a connection on which nothing that is written arrives.
+// stalled is a connection whose writes block until it is closed.
 type stalled struct {
 	net.Conn
 	begun, over chan struct{}
@@ -39,7 +39,7 @@ var errHalf = errors.New("closed for writing")
 
 func (half) CloseWrite() error { return errHalf }
 
-// hijacked gives conn away.
+// hijacked returns conn when it is hijacked.
 type hijacked struct {
 	http.ResponseWriter
 	conn net.Conn
@@ -47,7 +47,7 @@ type hijacked struct {
 
 func (h hijacked) Hijack() (net.Conn, *bufio.ReadWriter, error) { return h.conn, nil, nil }
 
-// sides returns conn as each of the two sides of a connection.
+// sides returns conn wrapped as each side of an upgraded connection.
 func sides(t *testing.T, conn net.Conn) map[string]io.ReadWriteCloser {
 	t.Helper()
 	resp := &http.Response{StatusCode: http.StatusSwitchingProtocols, Body: conn}
@@ -59,7 +59,7 @@ func sides(t *testing.T, conn net.Conn) map[string]io.ReadWriteCloser {
 	return map[string]io.ReadWriteCloser{"client": client, "server": resp.Body.(io.ReadWriteCloser)}
 }
 
-func TestNobodyWaitsForAnotherToWrite(t *testing.T) {
+func TestWrite_FailsWhileAnotherIsInProgress(t *testing.T) {
 	for _, side := range []string{"client", "server"} {
 		conn := newStalled()
 		c := sides(t, conn)[side]
@@ -81,7 +81,7 @@ func TestNobodyWaitsForAnotherToWrite(t *testing.T) {
 	}
 }
 
-func TestOneDirectionIsClosedWhereThatCanBe(t *testing.T) {
+func TestCloseWrite(t *testing.T) {
 	for conn, want := range map[net.Conn]error{newStalled(): errors.ErrUnsupported, half{newStalled()}: errHalf} {
 		for side, c := range sides(t, conn) {
 			if err := c.(interface{ CloseWrite() error }).CloseWrite(); !errors.Is(err, want) {
@@ -91,7 +91,7 @@ func TestOneDirectionIsClosedWhereThatCanBe(t *testing.T) {
 	}
 }
 
-func TestOtherAnswersStayAsTheyAre(t *testing.T) {
+func TestServer_LeavesOtherResponses(t *testing.T) {
 	conn := newStalled()
 	resp := &http.Response{StatusCode: http.StatusOK, Body: conn}
 	upgrade.Server(resp)
@@ -99,6 +99,6 @@ func TestOtherAnswersStayAsTheyAre(t *testing.T) {
 		t.Errorf("got the body %T", resp.Body)
 	}
 	if _, _, err := http.NewResponseController(upgrade.Client(httptest.NewRecorder())).Hijack(); err == nil {
-		t.Error("a connection that cannot be taken over was")
+		t.Error("got no error from hijacking a connection that cannot be hijacked")
 	}
 }
