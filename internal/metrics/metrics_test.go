@@ -3,11 +3,13 @@
 package metrics_test
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate" // creates every metric of the process
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 )
 
@@ -80,5 +82,35 @@ func TestRegister_FurtherCollectors(t *testing.T) {
 		t.Errorf("got %v; want the further metric as well as the process's", got)
 	} else if _, ok := got["further{}"]; !ok {
 		t.Errorf("got %v; want further", got)
+	}
+}
+
+// Labels have few values, and name no user, group or device.
+func TestRegister_Labels(t *testing.T) {
+	registry := prometheus.NewPedanticRegistry()
+	metrics.Register(registry)
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	plugin := 0
+	for _, family := range families {
+		if strings.HasPrefix(family.GetName(), "caddy_tailscale_impersonate_test_") {
+			continue
+		}
+		plugin++
+		if !strings.HasPrefix(family.GetName(), "caddy_tailscale_impersonate_") {
+			t.Errorf("metric %s does not have the plugin's prefix", family.GetName())
+		}
+		for _, m := range family.GetMetric() {
+			for _, label := range m.GetLabel() {
+				if allowed := []string{"outcome", "source", "reason", "result"}; !slices.Contains(allowed, label.GetName()) {
+					t.Errorf("%s has the label %s; want one of %v", family.GetName(), label.GetName(), allowed)
+				}
+			}
+		}
+	}
+	if plugin != 7 {
+		t.Errorf("got %d metrics; want 7", plugin)
 	}
 }
