@@ -162,7 +162,7 @@ func TestCache_QuestionOutlivesFirstRequest(t *testing.T) {
 			cancel()
 		}()
 		go func() {
-			if _, err := c.get(ctx, alice, accepted); !errors.Is(err, context.Canceled) {
+			if _, err := c.since(ctx, alice, accepted); !errors.Is(err, context.Canceled) {
 				t.Errorf("who has gone got error %v; want %v", err, context.Canceled)
 			}
 		}()
