@@ -36,6 +36,8 @@ const (
 	Slow
 	// Failing answers with an error.
 	Failing
+	// Ending ends recordings at once, without an error.
+	Ending
 )
 
 // Recorder is a session recorder.
@@ -251,6 +253,9 @@ func (r *Recorder) record2(w http.ResponseWriter, req *http.Request) {
 // part.
 func (r *Recorder) receive(recording *Recording, mode Mode, req *http.Request, ack func(int64) error) {
 	defer close(recording.ended)
+	if mode == Ending {
+		return
+	}
 	buffer := make([]byte, 64<<10)
 	total := int64(0)
 	for first := true; ; first = false {

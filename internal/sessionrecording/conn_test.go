@@ -11,12 +11,10 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"go.uber.org/zap"
 )
 
-// connected returns a session's connection, which has read early before, with what
-// tells whether it was cancelled, and the client's end of it.
+// connected returns a session's connection, on which the client has sent early, with a
+// channel that is closed when the connection cancels its request, and the client's end.
 func connected(t *testing.T, early string) (c *conn, cancelled <-chan struct{}, client net.Conn) {
 	t.Helper()
 	client, server := net.Pipe()
@@ -29,7 +27,7 @@ func connected(t *testing.T, early string) (c *conn, cancelled <-chan struct{}, 
 	return c, cancel, client
 }
 
-// hear returns what the client of a session hears, until done is called.
+// hear reads what a session sends to its client. done ends that and returns it.
 func hear(c *conn, client net.Conn) (done func() string) {
 	heard := make(chan string, 1)
 	go func() {
@@ -42,7 +40,7 @@ func hear(c *conn, client net.Conn) (done func() string) {
 	}
 }
 
-// announced is a connection that says when it is read.
+// announced is a connection that announces that it is read.
 type announced struct {
 	net.Conn
 	begun chan struct{}
@@ -50,22 +48,22 @@ type announced struct {
 
 // Read implements [net.Conn].
 func (a *announced) Read(p []byte) (int, error) {
-	close(a.begun) // it is read once here
+	close(a.begun) // it is read only once
 	return a.Conn.Read(p)
 }
 
-// What comes after the end of a session is not recorded any more.
-func TestAfterItsEndNothingPasses(t *testing.T) {
+// Data after the end of a session is not recorded, so it must not be forwarded.
+func TestConn_ForwardsNothingAfterEnd(t *testing.T) {
 	reason := errors.New("the reason")
 
-	// What was sent ahead of the switch is there without anything being read.
+	// Read returns data that the client sent early without reading the connection.
 	c, cancelled, client := connected(t, wsClient("\x00rm -r /\n"))
 	done := hear(c, client)
 	c.end(reason)
 	select {
 	case <-cancelled:
 	default:
-		t.Error("reverse_proxy goes on with it")
+		t.Error("the request to the API server is not canceled")
 	}
 	if n, err := c.Read(make([]byte, 100)); n != 0 || !errors.Is(err, reason) {
 		t.Errorf("from the client: got %d bytes, %v; want %v", n, err, reason)
@@ -77,7 +75,7 @@ func TestAfterItsEndNothingPasses(t *testing.T) {
 		t.Errorf("the client hears %q; want the reason and no more", heard)
 	}
 
-	// Whoever reads does not wait for the client.
+	// A Read that waits for the client returns.
 	c, _, client = connected(t, "")
 	done = hear(c, client)
 	begun := make(chan struct{})
@@ -95,13 +93,13 @@ func TestAfterItsEndNothingPasses(t *testing.T) {
 			t.Errorf("got error %v; want %v", err, reason)
 		}
 	case <-time.After(10 * time.Second):
-		t.Error("reading goes on")
+		t.Error("Read does not return")
 	}
 	done()
 }
 
-// A client that does not read why its session ends holds up nobody for long.
-func TestSayingWhyHasAnEnd(t *testing.T) {
+// A client that does not read the farewell does not block for long.
+func TestConn_FarewellTimesOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, _, _ := connected(t, "")
 		began := time.Now()
@@ -112,9 +110,8 @@ func TestSayingWhyHasAnEnd(t *testing.T) {
 	})
 }
 
-// What is left of frames that nobody understands would be read in another way by the
-// API server.
-func TestAClientThatIsNotUnderstoodIsNotHeardAnyMore(t *testing.T) {
+// The API server might parse what follows an invalid frame differently.
+func TestConn_InvalidFrameEndsSession(t *testing.T) {
 	c, cancelled, client := connected(t, wsClient("\x00ls\n")+wsClient("\x05x")+wsClient("\x00id\n"))
 	if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil { // or it would wait for ever
 		t.Fatal(err)
@@ -157,12 +154,12 @@ func (w *wire) Write(p []byte) (int, error) {
 func (*wire) SetReadDeadline(time.Time) error  { return nil }
 func (*wire) SetWriteDeadline(time.Time) error { return nil }
 
-// In the midst of a frame, what the proxy says would be taken for the pod's.
-func TestNothingIsSaidInTheMidstOfAFrame(t *testing.T) {
+// After a part of a frame, the client would read the farewell as output of the pod.
+func TestConn_NoFarewellWithinFrame(t *testing.T) {
 	w := &wire{cut: true}
 	c := newConn(w, nil, binaryChannels(newNoted()), func() {})
 	if _, err := c.Write([]byte(wsServer("\x01x"))); err == nil {
-		t.Error("half a frame is said to be written")
+		t.Error("writing half a frame is not an error")
 	}
 	w.cut = false
 	c.end(errors.New("the reason"))
@@ -171,8 +168,7 @@ func TestNothingIsSaidInTheMidstOfAFrame(t *testing.T) {
 	}
 }
 
-// slow is a connection on which writing takes until it is let go on. It notes what is
-// done with it.
+// slow is a connection whose Write waits for goOn. It notes the calls.
 type slow struct {
 	net.Conn
 	writing, goOn chan struct{}
@@ -196,15 +192,15 @@ func (*slow) Read([]byte) (int, error)         { return 0, io.EOF }
 func (*slow) SetReadDeadline(time.Time) error  { return nil }
 func (*slow) SetWriteDeadline(time.Time) error { return nil }
 
-// Whoever else notices that a session ends may close its connection, but not before
-// its user has been told why.
-func TestAClientIsToldWhyBeforeItsConnectionIsClosed(t *testing.T) {
+// reverse_proxy may close the connection of a session that ends, but the client is told
+// why first.
+func TestConn_FarewellPrecedesClose(t *testing.T) {
 	s := newSlow()
 	c := newConn(s, nil, binaryChannels(newNoted()), func() {})
 	go c.end(errors.New("the reason"))
 	<-s.writing
 	if n, err := c.Write([]byte(wsServer("\x01x"))); n != 0 || err == nil || err.Error() != "the reason" {
-		t.Errorf("what comes from the API server meanwhile: got %d bytes, %v; want the reason", n, err)
+		t.Errorf("output meanwhile: got %d bytes, %v; want the reason", n, err)
 	}
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
@@ -212,7 +208,7 @@ func TestAClientIsToldWhyBeforeItsConnectionIsClosed(t *testing.T) {
 	select {
 	case what := <-s.done:
 		t.Errorf("%s, before the client was told", what)
-	case <-time.After(100 * time.Millisecond): // in which a Close that does not wait is through
+	case <-time.After(100 * time.Millisecond): // long enough for a Close that does not wait
 	}
 	close(s.goOn)
 	for _, want := range []string{"write", "close for writing", "close"} {
@@ -227,13 +223,46 @@ func TestAClientIsToldWhyBeforeItsConnectionIsClosed(t *testing.T) {
 	}
 }
 
-// What ends a session may come before its connection has been taken over.
-func TestASessionThatHasToEndEndsAsItBegins(t *testing.T) {
-	s := &Session{kind: forward, log: zap.NewNop()}
-	s.end(errRecorderLost)
-	c := newConn(new(wire), []byte(wsClient("\x00ls\n")), binaryChannels(newNoted()), func() {})
-	s.begin(c)
-	if n, err := c.Read(make([]byte, 100)); n != 0 || !errors.Is(err, errRecorderLost) {
-		t.Errorf("got %d bytes, %v; want %v", n, err, errRecorderLost)
+// recordsFirst is the observer of a session that prints on w. It fails t unless output
+// is recorded before any of it is written to w.
+type recordsFirst struct {
+	*noted
+	t   *testing.T
+	w   *wire
+	err error
+}
+
+func (o *recordsFirst) fromServer(s stream, p []byte) error {
+	if o.w.wrote.Len() > 0 {
+		o.t.Errorf("%q was sent to the client before it was recorded", &o.w.wrote)
+	}
+	return errors.Join(o.err, o.noted.fromServer(s, p))
+}
+
+func TestConn_RecordsBeforeForwarding(t *testing.T) {
+	w := new(wire)
+	o := &recordsFirst{noted: newNoted(), t: t, w: w}
+	c := newConn(w, nil, binaryChannels(o), func() {})
+	frame := wsServer("\x01secret")
+	if _, err := c.Write([]byte(frame)); err != nil {
+		t.Fatal(err)
+	}
+	if got := o.server[stdout]; got != "secret" {
+		t.Errorf("recorded %q; want secret", got)
+	}
+	if got := w.wrote.String(); got != frame {
+		t.Errorf("the client got %q; want %q", got, frame)
+	}
+}
+
+func TestConn_DoesNotForwardWhatIsNotRecorded(t *testing.T) {
+	w := new(wire)
+	lost := errors.New("the recording is lost")
+	c := newConn(w, nil, binaryChannels(&recordsFirst{newNoted(), t, w, lost}), func() {})
+	if _, err := c.Write([]byte(wsServer("\x01secret"))); !errors.Is(err, lost) {
+		t.Errorf("got error %v; want %v", err, lost)
+	}
+	if got := w.wrote.String(); strings.Contains(got, "secret") || !strings.Contains(got, lost.Error()) {
+		t.Errorf("the client got %q; want only the reason", got)
 	}
 }

@@ -11,10 +11,10 @@ import (
 	"testing"
 )
 
-// What is typed and printed in a session is nobody else's to read, on the proxy's
-// machine neither, and a recording takes the place of no other.
-func TestFilesAreTheProxysAlone(t *testing.T) {
-	old := syscall.Umask(0) // it would hide what is asked for
+// Other users of the proxy's host cannot read recordings, and a recording does not
+// overwrite another one.
+func TestCreateFile_ModeAndExclusive(t *testing.T) {
+	old := syscall.Umask(0) // it would hide a wrong mode
 	defer syscall.Umask(old)
 	dir := filepath.Join(t.TempDir(), "new", "recordings")
 	f, err := createFile(dir, "s")
@@ -27,15 +27,15 @@ func TestFilesAreTheProxysAlone(t *testing.T) {
 		}
 	}
 	if _, err := createFile(dir, "s"); !errors.Is(err, fs.ErrExist) {
-		t.Errorf("the file of another session is taken: got error %v; want %v", err, fs.ErrExist)
+		t.Errorf("creating the same file again: got error %v; want %v", err, fs.ErrExist)
 	}
 	if err := f.discard(); err != nil {
 		t.Error(err)
 	}
 }
 
-// The name of a complete recording is for one that is.
-func TestAFileThatCouldNotBeWrittenStaysPartial(t *testing.T) {
+// Only a complete recording gets the name of one.
+func TestFile_IncompleteStaysPartial(t *testing.T) {
 	lost := errors.New("the disk is full")
 	for _, tt := range []struct {
 		name   string
@@ -44,9 +44,9 @@ func TestAFileThatCouldNotBeWrittenStaysPartial(t *testing.T) {
 		want   error
 		left   string
 	}{
-		{"all is well", nil, nil, nil, "s.cast"},
+		{"complete", nil, nil, nil, "s.cast"},
 		{"writing failed", nil, lost, lost, "s.cast.partial"},
-		{"it cannot be synced or closed", func(f *file) error { return f.Close() }, nil, fs.ErrClosed, "s.cast.partial"},
+		{"it cannot be synced and closed", func(f *file) error { return f.Close() }, nil, fs.ErrClosed, "s.cast.partial"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := t.TempDir()

@@ -14,9 +14,9 @@ import (
 	"k8s.io/apimachinery/pkg/util/remotecommand"
 )
 
-// A port-forward's ports and bytes are found, in SPDY and in SPDY inside of a
-// WebSocket, however that is cut.
-func TestForwardedPortsAndBytes(t *testing.T) {
+// Ports and bytes are counted in SPDY, and in SPDY inside a WebSocket, however it is
+// split into messages.
+func TestForwarding_PortsAndBytes(t *testing.T) {
 	port := func(id spdy.StreamId, what, port string) spdy.Frame {
 		return &spdy.SynStreamFrame{StreamId: id, Headers: http.Header{"streamtype": {what}, "port": {port}, "requestid": {"0"}}}
 	}
@@ -36,9 +36,9 @@ func TestForwardedPortsAndBytes(t *testing.T) {
 		{"tunnel in pieces", websocketUpgrade, portforward.WebsocketsSPDYTunnelingPortForwardV1, tunnelled(client, 3, true), tunnelled(server, 5, false)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			// What the query says about ports does not count.
-			s := &Session{kind: forward, upgrade: tt.upgrade, query: url.Values{"ports": {"8080"}}}
-			p, err := s.forwardProtocol(tt.version)
+			// The API server ignores the ports in the query.
+			f := &forwarding{query: url.Values{"ports": {"8080"}}}
+			p, err := f.protocol(tt.upgrade, tt.version)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -48,38 +48,37 @@ func TestForwardedPortsAndBytes(t *testing.T) {
 			if pass, err := (&filter{next: p.fromServer}).push([]byte(tt.server)); err != nil || len(pass) != len(tt.server) {
 				t.Errorf("%d of %d bytes passed: %v", len(pass), len(tt.server), err)
 			}
-			if diff := cmp.Diff([]string{"80", "443"}, s.ports); diff != "" {
+			if diff := cmp.Diff([]string{"80", "443"}, f.ports); diff != "" {
 				t.Errorf("ports (-want +got):\n%s", diff)
 			}
-			if s.sent != 10 || s.received != 9 {
-				t.Errorf("got %d bytes sent and %d received; want 10 and 9", s.sent, s.received)
+			if f.sent != 10 || f.received != 9 {
+				t.Errorf("got %d bytes sent and %d received; want 10 and 9", f.sent, f.received)
 			}
 		})
 	}
 }
 
-// Of a port-forward that has no end, neither have its ports, and each is a line in
-// the log and a piece of memory.
-func TestOnlySoManyPortsAreNoted(t *testing.T) {
-	s := new(Session)
+// A client may open any number of ports in one port-forward.
+func TestForwarding_PortsAreBounded(t *testing.T) {
+	f := new(forwarding)
 	for i := range maxPorts + 1 {
-		if _, err := (*forwarded)(s).opened(http.Header{"Port": {strconv.Itoa(i)}}); err != nil {
+		if _, err := f.streamOpened(http.Header{"Port": {strconv.Itoa(i)}}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if len(s.ports) != maxPorts+1 || s.ports[maxPorts] != "and more" {
-		t.Errorf("got the ports %q; want %d and that there are more", s.ports, maxPorts)
+	if len(f.ports) != maxPorts+1 || f.ports[maxPorts] != "and more" {
+		t.Errorf("got the ports %q; want %d and a note that there are more", f.ports, maxPorts)
 	}
 }
 
-// Over a WebSocket without SPDY in it, the query says which ports, and nothing else.
-func TestPortsOfTheQuery(t *testing.T) {
+// Over a WebSocket without SPDY inside, only the query names the ports.
+func TestForwarding_PortsOfQuery(t *testing.T) {
 	for _, version := range []string{remotecommand.StreamProtocolV4Name, v4Base64Channels} {
-		s := &Session{kind: forward, upgrade: websocketUpgrade, query: url.Values{"ports": {"80,443", "8080"}}}
-		if _, err := s.forwardProtocol(version); err != nil {
+		f := &forwarding{query: url.Values{"ports": {"80,443", "8080"}}}
+		if _, err := f.protocol(websocketUpgrade, version); err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff([]string{"80", "443", "8080"}, s.ports); diff != "" {
+		if diff := cmp.Diff([]string{"80", "443", "8080"}, f.ports); diff != "" {
 			t.Errorf("%s: ports (-want +got):\n%s", version, diff)
 		}
 	}

@@ -3,287 +3,194 @@
 package sessionrecording
 
 import (
-	"context"
-	"errors"
-	"fmt"
-	"io"
-	"net"
 	"net/http"
-	"net/netip"
+	"net/http/httptest"
+	"net/url"
+	"os"
 	"strings"
 	"testing"
-	"testing/synctest"
-	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
+	logged "go.uber.org/zap/zaptest/observer"
+	"tailscale.com/sessionrecording"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 )
 
-var (
-	first  = netip.MustParseAddrPort("100.64.0.7:80")
-	second = netip.MustParseAddrPort("100.64.0.8:80")
-	third  = netip.MustParseAddrPort("[fd7a:115c:a1e0::9]:80")
-)
-
-// nobody does not answer.
-func nobody(ctx context.Context, _, _ string) (net.Conn, error) {
-	<-ctx.Done()
-	return nil, ctx.Err()
-}
-
-// startRecorder starts a recorder, and returns it with what dials it whatever the
-// address.
-func startRecorder(t *testing.T) (*recordertest.Recorder, DialFunc) {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := recordertest.New()
-	served := make(chan error, 1)
-	go func() { served <- r.Serve(ln) }()
-	t.Cleanup(func() {
-		if err := errors.Join(r.Close(), <-served); err != nil {
-			t.Error(err)
+// If recording is enforced, no request gets around it.
+func TestBegin_RefusesWhatCannotBeRecorded(t *testing.T) {
+	with := func(r *http.Request, headers ...string) *http.Request {
+		for i := 0; i < len(headers); i += 2 {
+			r.Header[headers[i]] = strings.Fields(headers[i+1])
 		}
-	})
-	return r, func(ctx context.Context, network, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, network, ln.Addr().String())
+		return r
 	}
-}
-
-// However many recorders are dead, a caller waits once.
-func TestDeadRecordersCostOneTimeout(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		began := time.Now()
-		u, err := connect(t.Context(), []netip.AddrPort{first, second, third}, nobody, connectTimeout)
-		if u != nil || err == nil {
-			t.Fatal("got a recorder")
-		}
-		if took := time.Since(began); took != 5*time.Second {
-			t.Errorf("it took %v; want 5s", took)
-		}
-		synctest.Wait() // or the bubble says that goroutines are left
-	})
-}
-
-// The client opens a connection at times that it does not use then.
-func TestTheConnectionOfTheUploadIsWatched(t *testing.T) {
-	r, dial := startRecorder(t)
-	conns := &connections{dial: dial}
-	defer conns.close()
-	client := &http.Client{Transport: &http.Transport{DialContext: conns.dialOnce}}
-	req, err := http.NewRequestWithContext(conns.trace(t.Context()), http.MethodHead, "http://recorder/v2/record", nil)
-	if err != nil {
-		t.Fatal(err)
+	withBody := func(length int64) *http.Request {
+		r := execRequest(t)
+		r.ContentLength = length
+		return r
 	}
-	resp, err := client.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = resp.Body.Close()
-	if _, err := conns.dialOnce(t.Context(), "tcp", "unused"); err != nil {
-		t.Fatal(err)
-	}
-	u := &upload{conns: conns, ended: make(chan struct{})}
-	go u.wait(make(chan error))
-	r.Cut()
-	select {
-	case <-u.ended:
-	case <-time.After(10 * time.Second):
-		t.Fatal("the end of the connection goes unnoticed")
-	}
-	if u.err == nil {
-		t.Error("it ended well")
-	}
-}
-
-// A caller that goes away is not waited for.
-func TestConnectingEndsWithTheRequest(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		began := time.Now()
-		if u, err := connect(ctx, []netip.AddrPort{first}, nobody, connectTimeout); u != nil || err == nil {
-			t.Fatal("got a recorder")
-		}
-		if took := time.Since(began); took != time.Second {
-			t.Errorf("it took %v; want 1s", took)
-		}
-	})
-}
-
-// All are asked at once: the one that answers is found at once, wherever it stands.
-func TestTheRecorderThatAnswersIsFoundAtOnce(t *testing.T) {
-	r, answers := startRecorder(t)
-	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
-		switch address {
-		case first.String():
-			return nobody(ctx, network, address)
-		case second.String():
-			return nil, errors.New("connection refused")
-		}
-		return answers(ctx, network, address)
-	}
-	began := time.Now()
-	u, err := connect(t.Context(), []netip.AddrPort{first, second, third}, dial, connectTimeout)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if took := time.Since(began); took > dialAttempt {
-		t.Errorf("it took %v", took)
-	}
-	if u.recorder != third {
-		t.Errorf("got recorder %v; want %v", u.recorder, third)
-	}
-	if _, err := u.Write([]byte("x")); err != nil {
-		t.Fatal(err)
-	}
-	if err := u.complete(); err != nil {
-		t.Errorf("the recording is not complete: %v", err)
-	}
-	recordings := r.Take()
-	if len(recordings) != 1 || string(recordings[0].Bytes()) != "x" {
-		t.Errorf("the recorder has %d recordings", len(recordings))
-	}
-}
-
-// The network stack of a recorder drops what comes from a port that it has known
-// before.
-func TestDialTriesOtherPorts(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		tries := 0
-		c := &connections{dial: func(ctx context.Context, network, address string) (net.Conn, error) {
-			if tries++; tries < 3 {
-				return nobody(ctx, network, address)
-			}
-			return nil, errors.New("connection refused")
-		}}
-		began := time.Now()
-		if _, err := c.dialOnce(t.Context(), "tcp", first.String()); err == nil || !strings.Contains(err.Error(), "refused") {
-			t.Errorf("got error %v", err)
-		}
-		if tries != 3 || time.Since(began) != 2*dialAttempt {
-			t.Errorf("%d tries took %v", tries, time.Since(began))
-		}
-	})
-}
-
-// What is opened once nobody needs it any more would stay open.
-func TestAConnectionThatComesTooLateIsClosed(t *testing.T) {
-	recorder, proxy := net.Pipe()
-	c := new(connections)
-	c.dial = func(context.Context, string, string) (net.Conn, error) {
-		c.close()
-		return proxy, nil
-	}
-	if _, err := c.dialOnce(t.Context(), "tcp", first.String()); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("got error %v; want %v", err, net.ErrClosed)
-	}
-	_ = recorder.SetReadDeadline(time.Now()) // which fails on what is closed
-	if _, err := recorder.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
-		t.Errorf("the recorder reads %v; want %v", err, io.EOF)
-	}
-}
-
-// closer is an upload whose end is sent, or fails to be.
-type closer struct {
-	io.Writer
-	err error
-}
-
-// Close implements [io.Closer].
-func (c closer) Close() error { return c.err }
-
-// What the recorder has not said that it has, may be missing.
-func TestARecordingIsCompleteWhenTheRecorderSaysSo(t *testing.T) {
-	broken := errors.New("broken")
 	for _, tt := range []struct {
-		name  string
-		close error
-		ended bool
-		err   error // that it ends with
-		want  string
+		name     string
+		r        *http.Request
+		enforce  bool
+		code     int32
+		outcomes []Outcome
 	}{
-		{"it says so", nil, true, nil, "<nil>"},
-		{"it says otherwise", nil, true, broken, "broken"},
-		{"it cannot be asked", broken, true, nil, "broken"},
-		{"it says nothing", nil, false, nil, "it does not confirm the recording"},
+		{"valid", execRequest(t), false, 0, nil},
+		{"unrecordable, enforced", request(t, "POST", "/api/v1/namespaces/default/pods/web/ephemeralcontainers"), true, http.StatusForbidden, []Outcome{Refused}},
+		{"unrecordable, not enforced", request(t, "POST", "/api/v1/namespaces/default/pods/web/ephemeralcontainers"), false, 0, []Outcome{Unrecorded}},
+		{"ambiguous path", request(t, "GET", "/api/v1/namespaces/default/pods/web%2Fexec"), false, http.StatusBadRequest, []Outcome{Refused}},
+		{"enforced, without a recorder", execRequest(t), true, http.StatusForbidden, []Outcome{Refused}},
+		{"no upgrade", request(t, "POST", "/api/v1/namespaces/default/pods/web/exec"), false, http.StatusBadRequest, []Outcome{Refused}},
+		{"no protocol to upgrade to", with(execRequest(t), "Upgrade", ""), false, http.StatusBadRequest, []Outcome{Refused}},
+		{"an upgrade that Connection does not ask for", with(execRequest(t), "Connection", "keep-alive"), false, http.StatusBadRequest, []Outcome{Refused}},
+		{"two upgrades", with(execRequest(t), "Upgrade", "websocket SPDY/3.1"), false, http.StatusBadRequest, []Outcome{Refused}},
+		{"a second upgrade in another spelling", with(execRequest(t), "UPGRADE", "SPDY/3.1"), false, http.StatusBadRequest, []Outcome{Refused}},
+		{"another protocol", with(execRequest(t), "Upgrade", "h2c"), false, http.StatusBadRequest, []Outcome{Refused}},
+		{"no subprotocol", with(execRequest(t), "Sec-Websocket-Protocol", ""), false, http.StatusBadRequest, []Outcome{Refused}},
+		{"an additional unknown subprotocol", with(execRequest(t), "Sec-Websocket-Protocol", "v5.channel.k8s.io v9.channel.k8s.io"), false, http.StatusBadRequest, []Outcome{Refused}},
+		// The API server answers after the body, and the command runs before.
+		{"a body", withBody(1), false, http.StatusBadRequest, []Outcome{Refused}},
+		{"a body of unknown length", withBody(-1), false, http.StatusBadRequest, []Outcome{Refused}},
+		// Nothing can be recorded as a condition for this request.
+		{"no variables", httptest.NewRequestWithContext(t.Context(), "GET", "/version", nil), false, http.StatusForbidden, []Outcome{Refused}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				u := &upload{WriteCloser: closer{err: tt.close}, ended: make(chan struct{}), abort: func() {}, conns: new(connections), err: tt.err}
-				if tt.ended {
-					close(u.ended)
-				}
-				if got := fmt.Sprint(u.complete()); got != tt.want {
-					t.Errorf("got %s; want %s", got, tt.want)
-				}
-			})
+			check := counted(t)
+			s, err := newRecorder(t.TempDir()).Begin(tt.r, callerAt(nil, impersonate.Recording{Enforce: tt.enforce}))
+			if s != nil {
+				s.Close()
+			}
+			if code := codeOf(err); code != tt.code {
+				t.Errorf("got %d (%v); want %d", code, err, tt.code)
+			}
+			check(tt.outcomes...)
 		})
 	}
 }
 
-// A session goes on with what is recorded of it, and not without: nothing that is
-// printed passes once it cannot be.
-func TestASessionEndsWithARecordingThatItNeeds(t *testing.T) {
-	// nothingPasses fails t unless what s prints is an error once its sink is dead.
-	nothingPasses := func(t *testing.T, s *Session, want error) {
-		t.Helper()
-		s.cast = newCast(s.header, s.sinks...)
-		if err := s.cast.output(stdout, []byte("x")); err != nil && !errors.Is(err, want) {
-			t.Error(err)
-		}
-		<-s.sinks[0].dead
-		if err := s.cast.output(stdout, []byte("x")); !errors.Is(err, want) {
-			t.Errorf("got error %v; want %v", err, want)
-		}
+func TestBegin_LeavesOtherRequestsAlone(t *testing.T) {
+	check := counted(t)
+	r := execRequest(t)
+	r.Header.Set("Upgrade", "h2c")
+	if s, err := newRecorder("").Begin(r, callerAt(nil, impersonate.Recording{})); s != nil || err != nil {
+		t.Errorf("for a caller who is not recorded: got %v, %v; want nothing", s, err)
 	}
-	t.Run("its file cannot be written", func(t *testing.T) {
-		site := &Site{Dir: t.TempDir(), Logger: zap.NewNop(), Count: func(Outcome) {}}
-		_, s, refused := site.Begin(execRequest(t), caller(impersonate.Recording{}, nobody))
-		if refused != nil {
-			t.Fatal(refused)
-		}
-		defer s.Close()
-		if err := s.file.Close(); err != nil { // as if the disk were gone
-			t.Fatal(err)
-		}
-		nothingPasses(t, s, errFileLost)
-	})
-	// A recorder that ends a recording by itself has no more of it than one that is gone.
-	t.Run("its recorder has ended it", func(t *testing.T) {
-		s := &Session{enforce: true, log: zap.NewNop(), upload: &upload{ended: make(chan struct{}), abort: func() {}, conns: new(connections)}}
-		close(s.upload.ended)
-		s.watch()
-		if !errors.Is(s.reason, errRecorderLost) {
-			t.Errorf("got %v as the reason to end; want %v", s.reason, errRecorderLost)
-		}
-	})
-	t.Run("its recorder is gone", func(t *testing.T) {
-		r, dial := startRecorder(t)
-		site := &Site{Logger: zap.NewNop(), Count: func(Outcome) {}}
-		_, s, refused := site.Begin(execRequest(t), caller(impersonate.Recording{Recorders: []netip.AddrPort{first}, Enforce: true}, dial))
-		if refused != nil {
-			t.Fatal(refused)
-		}
-		defer s.Close()
-		r.Cut()
-		reason := func() error {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			return s.reason
-		}
-		for deadline := time.Now().Add(10 * time.Second); reason() == nil; time.Sleep(10 * time.Millisecond) { // between two looks
-			if time.Now().After(deadline) {
-				t.Fatal("the session goes on")
+	if s, err := newRecorder(t.TempDir()).Begin(request(t, "GET", "/api/v1/pods"), callerAt(nil, impersonate.Recording{Enforce: true})); s != nil || err != nil {
+		t.Errorf("for a list: got %v, %v; want nothing", s, err)
+	}
+	check()
+}
+
+// The API server uses no extension that it is not offered.
+func TestBegin_RemovesWebSocketExtensions(t *testing.T) {
+	r := execRequest(t)
+	r.Header["Sec-Websocket-Extensions"] = []string{"permessage-deflate"}
+	r.Header["sec-websocket-extensions"] = []string{"permessage-deflate"}
+	defer begin(t, newRecorder(t.TempDir()), r).Close()
+	if offered := field(r.Header, "Sec-Websocket-Extensions"); len(offered) > 0 {
+		t.Errorf("the API server is offered %q; want nothing", offered)
+	}
+}
+
+func TestBegin_PinsRequest(t *testing.T) {
+	for _, tt := range []struct {
+		name, from, to string
+		sent           bool
+	}{
+		{"unchanged", "/pods/web/exec", "/pods/web/exec", true},
+		{"another ordinary request", "/pods/web/log", "/pods/db", true},
+		{"another namespace", "/pods/web/exec", "/../other/pods/web/exec", false},
+		{"another pod", "/pods/web/exec", "/pods/db/exec", false},
+		{"ordinary to session", "/pods/web/log", "/pods/web/exec", false},
+		{"session to ordinary", "/pods/web/exec", "/pods/web/log", false},
+		{"another kind", "/pods/web/exec", "/pods/web/portforward", false},
+		{"ordinary to unrecordable", "/pods/web/log", "/pods/web/proxy", false},
+		{"unrecordable to another pod", "/pods/web/proxy", "/pods/db/proxy", false},
+		{"another command", "/pods/web/exec?command=date", "/pods/web/exec?command=sh", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			base, err := url.Parse("/api/v1/namespaces/default/")
+			if err != nil {
+				t.Fatal(err)
 			}
-		}
-		if !errors.Is(reason(), errRecorderLost) {
-			t.Errorf("got %v as the reason to end; want %v", reason(), errRecorderLost)
-		}
-		nothingPasses(t, s, errRecorderLost)
-	})
+			at := func(path string) *url.URL {
+				u, err := base.Parse("." + path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return u
+			}
+			r := execRequest(t)
+			if strings.Contains(tt.from, "/log") {
+				r.Header = make(http.Header)
+			}
+			r.URL = at(tt.from)
+			s, err := newRecorder(t.TempDir()).Begin(r, callerAt(nil, impersonate.Recording{}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if s != nil {
+				defer s.Close()
+			}
+			r.URL = at(tt.to)
+			if err := pin.Check(r); (err == nil) != tt.sent {
+				t.Errorf("got error %v; want none: %v", err, tt.sent)
+			}
+		})
+	}
+}
+
+func TestBegin_HeaderNamesCallerAndPod(t *testing.T) {
+	want := sessionrecording.CastHeader{
+		Command: "sh -c id", SrcNode: "laptop.example.ts.net", SrcNodeID: "nAlice", SrcNodeUserID: 7, SrcNodeUser: "alice@example.com",
+		Kubernetes: &sessionrecording.Kubernetes{PodName: "web", Namespace: "default", Container: "main", SessionType: "exec"},
+	}
+	r := execRequest(t)
+	r.URL.RawQuery = "command=sh&command=-c&command=id&container=main"
+	s := begin(t, newRecorder(t.TempDir()), r)
+	defer s.Close()
+	if diff := cmp.Diff(want, s.header); diff != "" {
+		t.Errorf("for a user's device (-want +got):\n%s", diff)
+	}
+
+	r = execRequest(t)
+	r.URL.Path = "/api/v1/namespaces/default/pods/web/attach"
+	r.URL.RawQuery = ""
+	caller := callerAt(nil, impersonate.Recording{})
+	caller.Peer = &impersonate.Peer{Node: "ci.example.ts.net", NodeID: "nCI", Tags: []string{"tag:ci"}}
+	s, err := newRecorder(t.TempDir()).Begin(r, caller)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	want = sessionrecording.CastHeader{
+		SrcNode: "ci.example.ts.net", SrcNodeID: "nCI", SrcNodeTags: []string{"tag:ci"},
+		Kubernetes: &sessionrecording.Kubernetes{PodName: "web", Namespace: "default", SessionType: "attach"},
+	}
+	if diff := cmp.Diff(want, s.header); diff != "" {
+		t.Errorf("for a tagged device (-want +got):\n%s", diff)
+	}
+}
+
+// The recorder of a session that is refused for another reason is not lost.
+func TestBegin_RefusalReleasesRecorder(t *testing.T) {
+	core, logs := logged.New(zap.InfoLevel)
+	notADir := t.TempDir() + "/file"
+	if err := os.WriteFile(notADir, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, node := startRecorder(t)
+	rec := newRecorder(notADir)
+	rec.Logger = zap.New(core)
+	if _, err := rec.Begin(execRequest(t), callerAt(node, impersonate.Recording{Recorders: recorders, Enforce: true})); codeOf(err) != http.StatusServiceUnavailable {
+		t.Fatalf("got error %v; want a 503", err)
+	}
+	eventually(t, "connections to the recorder are left", func() bool { return r.Conns() == 0 })
+	if lost := logs.FilterMessageSnippet("lost").All(); len(lost) > 0 {
+		t.Errorf("logged %v", lost)
+	}
 }

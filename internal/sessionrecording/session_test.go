@@ -9,53 +9,72 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/http/httptrace"
-	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"go.uber.org/zap"
-	logged "go.uber.org/zap/zaptest/observer"
 	"tailscale.com/sessionrecording"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
 )
 
-// execRequest is one over WebSocket.
-func execRequest(t *testing.T) *http.Request {
-	t.Helper()
-	r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/api/v1/namespaces/default/pods/web/exec?command=sh", nil)
-	r.Header.Set("Connection", "Upgrade")
-	r.Header.Set("Upgrade", "websocket")
-	r.Header.Set("Sec-Websocket-Protocol", "v5.channel.k8s.io")
-	return r
-}
-
-func caller(rules impersonate.Recording, dial DialFunc) Caller {
-	return Caller{
-		Peer:      &impersonate.Peer{Node: "laptop.example.ts.net", Login: "alice@example.com"},
-		Recording: &rules,
-		Remote:    netip.MustParseAddrPort("100.64.0.2:1"),
-		Dial:      dial,
+// The API server has to choose what it was asked for and offered, because its frames
+// are parsed accordingly.
+func TestSession_RejectsProtocolNotOffered(t *testing.T) {
+	const v4, v5 = "v4.channel.k8s.io", "v5.channel.k8s.io"
+	for _, tt := range []struct {
+		name    string
+		upgrade string
+		h       http.Header
+		mention string // in the error, empty if there is none
+	}{
+		{"SPDY", spdyUpgrade, http.Header{"Upgrade": {"SPDY/3.1"}, "X-Stream-Protocol-Version": {v4}}, ""},
+		{"SPDY, first version", spdyUpgrade, http.Header{"Upgrade": {"SPDY/3.1"}}, ""},
+		{"SPDY, unknown version", spdyUpgrade, http.Header{"Upgrade": {"SPDY/3.1"}, "X-Stream-Protocol-Version": {"v9.channel.k8s.io"}}, "v9"},
+		{"SPDY in place of WebSocket", websocketUpgrade, http.Header{"Upgrade": {"SPDY/3.1"}, "Sec-Websocket-Protocol": {v5}}, "SPDY"},
+		{"WebSocket in place of SPDY", spdyUpgrade, http.Header{"Upgrade": {"websocket"}}, "websocket"},
+		{"WebSocket", websocketUpgrade, http.Header{"Upgrade": {"websocket"}, "Sec-WebSocket-Protocol": {v5}}, ""},
+		{"WebSocket and SPDY", websocketUpgrade, http.Header{"Upgrade": {"websocket", "SPDY/3.1"}, "Sec-WebSocket-Protocol": {v5}}, "SPDY"},
+		{"no protocol", websocketUpgrade, http.Header{"Sec-WebSocket-Protocol": {v5}}, "switched to"},
+		{"WebSocket, without a version", websocketUpgrade, http.Header{"Upgrade": {"websocket"}}, "cannot be recorded"},
+		{"WebSocket, unknown version", websocketUpgrade, http.Header{"Upgrade": {"websocket"}, "Sec-Websocket-Protocol": {"v9.channel.k8s.io"}}, "v9"},
+		{"WebSocket, two versions", websocketUpgrade, http.Header{"Upgrade": {"websocket"}, "Sec-Websocket-Protocol": {v4, v5}}, "cannot be recorded"},
+		{"WebSocket, extensions", websocketUpgrade, http.Header{"Upgrade": {"websocket"}, "Sec-WebSocket-Protocol": {v5}, "Sec-WebSocket-Extensions": {"permessage-deflate"}}, "extensions"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := &Session{kind: exec, upgrade: tt.upgrade, terminal: newTerminal(false, nil)}
+			w := httptest.NewRecorder()
+			for name, values := range tt.h {
+				w.Header()[name] = values
+			}
+			if tt.mention == "" {
+				if _, err := s.protocol(w.Header()); err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			if _, err := s.protocol(w.Header()); err == nil || !strings.Contains(err.Error(), tt.mention) {
+				t.Errorf("got error %v; want one that mentions %q", err, tt.mention)
+			}
+			if _, _, err := s.Wrap(w).(http.Hijacker).Hijack(); err == nil || s.reason == nil {
+				t.Errorf("Hijack: got error %v, and the reason %v; want errors", err, s.reason)
+			}
+		})
 	}
 }
 
-// A file that cannot be written any more ends its session, and does not look like a
-// complete one.
-func TestAFileThatFailsEndsTheSession(t *testing.T) {
-	var outcomes []Outcome
-	site := &Site{Dir: t.TempDir(), Logger: zap.NewNop(), Count: func(o Outcome) { outcomes = append(outcomes, o) }}
-	_, s, refused := site.Begin(execRequest(t), caller(impersonate.Recording{}, nobody))
-	if refused != nil {
-		t.Fatal(refused)
-	}
+// A file that cannot be written ends its session, and does not look complete.
+func TestSession_EndsWhenFileFails(t *testing.T) {
+	check := counted(t)
+	dir := t.TempDir()
+	s := begin(t, newRecorder(dir), execRequest(t))
 	if err := s.file.Close(); err != nil { // as if the disk were gone
 		t.Fatal(err)
 	}
-	p, err := s.protocol(http.Header{"Upgrade": {"websocket"}, "Sec-WebSocket-Protocol": {"v5.channel.k8s.io"}})
+	p, err := s.protocol(upgraded)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,12 +86,7 @@ func TestAFileThatFailsEndsTheSession(t *testing.T) {
 	}()
 	c := newConn(server, nil, p, func() {})
 	s.begin(c)
-	// It ends without anything more being written to it.
-	for deadline := time.Now().Add(10 * time.Second); c.failed() == nil; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the session goes on")
-		}
-	}
+	eventually(t, "the session goes on although nothing more is written", func() bool { return c.failed() != nil })
 	if _, err = c.Write([]byte(wsServer("\x01x"))); !errors.Is(err, errFileLost) {
 		t.Errorf("got error %v; want %v", err, errFileLost)
 	}
@@ -81,29 +95,77 @@ func TestAFileThatFailsEndsTheSession(t *testing.T) {
 	if got := <-read; !strings.Contains(got, errFileLost.Error()) {
 		t.Errorf("the client reads %q", got)
 	}
-	if len(outcomes) != 1 || outcomes[0] != Ended {
-		t.Errorf("got outcomes %q; want ended", outcomes)
-	}
-	entries, err := os.ReadDir(site.Dir)
+	check(Ended)
+	entries, err := os.ReadDir(dir)
 	if err != nil || len(entries) != 1 || !strings.HasSuffix(entries[0].Name(), partial) {
 		t.Errorf("the directory holds %v, %v; want the partial file", entries, err)
 	}
 }
 
-// A session that prints nothing, and that of a terminal that does not say its size, are
-// on record while they last.
-func TestWhatPrintsNothingIsOnRecordFromItsBeginning(t *testing.T) {
-	for _, query := range []string{"?command=sh", "?command=sh&tty=true"} {
-		t.Run(query, func(t *testing.T) {
-			site := &Site{Dir: t.TempDir(), Logger: zap.NewNop(), Count: func(Outcome) {}}
-			r := execRequest(t)
-			r.URL.RawQuery = query[1:]
-			_, s, refused := site.Begin(r, caller(impersonate.Recording{}, nobody))
-			if refused != nil {
-				t.Fatal(refused)
+// Once a required recording fails, nothing more that is printed is forwarded.
+func TestSession_EndsWhenRequiredRecordingFails(t *testing.T) {
+	// checkEnded checks that output is an error once the sink of s has failed.
+	checkEnded := func(t *testing.T, s *Session, want error) {
+		t.Helper()
+		s.terminal.cast = newCast(s.header, s.sinks...)
+		if err := s.terminal.cast.output(stdout, []byte("x")); err != nil && !errors.Is(err, want) {
+			t.Error(err)
+		}
+		<-s.sinks[0].dead
+		if err := s.terminal.cast.output(stdout, []byte("x")); !errors.Is(err, want) {
+			t.Errorf("got error %v; want %v", err, want)
+		}
+	}
+	reasonOf := func(s *Session) error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.reason
+	}
+	t.Run("file", func(t *testing.T) {
+		s := begin(t, newRecorder(t.TempDir()), execRequest(t))
+		defer s.Close()
+		if err := s.file.Close(); err != nil { // as if the disk were gone
+			t.Fatal(err)
+		}
+		checkEnded(t, s, errFileLost)
+	})
+	for _, tt := range []struct {
+		name string
+		mode recordertest.Mode
+		fail func(*recordertest.Recorder)
+	}{
+		{"recorder", recordertest.V2, (*recordertest.Recorder).Cut},
+		// A recorder that ends a recording by itself does not have all of it.
+		{"recorder that ends the recording", recordertest.Ending, func(*recordertest.Recorder) {}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r, node := startRecorder(t)
+			r.SetMode(tt.mode)
+			s, err := newRecorder("").Begin(execRequest(t), callerAt(node, impersonate.Recording{Recorders: recorders, Enforce: true}))
+			if err != nil {
+				t.Fatal(err)
 			}
 			defer s.Close()
-			p, err := s.protocol(http.Header{"Upgrade": {"websocket"}, "Sec-WebSocket-Protocol": {"v5.channel.k8s.io"}})
+			tt.fail(r)
+			eventually(t, "the session goes on", func() bool { return reasonOf(s) != nil })
+			if err := reasonOf(s); !errors.Is(err, errRecorderLost) {
+				t.Errorf("got the reason %v; want %v", err, errRecorderLost)
+			}
+			checkEnded(t, s, errRecorderLost)
+		})
+	}
+}
+
+// A session that prints nothing, and that of a terminal without a size, are on record
+// while they last.
+func TestSession_HeaderIsWrittenWithoutOutput(t *testing.T) {
+	for _, query := range []string{"command=sh", "command=sh&tty=true"} {
+		t.Run(query, func(t *testing.T) {
+			r := execRequest(t)
+			r.URL.RawQuery = query
+			s := begin(t, newRecorder(t.TempDir()), r)
+			defer s.Close()
+			p, err := s.protocol(upgraded)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -111,43 +173,49 @@ func TestWhatPrintsNothingIsOnRecordFromItsBeginning(t *testing.T) {
 			c := newConn(server, nil, p, func() {})
 			defer c.Close()
 			s.begin(c)
-			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			eventually(t, "the file has no header", func() bool {
 				b, err := os.ReadFile(s.file.Name())
 				if err != nil {
 					t.Fatal(err)
 				}
-				if strings.Contains(string(b), `"command":"sh"`) && strings.HasSuffix(string(b), "\n") {
-					break
-				}
-				if time.Now().After(deadline) {
-					t.Fatalf("the file holds %q; want the header", b)
-				}
-			}
+				return strings.Contains(string(b), `"command":"sh"`) && strings.HasSuffix(string(b), "\n")
+			})
 		})
 	}
 }
 
 // A session whose header cannot be written ends before anything is printed.
-func TestASessionThatCannotBeNamedEnds(t *testing.T) {
+func TestSession_EndsWhenHeaderCannotBeWritten(t *testing.T) {
 	fails := newSink(failing{}, errFileLost, func(error) {})
 	if err := fails.write([]byte("x")); err != nil {
 		t.Fatal(err)
 	}
 	<-fails.dead
-	s := &Session{cast: newCast(sessionrecording.CastHeader{}, fails)}
+	s := &Session{terminal: &terminal{cast: newCast(sessionrecording.CastHeader{}, fails)}}
 	s.writeHeader()
 	if !errors.Is(s.reason, errFileLost) {
 		t.Errorf("got the reason %v; want %v", s.reason, errFileLost)
 	}
 }
 
-// The command may have run although its client has not waited for the answer, so the
-// recording says at least what it was.
-func TestASessionThatIsNotAnsweredIsNotForgotten(t *testing.T) {
+// A session may have to end before its connection is hijacked.
+func TestSession_PendingReasonEndsConnection(t *testing.T) {
+	s := &Session{kind: forward, forwarding: new(forwarding), log: zap.NewNop()}
+	s.end(errRecorderLost)
+	c := newConn(new(wire), []byte(wsClient("\x00ls\n")), binaryChannels(newNoted()), func() {})
+	s.begin(c)
+	if n, err := c.Read(make([]byte, 100)); n != 0 || !errors.Is(err, errRecorderLost) {
+		t.Errorf("got %d bytes, %v; want %v", n, err, errRecorderLost)
+	}
+}
+
+// The command may have run although the client did not wait for the answer, so the
+// recording says at least which command it was.
+func TestSession_UnansweredRequestIsRecorded(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
-		out, in  int // requests sent on, and answers that have begun to come
-		code     int // what the client is told, if it is
+		out, in  int // requests sent to the API server, and answers that began to arrive
+		code     int // of the answer to the client, 0 if there is none
 		outcomes []Outcome
 	}{
 		{"not sent", 0, 0, 0, nil},
@@ -156,17 +224,14 @@ func TestASessionThatIsNotAnsweredIsNotForgotten(t *testing.T) {
 		{"no answer", 1, 0, 0, []Outcome{Ended}},
 		{"an error before the answer", 1, 0, http.StatusBadGateway, []Outcome{Ended}},
 		{"half an answer", 1, 1, 0, []Outcome{Ended}},
-		{"the client goes as the answer comes", 1, 1, clientGone, []Outcome{Ended}},
-		{"switching", 1, 1, http.StatusSwitchingProtocols, []Outcome{Ended}},
+		{"the client goes away as the answer arrives", 1, 1, clientGone, []Outcome{Ended}},
+		{"switching protocols", 1, 1, http.StatusSwitchingProtocols, []Outcome{Ended}},
 		{"no answer, and forbidden when it is sent again", 2, 1, http.StatusForbidden, []Outcome{Ended}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			var outcomes []Outcome
-			site := &Site{Dir: t.TempDir(), Logger: zap.NewNop(), Count: func(o Outcome) { outcomes = append(outcomes, o) }}
-			_, s, refused := site.Begin(execRequest(t), caller(impersonate.Recording{}, nobody))
-			if refused != nil {
-				t.Fatal(refused)
-			}
+			check := counted(t)
+			dir := t.TempDir()
+			s := begin(t, newRecorder(dir), execRequest(t))
 			trace := httptrace.ContextClientTrace(s.Watch(t.Context()))
 			for range tt.out {
 				trace.GotConn(httptrace.GotConnInfo{})
@@ -178,12 +243,10 @@ func TestASessionThatIsNotAnsweredIsNotForgotten(t *testing.T) {
 				s.Wrap(httptest.NewRecorder()).WriteHeader(tt.code)
 			}
 			s.Close()
-			if !slices.Equal(outcomes, tt.outcomes) {
-				t.Errorf("got outcomes %q; want %q", outcomes, tt.outcomes)
-			}
-			files, err := filepath.Glob(filepath.Join(site.Dir, "*"))
+			check(tt.outcomes...)
+			files, err := filepath.Glob(filepath.Join(dir, "*"))
 			if err != nil || len(files) != len(tt.outcomes) {
-				t.Fatalf("the directory holds %q, %v; want %d", files, err, len(tt.outcomes))
+				t.Fatalf("the directory holds %q, %v; want %d files", files, err, len(tt.outcomes))
 			}
 			for _, path := range files {
 				text, err := os.ReadFile(path)
@@ -192,43 +255,5 @@ func TestASessionThatIsNotAnsweredIsNotForgotten(t *testing.T) {
 				}
 			}
 		})
-	}
-}
-
-// What has a body is answered when that has been sent, and runs before.
-func TestASessionWithABodyIsRefused(t *testing.T) {
-	for _, length := range []int64{1, -1} {
-		r := execRequest(t)
-		r.ContentLength = length
-		site := &Site{Dir: t.TempDir(), Logger: zap.NewNop(), Count: func(Outcome) {}}
-		if _, s, refused := site.Begin(r, caller(impersonate.Recording{}, nobody)); refused == nil {
-			s.Close()
-			t.Errorf("with a body of length %d the session begins", length)
-		}
-	}
-}
-
-// A recorder of a session that is refused for another reason is let go of without a
-// word.
-func TestARefusalIsNotALostRecorder(t *testing.T) {
-	core, logs := logged.New(zap.InfoLevel)
-	notADir := t.TempDir() + "/file"
-	if err := os.WriteFile(notADir, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	r, dial := startRecorder(t)
-	site := &Site{Dir: notADir, Logger: zap.New(core), Count: func(Outcome) {}}
-	if _, _, refused := site.Begin(execRequest(t), caller(impersonate.Recording{Recorders: []netip.AddrPort{first}, Enforce: true}, dial)); refused == nil {
-		t.Fatal("the session was not refused")
-	}
-	deadline := time.Now().Add(10 * time.Second)
-	for r.Conns() > 0 && time.Now().Before(deadline) {
-		time.Sleep(10 * time.Millisecond) // between two looks
-	}
-	if n := r.Conns(); n > 0 {
-		t.Errorf("%d connections to the recorder are left", n)
-	}
-	if lost := logs.FilterMessageSnippet("lost").All(); len(lost) > 0 {
-		t.Errorf("logged is %v", lost)
 	}
 }
