@@ -5,6 +5,7 @@ package tailscaleimpersonate
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
@@ -17,27 +18,25 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.uber.org/zap"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
-var badRequest = refusedWith{http.StatusBadRequest, metav1.StatusReasonBadRequest, ""}
-
-func TestAWishIsPassedOnAndNothingThatCouldBeSent(t *testing.T) {
+// The identity in the context says which user the caller asks to act as. No header
+// does that could be sent: a transport that knows nothing of it must fail.
+func TestActAs_RequestIsPassedOnWithoutSendableHeaders(t *testing.T) {
 	ttl := caddy.Duration(700 * time.Millisecond)
-	h := newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, CacheTTL: &ttl}, aliceNode())
-	r := newRequest("GET", "http://k8s/api", "Impersonate-User", "bob", "Impersonate-Group", "viewers")
-	resp, got := serve(t, h, r)
+	h := newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, CacheTTL: &ttl}, proxytest.AliceNode())
+	r := proxytest.NewRequest("GET", "http://k8s/api", "Impersonate-User", "bob", "Impersonate-Group", "viewers")
+	resp, got := proxytest.Serve(t, h, r)
 	if got == nil {
 		t.Fatalf("refused: %v", resp.Status)
 	}
-	for name, values := range protected(got.Header) {
+	for name, values := range proxytest.Protected(got.Header) {
 		if name != "Impersonate-Uid" || !strings.Contains(values[0], "\x00") {
 			t.Errorf("the next handler got %s: %q; want nothing that can be sent", name, values)
 		}
@@ -51,71 +50,70 @@ func TestAWishIsPassedOnAndNothingThatCouldBeSent(t *testing.T) {
 		t.Errorf("identity in the context (-want +got):\n%s", diff)
 	}
 	if id.ActAs.Granted == nil {
-		t.Error("nobody wants to know that the wish is granted")
+		t.Error("the request is not tracked: nothing is to be called when it is authorized")
 	}
-	if len(protected(r.Header)) > 0 {
-		t.Errorf("headers remain on the request: %v", protected(r.Header))
+	if len(proxytest.Protected(r.Header)) > 0 {
+		t.Errorf("headers remain on the request: %v", proxytest.Protected(r.Header))
 	}
 
-	// The next request of the same caller is about nobody else.
-	_, got = serve(t, h, newRequest("GET", "http://k8s/api"))
+	// The next request of the same caller asks for nothing.
+	_, got = proxytest.Serve(t, h, proxytest.NewRequest("GET", "http://k8s/api"))
 	if got == nil {
 		t.Fatal("refused")
 	}
-	if diff := cmp.Diff(aliceHeaders, protected(got.Header)); diff != "" {
-		t.Errorf("headers of a request without a wish (-want +got):\n%s", diff)
+	if diff := cmp.Diff(proxytest.AliceHeaders, proxytest.Protected(got.Header)); diff != "" {
+		t.Errorf("headers of a request that does not act as another user (-want +got):\n%s", diff)
 	}
 }
 
-func TestWishesThatAreRefusedUnasked(t *testing.T) {
+func TestActAs_InvalidRequestIsRefused(t *testing.T) {
 	denying := impersonate.Limits{DenyGroups: []string{"system:masters"}}
 	for _, tt := range []struct {
 		name    string
 		rails   impersonate.Limits
 		headers []string
-		want    refusedWith
+		want    proxytest.Refusal
 		words   []string
 	}{
-		{"no user", impersonate.Limits{}, []string{"Impersonate-Group", "a"}, badRequest, []string{"without a user"}},
-		{"a header that does not exist", impersonate.Limits{}, []string{"Impersonate-User", "bob", "Impersonate-Future", "a"}, badRequest, []string{"Impersonate-Future"}},
-		{"an alias", impersonate.Limits{}, []string{"Impersonate_User", "bob"}, badRequest, []string{"Impersonate_user"}},
-		{"a denied group", denying, []string{"Impersonate-User", "bob", "Impersonate-Group", "system:masters"}, forbidden, []string{"bob", "system:masters", "deny_groups"}},
+		{"no user", impersonate.Limits{}, []string{"Impersonate-Group", "a"}, proxytest.BadRequest, []string{"without a user"}},
+		{"a header that does not exist", impersonate.Limits{}, []string{"Impersonate-User", "bob", "Impersonate-Future", "a"}, proxytest.BadRequest, []string{"Impersonate-Future"}},
+		{"an alias", impersonate.Limits{}, []string{"Impersonate_User", "bob"}, proxytest.BadRequest, []string{"Impersonate_user"}},
+		{"a denied group", denying, []string{"Impersonate-User", "bob", "Impersonate-Group", "system:masters"}, proxytest.Forbidden, []string{"bob", "system:masters", "deny_groups"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			r := newRequest("GET", "http://k8s/api", tt.headers...)
-			resp, got := serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, Limits: tt.rails}, aliceNode()), r)
+			r := proxytest.NewRequest("GET", "http://k8s/api", tt.headers...)
+			resp, got := proxytest.Serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, Limits: tt.rails}, proxytest.AliceNode()), r)
 			if got != nil {
 				t.Errorf("the next handler was called, with %v", got.Header)
 			}
-			checkRefused(t, resp, tt.want, tt.words...)
-			if left := protected(r.Header); len(left) > 0 {
+			proxytest.CheckRefused(t, resp, tt.want, tt.words...)
+			if left := proxytest.Protected(r.Header); len(left) > 0 {
 				t.Errorf("the refused request still holds %v", left)
 			}
 		})
 	}
 }
 
-// Whoever is nobody cannot be somebody else either.
-func TestAWishNeedsAnIdentity(t *testing.T) {
-	r := newRequest("GET", "http://k8s/api", "Impersonate-User", "bob")
-	resp, got := serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize}, newNode(nil, nil)), r)
+func TestActAs_NeedsIdentity(t *testing.T) {
+	r := proxytest.NewRequest("GET", "http://k8s/api", "Impersonate-User", "bob")
+	resp, got := proxytest.Serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize}, proxytest.NewNode(nil, nil)), r)
 	if got != nil {
 		t.Errorf("the next handler was called, with %v", got.Header)
 	}
-	checkRefused(t, resp, forbidden, aliceAddr)
+	proxytest.CheckRefused(t, resp, proxytest.Forbidden, proxytest.AliceAddr)
 }
 
-// A route that Caddy starts over with after an error or an unwanted answer has the
-// request without the header that the first handler has removed, and without its
-// context. Who asked to be somebody else is not sent as itself for that.
-func TestWhatWasAskedForIsNotForgottenInAnotherRoute(t *testing.T) {
+// After an error or an unwanted answer, Caddy can pass the request to another route,
+// without the headers that the first handler has removed and without its context. A
+// caller that asked to act as another user must not be sent as itself then.
+func TestActAs_IsRememberedInOtherRoutes(t *testing.T) {
 	for _, first := range []string{caddyfile.Authorize, caddyfile.Reject} {
 		for _, second := range []string{caddyfile.Authorize, caddyfile.Reject} {
 			for _, headers := range [][]string{{"Impersonate-User", "bob"}, nil} {
-				r := newRequest("GET", "http://k8s/api", headers...)
+				r := proxytest.NewRequest("GET", "http://k8s/api", headers...)
 				r = r.WithContext(context.WithValue(r.Context(), caddyhttp.VarsCtxKey, make(map[string]any)))
-				serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: first}, aliceNode()), r)
-				resp, got := serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: second}, aliceNode()), r)
+				proxytest.Serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: first}, proxytest.AliceNode()), r)
+				resp, got := proxytest.Serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: second}, proxytest.AliceNode()), r)
 				if headers == nil {
 					if got == nil {
 						t.Errorf("%s, then %s: a request that asks for nothing is answered %s", first, second, resp.Status)
@@ -123,108 +121,78 @@ func TestWhatWasAskedForIsNotForgottenInAnotherRoute(t *testing.T) {
 					continue
 				}
 				if got != nil {
-					t.Errorf("%s, then %s: sent with %v", first, second, protected(got.Header))
+					t.Errorf("%s, then %s: sent with %v", first, second, proxytest.Protected(got.Header))
 				}
-				checkRefused(t, resp, forbidden, "another tailscale_impersonate", "Impersonate-User")
+				proxytest.CheckRefused(t, resp, proxytest.Forbidden, "another tailscale_impersonate", "Impersonate-User")
 			}
 		}
 	}
 }
 
-// The same through Caddy.
-func TestWhatIsRefusedIsNotSentByAnotherRoute(t *testing.T) {
+// The same in a running Caddy.
+func TestActAs_RefusedRequestIsNotSentByOtherRoute(t *testing.T) {
 	const proxy = "tailscale_impersonate\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}\n"
-	up := newUpstream(t)
-	s := startSite(t, up, false, "", "route {\nintercept {\n@no status 403\nhandle_response @no {\n"+proxy+"}\n}\n"+proxy+"}", aliceNode())
-	resp := s.http1(t, aliceAddr, "GET /api HTTP/1.1\r\nHost: k8s\r\nImpersonate-User: bob\r\n\r\n")
-	checkRefused(t, resp, forbidden, "Impersonate-User")
-	up.checkSeen(t, nil)
+	up := proxytest.NewAPIServer(t)
+	s := proxytest.StartSite(t, up, "route {\nintercept {\n@no status 403\nhandle_response @no {\n"+proxy+"}\n}\n"+proxy+"}", proxytest.AliceNode())
+	resp := s.Get(t, "/api", "Impersonate-User: bob\r\n")
+	proxytest.CheckRefused(t, resp, proxytest.Forbidden, "Impersonate-User")
+	up.CheckNone(t)
 }
 
-// A second handler would undo what the first one denies, and send a request as its
-// caller, who asked to be somebody with fewer rights perhaps.
-func TestNoRequestPassesTwoHandlers(t *testing.T) {
-	first := newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, Limits: impersonate.Limits{DenyGroups: []string{"readers"}}}, aliceNode())
-	for _, mode := range []string{caddyfile.Authorize, caddyfile.Strip, caddyfile.Reject} {
-		second := newHandler(t, caddyfile.Config{ClientImpersonation: mode}, aliceNode())
-		for _, headers := range [][]string{{"Impersonate-User", "bob"}, nil} {
-			_, between := serve(t, first, newRequest("GET", "http://k8s/api", headers...))
-			if between == nil {
-				t.Fatal("the first handler refused")
-			}
-			resp, got := serve(t, second, between)
-			if got != nil {
-				t.Errorf("%s: the next handler was called, with %v", mode, got.Header)
-			}
-			checkRefused(t, resp, forbidden, "alice@example.com", "twice")
-		}
-	}
-}
-
-func TestWhomRequestsMayGoOnAs(t *testing.T) {
-	target := &impersonate.Target{User: "bob", Groups: []string{"a"}}
-	for _, tt := range []struct {
-		name string
-		cfg  caddyfile.Config
-		ok   bool
-	}{
-		{"authorize", caddyfile.Config{ClientImpersonation: caddyfile.Authorize}, true},
-		{"reject", caddyfile.Config{}, false},
-		{"strip", caddyfile.Config{ClientImpersonation: caddyfile.Strip}, false},
-		{"a group is denied", caddyfile.Config{ClientImpersonation: caddyfile.Authorize, Limits: impersonate.Limits{DenyGroups: []string{"a"}}}, false},
-	} {
-		if err := newHandler(t, tt.cfg, aliceNode()).mayBe(target); (err == nil) != tt.ok || (err != nil && !apierrors.IsForbidden(err)) {
-			t.Errorf("%s: got %v; want no error: %t", tt.name, err, tt.ok)
-		}
-	}
-}
-
-// From the client to the API server, of which the first has the right and the other
-// has not.
-func TestKubectlAsThroughCaddy(t *testing.T) {
-	up := newUpstream(t)
-	s := startSite(t, up, false, "", "tailscale_impersonate {\nclient_impersonation authorize\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}", aliceNode())
+// A caller is not sent as another user if the API server does not say that it may be.
+func TestActAs_WithoutReviewIsNotSent(t *testing.T) {
+	up := proxytest.NewAPIServer(t)
+	s := proxytest.StartSite(t, up, "tailscale_impersonate {\nclient_impersonation authorize\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}", proxytest.AliceNode())
 	// This API server answers 200 to everything, which is no answer to a review.
-	resp := s.http1(t, aliceAddr, "GET /api/v1/pods HTTP/1.1\r\nHost: k8s\r\nImpersonate-User: bob\r\n\r\n")
-	checkRefused(t, resp, refusedWith{http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, ""}, "alice@example.com", "bob", "200 OK")
-	for _, r := range up.take() {
+	resp := s.Get(t, "/api/v1/pods", "Impersonate-User: bob\r\n")
+	proxytest.CheckRefused(t, resp, proxytest.Unavailable, "alice@example.com", "bob", "200 OK")
+	reviews := up.Take()
+	if len(reviews) == 0 {
+		t.Error("the API server was not asked")
+	}
+	for _, r := range reviews {
 		if !strings.HasSuffix(r.URL.Path, "/subjectaccessreviews") {
-			t.Errorf("%s %s arrived, with %v", r.Method, r.URL, protected(r.Header))
+			t.Errorf("%s %s arrived, with %v", r.Method, r.URL, proxytest.Protected(r.Header))
 		}
-		if diff := cmp.Diff(http.Header{"Authorization": {proxyToken}}, protected(r.Header)); diff != "" {
+		if diff := cmp.Diff(http.Header{"Authorization": {proxytest.ProxyToken}}, proxytest.Protected(r.Header)); diff != "" {
 			t.Errorf("headers of a review (-want +got):\n%s", diff)
 		}
 	}
-	s.http1(t, aliceAddr, "GET /api/v1/pods HTTP/1.1\r\nHost: k8s\r\n\r\n")
-	up.checkSeen(t, aliceAsProxy)
+	s.Get(t, "/api/v1/pods", "")
+	up.CheckOne(t, proxytest.AliceAsProxy)
 }
 
-func TestOtherTransportsSendNoWish(t *testing.T) {
-	up := newUpstream(t)
-	s := startSite(t, up, false, "&(plain) {\nreverse_proxy $UPSTREAM {\n$HTTP\n}\n}\n", "tailscale_impersonate {\nclient_impersonation authorize\n}\ninvoke plain", aliceNode())
-	resp := s.http1(t, aliceAddr, "GET /api HTTP/1.1\r\nHost: k8s\r\nImpersonate-User: bob\r\n\r\n")
-	checkRefused(t, resp, refusedWith{http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, ""}, "transport kubernetes, which kubectl --as needs")
-	up.checkSeen(t, nil)
-	s.http1(t, aliceAddr, "GET /api HTTP/1.1\r\nHost: k8s\r\n\r\n")
-	up.checkSeen(t, aliceHeaders)
+func TestActAs_OtherTransportsSendNothing(t *testing.T) {
+	up := proxytest.NewAPIServer(t)
+	s := proxytest.Config{
+		API:    up,
+		Global: "&(plain) {\nreverse_proxy $UPSTREAM {\n$HTTP\n}\n}\n",
+		Body:   "tailscale_impersonate {\nclient_impersonation authorize\n}\ninvoke plain",
+		Nodes:  []*tailnet.Node{proxytest.AliceNode()},
+	}.Start(t)
+	resp := s.Get(t, "/api", "Impersonate-User: bob\r\n")
+	proxytest.CheckRefused(t, resp, proxytest.Unavailable, "transport kubernetes, which kubectl --as needs")
+	up.CheckNone(t)
+	s.Get(t, "/api", "")
+	up.CheckOne(t, proxytest.AliceHeaders)
 }
 
-func TestAuthorizeWithoutTransportKubernetesIsNoConfig(t *testing.T) {
+func TestActAs_NeedsTransportKubernetes(t *testing.T) {
 	for _, tt := range []struct {
 		name, body string
 		ok         bool
 	}{
 		{"transport http", "tailscale_impersonate {\nclient_impersonation authorize\n}\nreverse_proxy 127.0.0.1:9", false},
 		{"transport http in a handle", "tailscale_impersonate {\nclient_impersonation authorize\n}\nhandle /api/* {\nreverse_proxy 127.0.0.1:9\n}", false},
-		{"transport http, and not authorize", "tailscale_impersonate\nreverse_proxy 127.0.0.1:9", true},
+		{"transport http without authorize", "tailscale_impersonate\nreverse_proxy 127.0.0.1:9", true},
 		{"transport kubernetes", "tailscale_impersonate {\nclient_impersonation authorize\n}\nreverse_proxy 127.0.0.1:9 {\ntransport kubernetes {\nin_cluster\n}\n}", true},
-		{"transport http, and a route that is invoked", "tailscale_impersonate {\nclient_impersonation authorize\n}\nhandle /api/* {\ninvoke elsewhere\n}\nreverse_proxy 127.0.0.1:9", true},
+		{"transport http and an invoked route", "tailscale_impersonate {\nclient_impersonation authorize\n}\nhandle /api/* {\ninvoke elsewhere\n}\nreverse_proxy 127.0.0.1:9", true},
 		{"the shortcut", "tailscale_kubernetes {\nin_cluster\nclient_impersonation authorize\n}", true},
 		{"transport kubernetes beside another", "tailscale_impersonate {\nclient_impersonation authorize\n}\nhandle /api/* {\nreverse_proxy 127.0.0.1:9 {\ntransport kubernetes {\nin_cluster\n}\n}\n}\nhandle {\nreverse_proxy 127.0.0.1:9\n}", true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			config := new(caddy.Config)
-			if err := json.Unmarshal(adapt(t, fmt.Sprintf("{\nadmin off\npersist_config off\nauto_https off\nstorage file_system %s\nlog {\noutput discard\n}\n}\n&(elsewhere) {\nrespond 204\n}\nhttp://127.0.0.1:%d {\n%s\n}", t.TempDir(), freePort(t), tt.body)), config); err != nil {
+			if err := json.Unmarshal(proxytest.Adapt(t, fmt.Sprintf("{\nadmin off\npersist_config off\nauto_https off\nstorage file_system %s\nlog {\noutput discard\n}\n}\n&(elsewhere) {\nrespond 204\n}\nhttp://127.0.0.1:%d {\n%s\n}", t.TempDir(), proxytest.FreePort(t), tt.body)), config); err != nil {
 				t.Fatal(err)
 			}
 			err := caddy.Validate(config)
@@ -235,113 +203,105 @@ func TestAuthorizeWithoutTransportKubernetesIsNoConfig(t *testing.T) {
 	}
 }
 
-// A stream in which alice acts as somebody else ends when she may no longer.
-func TestAGrantedWishIsRechecked(t *testing.T) {
-	interval := caddy.Duration(100 * time.Millisecond)
-	h := newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, RecheckInterval: &interval}, aliceNode())
-	r := newRequest("GET", "http://k8s/api", "Impersonate-User", "bob")
-	ended := make(chan error, 1)
-	err := h.ServeHTTP(noAnswer{}, r, nextFunc(func(_ http.ResponseWriter, r *http.Request) error {
+// actAsBob has h handle a request of alice's to act as bob. The next handler has check
+// called whenever access is checked, and calls during. It returns what during returns.
+func actAsBob(t *testing.T, h *Handler, check func(context.Context, *impersonate.Identity, time.Time) error, during func(context.Context) error) (result error) {
+	t.Helper()
+	r := proxytest.NewRequest("GET", "http://k8s/api", "Impersonate-User", "bob")
+	called := false
+	err := h.ServeHTTP(proxytest.NoAnswer{}, r, proxytest.NextFunc(func(r *http.Request) {
+		called = true
 		id, _ := impersonate.FromContext(r.Context())
-		id.ActAs.Granted(func(_ context.Context, caller *impersonate.Identity, _ time.Time) error {
-			return apierrors.NewForbidden(schema.GroupResource{Resource: "users"}, "bob", fmt.Errorf("%s may no longer", caller.User))
-		})
-		select {
-		case <-r.Context().Done():
-			ended <- context.Cause(r.Context())
-		case <-time.After(30 * time.Second):
-			ended <- nil
-		}
-		return nil
+		id.ActAs.Granted(check)
+		result = during(r.Context())
 	}))
-	if err != nil {
-		t.Fatal(err)
+	if err != nil || !called {
+		t.Fatalf("the next handler was called: %v; error %v", called, err)
 	}
-	if err := <-ended; err == nil || !strings.Contains(err.Error(), "alice@example.com may no longer") {
+	return result
+}
+
+// untilEnd returns why ctx ends, nil if it does not.
+func untilEnd(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(30 * time.Second):
+		return nil
+	}
+}
+
+// A stream in which alice acts as another user ends when she may no longer.
+func TestActAs_IsRechecked(t *testing.T) {
+	interval := caddy.Duration(100 * time.Millisecond)
+	h := newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, RecheckInterval: &interval}, proxytest.AliceNode())
+	refuse := func(_ context.Context, caller *impersonate.Identity, _ time.Time) error {
+		return apierrors.NewForbidden(schema.GroupResource{Resource: "users"}, "bob", fmt.Errorf("%s may no longer", caller.User))
+	}
+	if err := actAsBob(t, h, refuse, untilEnd); err == nil || !strings.Contains(err.Error(), "alice@example.com may no longer") {
 		t.Errorf("the request ended with %v; want the reason", err)
 	}
 }
 
-// What was granted under one config ends under the next, if that lets nobody act as
-// somebody else.
-func TestAGrantedWishIsJudgedByTheNewConfig(t *testing.T) {
+// What one config allowed ends under the next, if that lets nobody act as another user.
+func TestActAs_ReloadUsesNewConfig(t *testing.T) {
 	interval := caddy.Duration(100 * time.Millisecond)
-	before := newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, RecheckInterval: &interval}, aliceNode())
-	before.sites.Run()
-	var ended error
-	err := before.ServeHTTP(noAnswer{}, newRequest("GET", "http://k8s/api", "Impersonate-User", "bob"), nextFunc(func(_ http.ResponseWriter, r *http.Request) error {
-		id, _ := impersonate.FromContext(r.Context())
-		id.ActAs.Granted(func(context.Context, *impersonate.Identity, time.Time) error { return nil })
-		after := newHandler(t, caddyfile.Config{RecheckInterval: &interval}, aliceNode())
-		defer func() {
-			if err := after.Cleanup(); err != nil {
-				t.Error(err)
-			}
-		}()
-		if err := (started{after, new(caddyhttp.Server)}).Handle(t.Context(), caddy.Event{}); err != nil {
-			t.Error(err)
-		}
-		select {
-		case <-r.Context().Done():
-			ended = context.Cause(r.Context())
-		case <-time.After(30 * time.Second):
-		}
-		return nil
-	}))
-	if err != nil {
-		t.Fatal(err)
+	registry := newRegistry()
+	// load returns a handler of a config that runs.
+	load := func(impersonation string) *Handler {
+		generation := registry.NewGeneration()
+		h := newUnstartedHandler(t, caddyfile.Config{ClientImpersonation: impersonation, RecheckInterval: &interval}, generation, zap.NewNop())
+		h.UseNodes(tailnet.Nodes{proxytest.AliceNode()})
+		generation.Run()
+		return h
 	}
-	if ended == nil || !strings.Contains(ended.Error(), "callers may no longer act as somebody else") {
-		t.Errorf("the request ended with %v; want the reason", ended)
+	allow := func(context.Context, *impersonate.Identity, time.Time) error { return nil }
+	err := actAsBob(t, load(caddyfile.Authorize), allow, func(ctx context.Context) error {
+		load(caddyfile.Reject)
+		return untilEnd(ctx)
+	})
+	if err == nil || !strings.Contains(err.Error(), "callers may no longer act as another user") {
+		t.Errorf("the request ended with %v; want the reason", err)
 	}
 }
 
-// A server may have several handlers, and what one of them allows is not up to
+// A server may have several handlers, and what one of them allows does not depend on
 // another.
-func TestAGrantedWishIsJudgedByTheHandlerWithItsSettings(t *testing.T) {
+func TestActAs_ReloadUsesMatchingHandler(t *testing.T) {
 	interval := caddy.Duration(100 * time.Millisecond)
+	registry := newRegistry()
 	// load returns the second of two handlers of a config that runs.
 	load := func() (h *Handler) {
-		sites := new(revocation.Config)
+		generation := registry.NewGeneration()
 		for _, impersonation := range []string{caddyfile.Strip, caddyfile.Authorize} {
-			h = &Handler{Config: caddyfile.Config{ClientImpersonation: impersonation, RecheckInterval: &interval}, logger: zap.NewNop()}
-			if err := h.setUp(sites, []string{t.Name()}); err != nil {
-				t.Fatal(err)
-			}
-			h.setReady(tailnet.Nodes{aliceNode()})
+			h = newUnstartedHandler(t, caddyfile.Config{ClientImpersonation: impersonation, RecheckInterval: &interval}, generation, zap.NewNop())
+			h.UseNodes(tailnet.Nodes{proxytest.AliceNode()})
 		}
-		sites.Run()
+		generation.Run()
 		return h
 	}
-	err := load().ServeHTTP(noAnswer{}, newRequest("GET", "http://k8s/api", "Impersonate-User", "bob"), nextFunc(func(_ http.ResponseWriter, r *http.Request) error {
-		rechecked := make(chan struct{})
-		id, _ := impersonate.FromContext(r.Context())
-		id.ActAs.Granted(func(ctx context.Context, _ *impersonate.Identity, _ time.Time) error {
-			select {
-			case rechecked <- struct{}{}:
-			case <-ctx.Done():
-			}
-			return nil
-		})
+	rechecked := make(chan struct{})
+	check := func(ctx context.Context, _ *impersonate.Identity, _ time.Time) error {
+		select {
+		case rechecked <- struct{}{}:
+		case <-ctx.Done():
+		}
+		return nil
+	}
+	err := actAsBob(t, load(), check, func(ctx context.Context) error {
 		load()
 		for range 2 { // the first may have begun before
 			select {
-			case <-r.Context().Done():
-				t.Errorf("the request ended with %v; want it to go on", context.Cause(r.Context()))
-				return nil
+			case <-ctx.Done():
+				return context.Cause(ctx)
 			case <-rechecked:
 			case <-time.After(30 * time.Second):
-				t.Error("the request is not rechecked")
+				return errors.New("the request is not rechecked")
 			}
 		}
 		return nil
-	}))
+	})
 	if err != nil {
-		t.Fatal(err)
+		t.Errorf("the request ended with %v; want it to go on", err)
 	}
 }
-
-// nextFunc is a next handler.
-type nextFunc func(http.ResponseWriter, *http.Request) error
-
-func (f nextFunc) ServeHTTP(w http.ResponseWriter, r *http.Request) error { return f(w, r) }

@@ -12,6 +12,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
 
 // nothing is a next handler that does nothing.
@@ -33,15 +34,15 @@ func BenchmarkHandler(b *testing.B) {
 	}{{"hit", time.Hour}, {"miss", 0}} {
 		b.Run(tt.name, func(b *testing.B) {
 			ttl := caddy.Duration(tt.ttl)
-			h := newHandler(b, caddyfile.Config{CacheTTL: &ttl}, aliceNode())
-			r := newRequest(http.MethodGet, "https://k8s.example.ts.net/api/v1/namespaces/default/pods?limit=500",
+			h := newHandler(b, caddyfile.Config{CacheTTL: &ttl}, proxytest.AliceNode())
+			r := proxytest.NewRequest(http.MethodGet, "https://k8s.example.ts.net/api/v1/namespaces/default/pods?limit=500",
 				"Accept", "application/json;as=Table;v=v1;g=meta.k8s.io,application/json",
 				"Accept-Encoding", "gzip",
 				"Kubectl-Command", "kubectl get",
 				"Kubectl-Session", "4f0c0b5a-0f0e-4a36-8d33-6b3f4a1f9f5e",
 				"User-Agent", "kubectl/v1.37.2 (linux/amd64) kubernetes/0000000",
 			)
-			w := noAnswer{}
+			w := proxytest.NoAnswer{}
 			heap := make([]byte, 64<<20) // about that of a Caddy at work, or garbage is collected all the time
 			defer runtime.KeepAlive(heap)
 			// Every request has a replacer of its own. There are few at a time, as one

@@ -12,7 +12,7 @@ import (
 )
 
 // Documentation names tests as proof of what it says.
-func TestTheTestsThatDocsNameExist(t *testing.T) {
+func TestDocs_NamedTestsExist(t *testing.T) {
 	declared := make(map[string]bool)
 	declaration := regexp.MustCompile(`(?m)^func (Test\w+)\(`)
 	if err := filepath.WalkDir(".", func(path string, _ fs.DirEntry, err error) error {
@@ -50,7 +50,7 @@ func TestTheTestsThatDocsNameExist(t *testing.T) {
 }
 
 // Each fault has an outcome and a test.
-func TestEachFaultIsShown(t *testing.T) {
+func TestDocs_EachFaultNamesATest(t *testing.T) {
 	text, err := os.ReadFile("docs/faults.md")
 	if err != nil {
 		t.Fatal(err)

@@ -16,6 +16,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
@@ -34,8 +35,8 @@ func FuzzRequest(f *testing.F) {
 	} {
 		f.Add(request)
 	}
-	h := newHandler(f, caddyfile.Config{ClientImpersonation: caddyfile.Strip, AllowOrigins: []string{"https://dashboard.example.com"}}, aliceNode())
-	conn := tailnet.WithConn(context.Background(), netip.MustParseAddrPort(aliceAddr+":1"), netip.MustParseAddr(nodeAddr))
+	h := newHandler(f, caddyfile.Config{ClientImpersonation: caddyfile.Strip, AllowOrigins: []string{"https://dashboard.example.com"}}, proxytest.AliceNode())
+	conn := tailnet.WithConn(context.Background(), netip.MustParseAddrPort(proxytest.AliceAddr+":1"), netip.MustParseAddr(proxytest.NodeAddr))
 	f.Fuzz(func(t *testing.T, raw string) {
 		r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(raw)))
 		if err != nil {
@@ -43,22 +44,22 @@ func FuzzRequest(f *testing.F) {
 		}
 		rec := httptest.NewRecorder()
 		r = caddyhttp.PrepareRequest(r.WithContext(conn), caddy.NewReplacer(), rec, nil)
-		var n next
+		var n proxytest.Next
 		if err := h.ServeHTTP(rec, r, &n); err != nil {
 			t.Fatalf("%q: %v", raw, err)
 		}
-		if n.got == nil {
+		if n.Got == nil {
 			if rec.Code < 400 {
 				t.Errorf("%q: answered %d without having been passed on", raw, rec.Code)
 			}
 			return
 		}
-		got := protected(n.got.Header)
+		got := proxytest.Protected(n.Got.Header)
 		if user, groups := got["Impersonate-User"], got["Impersonate-Group"]; len(got) != 2 ||
 			!slices.Equal(user, []string{"alice@example.com"}) || !slices.Equal(groups, []string{"tailnet-readers"}) {
 			t.Errorf("%q: passed on as %v", raw, got)
 		}
-		if left := protected(r.Header); len(left) > 0 {
+		if left := proxytest.Protected(r.Header); len(left) > 0 {
 			t.Errorf("%q: %v is left for handle_errors", raw, left)
 		}
 	})

@@ -5,14 +5,40 @@ package tailscaleimpersonate
 import (
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 
-	_ "github.com/caddyserver/caddy/v2/modules/caddyhttp/rewrite"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/matcher"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
 
+// A matcher cannot answer by itself.
+func TestMatcher_AmbiguousPathIsExplained(t *testing.T) {
+	core, logs := observer.New(zap.WarnLevel)
+	h := newHandler(t, caddyfile.Config{}, proxytest.AliceNode())
+	h.logger = zap.New(core)
+	rec := httptest.NewRecorder()
+	err := h.ServeHTTP(rec, proxytest.NewRequest("GET", "https://k8s/api//v1"), caddyhttp.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) error {
+		_, err := matcher.Matcher{Verb: []string{"get"}}.MatchWithError(r)
+		return err
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxytest.CheckRefused(t, rec.Result(), proxytest.BadRequest, "more than one way")
+	if entries := logs.FilterMessage("request refused").All(); len(entries) != 1 {
+		t.Errorf("logged %v; want that the request was refused", logs.All())
+	}
+}
+
 // A whole site, with what a config can do to a request behind a matcher's back.
-func TestRequestsAreSentAsTheMatcherSawThem(t *testing.T) {
+func TestMatcher_RewrittenRequestIsRefused(t *testing.T) {
 	const matcher = `route {
 		tailscale_impersonate
 		@refused not kubernetes {
@@ -36,9 +62,9 @@ func TestRequestsAreSentAsTheMatcherSawThem(t *testing.T) {
 		{"a variable that is overwritten", "vars tailscale_impersonate.decided x\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}", "GET /api/v1/pods", 403, "not for a config to set"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			up := newUpstream(t)
-			s := startSite(t, up, false, "", matcher+tt.body+"\n}", aliceNode())
-			resp := s.http1(t, aliceAddr, tt.request+" HTTP/1.1\r\nHost: k8s\r\n\r\n")
+			up := proxytest.NewAPIServer(t)
+			s := proxytest.StartSite(t, up, matcher+tt.body+"\n}", proxytest.AliceNode())
+			resp := s.HTTP1(t, proxytest.AliceAddr, tt.request+" HTTP/1.1\r\nHost: k8s\r\n\r\n")
 			body, err := io.ReadAll(resp.Body)
 			if err != nil {
 				t.Fatal(err)
@@ -46,7 +72,7 @@ func TestRequestsAreSentAsTheMatcherSawThem(t *testing.T) {
 			if resp.StatusCode != tt.status || !strings.Contains(string(body), tt.answer) {
 				t.Errorf("got %s %s; want %d and %q", resp.Status, body, tt.status, tt.answer)
 			}
-			if seen := up.take(); (len(seen) > 0) != (tt.status == http.StatusOK) {
+			if seen := up.Take(); (len(seen) > 0) != (tt.status == http.StatusOK) {
 				t.Errorf("the API server saw %d requests", len(seen))
 			}
 		})
@@ -54,7 +80,7 @@ func TestRequestsAreSentAsTheMatcherSawThem(t *testing.T) {
 }
 
 // The expression of docs/matcher.md.
-func TestAnExpressionDecidesByGroup(t *testing.T) {
+func TestMatcher_ExpressionDecidesByGroup(t *testing.T) {
 	for _, tt := range []struct {
 		group, request string
 		status         int
@@ -64,8 +90,8 @@ func TestAnExpressionDecidesByGroup(t *testing.T) {
 		{"operators", "DELETE /api/v1/namespaces/dev/pods/p", 200},
 		{"operators", "GET /api/v1/namespaces/prod-a/pods/p", 200},
 	} {
-		up := newUpstream(t)
-		s := startSite(t, up, false, "", `
+		up := proxytest.NewAPIServer(t)
+		s := proxytest.StartSite(t, up, `
 			tailscale_impersonate
 			@refused expression <<CEL
 				kubernetes({"verb": ["delete", "deletecollection"], "namespace": ["prod-*", ""]})
@@ -74,8 +100,8 @@ func TestAnExpressionDecidesByGroup(t *testing.T) {
 			respond @refused 403
 			reverse_proxy $UPSTREAM {
 				$KUBERNETES
-			}`, aliceNode())
-		if resp := s.http1(t, aliceAddr, tt.request+" HTTP/1.1\r\nHost: k8s\r\n\r\n"); resp.StatusCode != tt.status {
+			}`, proxytest.AliceNode())
+		if resp := s.HTTP1(t, proxytest.AliceAddr, tt.request+" HTTP/1.1\r\nHost: k8s\r\n\r\n"); resp.StatusCode != tt.status {
 			t.Errorf("%s for those in %s: got %s; want %d", tt.request, tt.group, resp.Status, tt.status)
 		}
 	}

@@ -16,12 +16,14 @@ import (
 	"time"
 
 	"tailscale.com/ipn/ipnstate"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
 
 // A Caddy on the host's own sockets, whose Tailscale daemon says that 127.0.0.2 is
 // its address and that alice's laptop is at 127.0.0.3. All of 127.0.0.0/8 is the
 // host's, so connections between these are real ones.
-func TestTailscaledIsAskedAboutSocketsOfTheHost(t *testing.T) {
+func TestTailscaled_IsAskedAboutHostSockets(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "tailscaled.sock")
 	ln, err := net.Listen("unix", socket)
 	if err != nil {
@@ -33,7 +35,7 @@ func TestTailscaledIsAskedAboutSocketsOfTheHost(t *testing.T) {
 		case r.URL.Path == "/localapi/v0/status":
 			answer = &ipnstate.Status{TailscaleIPs: []netip.Addr{netip.MustParseAddr("127.0.0.2")}, Self: &ipnstate.PeerStatus{DNSName: "server.example.ts.net."}}
 		case r.URL.Path == "/localapi/v0/whois" && r.FormValue("addr") == "127.0.0.3" && r.FormValue("dst_ip") == "127.0.0.2":
-			answer = whoIs(readers)
+			answer = proxytest.WhoIs(proxytest.Readers)
 		default:
 			http.Error(w, "no such peer", http.StatusNotFound)
 			return
@@ -45,9 +47,9 @@ func TestTailscaledIsAskedAboutSocketsOfTheHost(t *testing.T) {
 	daemon.Start()
 	defer daemon.Close()
 
-	up := newUpstream(t)
-	port := freePort(t)
-	runCaddy(t, "", up.expand(t, fmt.Sprintf("http://:%d {\nbind 127.0.0.1 127.0.0.2\ntailscale_impersonate {\ntailscaled %s\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}\n}", port, socket)))
+	up := proxytest.NewAPIServer(t)
+	port := proxytest.FreePort(t)
+	proxytest.RunCaddy(t, "", up.Expand(t, fmt.Sprintf("http://:%d {\nbind 127.0.0.1 127.0.0.2\ntailscale_impersonate {\ntailscaled %s\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}\n}", port, socket)))
 
 	send := func(from, to string) *http.Response {
 		t.Helper()
@@ -60,19 +62,19 @@ func TestTailscaledIsAskedAboutSocketsOfTheHost(t *testing.T) {
 		if _, err := io.WriteString(conn, "GET /api HTTP/1.1\r\nHost: server\r\nX-Forwarded-For: 127.0.0.3\r\nConnection: close\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}
-		return readResponse(t, bufio.NewReader(conn))
+		return proxytest.ReadResponse(t, bufio.NewReader(conn))
 	}
 	if resp := send("127.0.0.3", "127.0.0.2"); resp.StatusCode != http.StatusOK {
 		t.Errorf("alice is answered with %s", resp.Status)
 	}
-	up.checkSeen(t, aliceAsProxy)
+	up.CheckOne(t, proxytest.AliceAsProxy)
 	for _, tt := range []struct{ name, from, to, mention string }{
 		{"the host itself", "127.0.0.2", "127.0.0.2", "itself"},
 		{"another process of the host", "127.0.0.1", "127.0.0.2", "knows no peer"},
 		{"a peer's address, on an address that is not the daemon's", "127.0.0.3", "127.0.0.1", "no tailnet node of this server owns"},
 	} {
-		checkRefused(t, send(tt.from, tt.to), forbidden, tt.mention)
-		if seen := up.take(); len(seen) > 0 {
+		proxytest.CheckRefused(t, send(tt.from, tt.to), proxytest.Forbidden, tt.mention)
+		if seen := up.Take(); len(seen) > 0 {
 			t.Errorf("%s: the API server saw %v", tt.name, seen[0].Header)
 		}
 	}
@@ -80,12 +82,12 @@ func TestTailscaledIsAskedAboutSocketsOfTheHost(t *testing.T) {
 
 // With the option, a tailnet node's connection is nobody's: the daemon knows other
 // peers at the same addresses.
-func TestTailscaledIsNotAskedAboutNodes(t *testing.T) {
-	up := newUpstream(t)
-	s := startSite(t, up, false, "", "tailscale_impersonate {\ntailscaled /nowhere\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}", silentNode(t))
-	resp := s.http1(t, aliceAddr, "GET /api HTTP/1.1\r\nHost: k8s\r\nConnection: close\r\n\r\n")
-	checkRefused(t, resp, forbidden, "node of its own")
-	if seen := up.take(); len(seen) > 0 {
+func TestTailscaled_NodeConnectionIsRefused(t *testing.T) {
+	up := proxytest.NewAPIServer(t)
+	s := proxytest.StartSite(t, up, "tailscale_impersonate {\ntailscaled /nowhere\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}", proxytest.SilentNode(t))
+	resp := s.Get(t, "/api", "Connection: close\r\n")
+	proxytest.CheckRefused(t, resp, proxytest.Forbidden, "node of its own")
+	if seen := up.Take(); len(seen) > 0 {
 		t.Errorf("the API server saw %v", seen[0].Header)
 	}
 }

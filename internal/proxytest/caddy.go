@@ -38,7 +38,8 @@ type Config struct {
 	// API is the API server that the variables of Global and Body stand for (see
 	// [APIServer.Expand]). It may be nil.
 	API *APIServer
-	// Nodes are the tailnet nodes of the site's handlers.
+	// Nodes are the tailnet nodes that the site's handlers ask, instead of those of the
+	// listeners. If it is nil, they use those of the listeners.
 	Nodes []*tailnet.Node
 	// Body holds the directives of the site.
 	Body string
@@ -84,7 +85,11 @@ func (c Config) Start(t testing.TB) *Site {
 		files, s.tls = certificate(t)
 		tlsLine = "tls " + files
 	}
-	nodesOfTest.Store((*tailnet.Nodes)(&c.Nodes))
+	provide := ""
+	if c.Nodes != nil {
+		provide = "provide_nodes"
+		nodesOfTest.Store((*tailnet.Nodes)(&c.Nodes))
+	}
 	if c.API != nil {
 		c.Body = c.API.Expand(t, c.Body)
 		c.Global = c.API.Expand(t, c.Global)
@@ -94,9 +99,9 @@ func (c Config) Start(t testing.TB) *Site {
 		%s://:%d {
 			bind %s
 			%s
-			provide_nodes
 			%s
-		}`, c.Global, scheme, s.Port, c.Bind, tlsLine, c.Body))
+			%s
+		}`, c.Global, scheme, s.Port, c.Bind, tlsLine, provide, c.Body))
 	return s
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"strconv"
 	"sync"
 	"testing"
@@ -186,6 +187,7 @@ func init() {
 		if err != nil {
 			return nil, err
 		}
-		return tsnetListener{ln, &tsnet.Server{Hostname: host}}, nil
+		// Nothing may start the node: it fails to, without a directory.
+		return tsnetListener{ln, &tsnet.Server{Hostname: host, Dir: os.DevNull + "/" + host}}, nil
 	})
 }
