@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// lab/review compares the decisions with those of the API server's own code, lab/e2e with
+// lab/accessreview compares the decisions with those of the API server's own code, lab/e2e with
 // those of a running API server.
 package accessreview_test
 
