@@ -16,7 +16,7 @@ type ActAs string
 
 // What can become of it.
 const (
-	RejectActAs    ActAs = "reject"    // it is refused
+	RejectActAs    ActAs = "reject"    // it is refused, as with the zero value
 	StripActAs     ActAs = "strip"     // it is forwarded as the caller
 	AuthorizeActAs ActAs = "authorize" // it is forwarded as that user if the API server lets the caller impersonate it
 )
@@ -80,7 +80,7 @@ func (a *Authenticator) checkClaims(r *http.Request, claims Claims, user string)
 		// This handler would undo the limits, prefixes and act-as check of the other.
 		return apistatus.Forbidden(apistatus.Impersonation, "the request of %s passes tailscale_impersonate twice, and the second would undo what the first limits; the proxy's config has to leave one of them out", user)
 	}
-	if claims.header != "" && a.ActAs == RejectActAs {
+	if claims.header != "" && a.ActAs != StripActAs && a.ActAs != AuthorizeActAs {
 		return apistatus.Forbidden(apistatus.Impersonation, "%s may not act as another user: the request asks for it with the header %s, as kubectl --as does", user, claims.header)
 	}
 	return claims.err
