@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// lab/accessreview compares the decisions with those of the API server's own code, lab/e2e with
-// those of a running API server.
+// lab/accessreview compares the decisions with those of the API server's own code,
+// lab/e2e with those of a running API server.
 package accessreview_test
 
 import (
