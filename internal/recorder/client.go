@@ -59,17 +59,13 @@ func (c *Client) as(node *tailnet.Node) *nodeClient {
 		if c.nodes == nil {
 			c.nodes = make(map[*tailnet.Node]*nodeClient)
 		}
-		n = newNodeClient(node.Dial)
+		n = &nodeClient{
+			dial:   node.Dial,
+			events: &http.Transport{DialContext: node.Dial, MaxIdleConnsPerHost: 16, IdleConnTimeout: idleTimeout, DisableCompression: true},
+		}
 		c.nodes[node] = n
 	}
 	return n
-}
-
-func newNodeClient(dial dialFunc) *nodeClient {
-	return &nodeClient{
-		dial:   dial,
-		events: &http.Transport{DialContext: dial, MaxIdleConnsPerHost: 16, IdleConnTimeout: idleTimeout, DisableCompression: true},
-	}
 }
 
 // Close closes idle connections. Uploads in progress go on.

@@ -3,6 +3,7 @@
 package recorder
 
 import (
+	"bufio"
 	"context"
 	"io"
 	"net"
@@ -115,6 +116,29 @@ func TestSend_SilentRecordersCostOneTimeoutAndAreTriedAgain(t *testing.T) {
 	})
 }
 
+func TestSend_RecorderThatAnswersIsAskedFirstAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nw := newNetwork(t, first, third)
+		c, node := newClient(t), nw.node()
+		send := func() {
+			t.Helper()
+			if err := c.Send(t.Context(), node, []netip.AddrPort{first, third}, []byte("{}")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		nw.recorders[first].SetMode(recordertest.Silent)
+		send()
+		nw.recorders[first].SetMode(recordertest.V2)
+		nw.recorders[third].SetMode(recordertest.Failing)
+		send()
+		nw.recorders[third].SetMode(recordertest.V2)
+		send()
+		if n := len(nw.recorders[first].TakeEvents()); n != 2 {
+			t.Errorf("the first recorder has %d events; want 2", n)
+		}
+	})
+}
+
 // A request that its client cancels says nothing about the recorder.
 func TestSend_CanceledRequestIsNoTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -146,10 +170,41 @@ func TestSend_KeepsConnections(t *testing.T) {
 		if n := nw.dials.Load(); n != 1 {
 			t.Errorf("dialled %d times; want once", n)
 		}
-		// A kept connection that the recorder has closed is not a failure.
-		nw.recorders[first].Cut()
-		if err := c.Send(t.Context(), node, []netip.AddrPort{first}, []byte("{}")); err != nil {
-			t.Errorf("after the connection was closed: %v", err)
+	})
+}
+
+// A recorder may close a kept connection while an event is on its way.
+func TestSend_RetriesWhenKeptConnectionCloses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		requests := 0
+		node := new(network).node()
+		node.DialPeer = func(context.Context, string, string) (net.Conn, error) {
+			client, server := net.Pipe()
+			go func() {
+				defer server.Close()
+				for buffered := bufio.NewReader(server); ; {
+					r, err := http.ReadRequest(buffered)
+					if err != nil {
+						return
+					}
+					_, _ = io.Copy(io.Discard, r.Body)
+					if requests++; requests == 2 {
+						return
+					}
+					_, _ = io.WriteString(server, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+				}
+			}()
+			return client, nil
+		}
+		c := newClient(t)
+		for range 2 {
+			if err := c.Send(t.Context(), node, []netip.AddrPort{first}, []byte("{}")); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait() // until the connection is idle
+		}
+		if requests != 3 {
+			t.Errorf("the recorder has got %d requests; want 3", requests)
 		}
 	})
 }
