@@ -107,7 +107,7 @@ func (s *spdySession) clientControl(b []byte) error {
 	}
 	if s.control.Len() > 0 {
 		// The API server would parse the rest as the next frame.
-		return errors.New("a SPDY frame that is longer than it has to be")
+		return errors.New("a SPDY control frame that is longer than its content")
 	}
 	syn, ok := frame.(*spdy.SynStreamFrame)
 	if !ok {
