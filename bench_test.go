@@ -15,52 +15,58 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
 
-// nothing is a next handler that does nothing.
-type nothing struct{}
-
-func (nothing) ServeHTTP(http.ResponseWriter, *http.Request) error { return nil }
-
-// noAnswer is a response writer for requests that pass.
-type noAnswer struct{ http.ResponseWriter }
-
-// BenchmarkHandler measures what the handler adds to a request: a GET of kubectl's
-// whose caller was asked about a moment ago (hit), and one whose caller has to be
-// asked about (miss). What the tailnet node takes to answer is not in it: the node
-// answers at once.
+// BenchmarkHandler measures what the handler adds to a request: a GET by kubectl, with
+// the caller in the cache (hit) or not (miss), and an exec over a WebSocket (upgrade).
+// The node answers at once.
 func BenchmarkHandler(b *testing.B) {
+	const namespace = "https://k8s.example.ts.net/api/v1/namespaces/default/"
+	get := proxytest.NewRequest(http.MethodGet, namespace+"pods?limit=500",
+		"Accept", "application/json;as=Table;v=v1;g=meta.k8s.io,application/json",
+		"Accept-Encoding", "gzip",
+		"Kubectl-Command", "kubectl get",
+		"Kubectl-Session", "4f0c0b5a-0f0e-4a36-8d33-6b3f4a1f9f5e",
+		"User-Agent", "kubectl/v1.37.2 (linux/amd64) kubernetes/0000000",
+	)
+	exec := proxytest.NewRequest(http.MethodGet, namespace+"pods/web/exec?command=sh",
+		"Connection", "Upgrade",
+		"Sec-Websocket-Protocol", "v5.channel.k8s.io",
+		"Sec-Websocket-Version", "13",
+		"Upgrade", "websocket",
+		"User-Agent", "kubectl/v1.37.2 (linux/amd64) kubernetes/0000000",
+	)
 	for _, tt := range []struct {
 		name string
 		ttl  time.Duration
-	}{{"hit", time.Hour}, {"miss", 0}} {
+		r    *http.Request
+	}{{"hit", time.Hour, get}, {"miss", 0, get}, {"upgrade", time.Hour, exec}} {
 		b.Run(tt.name, func(b *testing.B) {
 			ttl := caddy.Duration(tt.ttl)
 			h := newHandler(b, caddyfile.Config{CacheTTL: &ttl}, proxytest.AliceNode())
-			r := proxytest.NewRequest(http.MethodGet, "https://k8s.example.ts.net/api/v1/namespaces/default/pods?limit=500",
-				"Accept", "application/json;as=Table;v=v1;g=meta.k8s.io,application/json",
-				"Accept-Encoding", "gzip",
-				"Kubectl-Command", "kubectl get",
-				"Kubectl-Session", "4f0c0b5a-0f0e-4a36-8d33-6b3f4a1f9f5e",
-				"User-Agent", "kubectl/v1.37.2 (linux/amd64) kubernetes/0000000",
-			)
+			forwarded := 0
+			next := proxytest.NextFunc(func(*http.Request) { forwarded++ })
 			w := proxytest.NoAnswer{}
-			heap := make([]byte, 64<<20) // about that of a Caddy at work, or garbage is collected all the time
+			heap := make([]byte, 64<<20) // as a Caddy at work has: with less, garbage is collected all the time
 			defer runtime.KeepAlive(heap)
-			// Every request has a replacer of its own. There are few at a time, as one
+			// Every request has a replacer of its own. There are only a few, as a request
 			// that a server has just read is in the processor's cache, too.
-			base := r.Context()
 			requests := make([]*http.Request, 64)
 			b.ReportAllocs()
-			for i := 0; b.Loop(); i++ {
-				if i %= len(requests); i == 0 {
+			sent := 0
+			for ; b.Loop(); sent++ {
+				i := sent % len(requests)
+				if i == 0 {
 					b.StopTimer()
 					for j := range requests {
-						requests[j] = caddyhttp.PrepareRequest(r.WithContext(base), caddy.NewReplacer(), w, nil)
+						requests[j] = caddyhttp.PrepareRequest(tt.r.WithContext(tt.r.Context()), caddy.NewReplacer(), w, nil)
 					}
 					b.StartTimer()
 				}
-				if err := h.ServeHTTP(w, requests[i], nothing{}); err != nil {
+				if err := h.ServeHTTP(w, requests[i], next); err != nil {
 					b.Fatal(err)
 				}
+			}
+			if forwarded != sent {
+				b.Fatalf("%d of %d requests were forwarded", forwarded, sent)
 			}
 		})
 	}

@@ -17,7 +17,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
-// Tailnets give addresses that are free to whoever comes next.
+// A tailnet may give the address of a device that left to another one.
 func TestCache_ReassignedAddressIsAskedAnew(t *testing.T) {
 	hour := caddy.Duration(time.Hour)
 	node := proxytest.NewChangingNode()
@@ -61,8 +61,7 @@ func TestCache_DisabledAsksForEachRequest(t *testing.T) {
 	proxytest.CheckUser(t, h, request(), "mallory@example.com")
 }
 
-// What one handler has decided is not what another one decides, on the same
-// connection as well.
+// Handlers with other options decide separately about requests on the same connection.
 func TestCache_HandlersOnOneConnectionDecideSeparately(t *testing.T) {
 	node := proxytest.NewChangingNode()
 	who := proxytest.WhoIs(proxytest.Readers)

@@ -45,11 +45,11 @@ func TestDocs_NamedTestsExist(t *testing.T) {
 		}
 	}
 	if named == 0 {
-		t.Error("no test is named anywhere: there is nothing to find")
+		t.Error("the documents name no test")
 	}
 }
 
-// Each fault has an outcome and a test.
+// docs/faults.md says for each fault what happens, and which test shows it.
 func TestDocs_EachFaultNamesATest(t *testing.T) {
 	text, err := os.ReadFile("docs/faults.md")
 	if err != nil {

@@ -20,9 +20,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
-// FuzzRequest has the handler answer whatever net/http takes for a request: its
-// method, target, host and headers. It must not panic, and what it passes on is
-// alice's, or nothing is.
+// FuzzRequest has the handler answer every request that net/http can parse. It must not
+// panic, and must pass on the request as alice or not at all.
 func FuzzRequest(f *testing.F) {
 	for _, request := range []string{
 		"GET /api/v1/namespaces/default/pods HTTP/1.1\r\nHost: k8s\r\n\r\n",

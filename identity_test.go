@@ -21,7 +21,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
-// What the client said is replaced, not added to.
+// The identity replaces what the client said about itself.
 func TestClientImpersonation_StripReplacesHeaders(t *testing.T) {
 	r := proxytest.NewRequest("GET", "http://k8s/api",
 		"Impersonate-User", "system:admin", "Impersonate-Group", "system:masters", "Impersonate-Uid", "0",
@@ -36,7 +36,7 @@ func TestClientImpersonation_StripReplacesHeaders(t *testing.T) {
 	}
 }
 
-// Any impersonation header counts as asking, not only the user's.
+// Any impersonation header is a request to act as another user, not only Impersonate-User.
 func TestClientImpersonation_RejectRefusesEachHeader(t *testing.T) {
 	for _, mode := range []string{"", caddyfile.Reject} {
 		for _, name := range []string{"Impersonate-User", "Impersonate-Group", "Impersonate-Uid", "Impersonate-Extra-Scopes", "Impersonate-Future", "Impersonate_user"} {
@@ -49,7 +49,7 @@ func TestClientImpersonation_RejectRefusesEachHeader(t *testing.T) {
 	}
 }
 
-// By default a client that asks to be somebody else is told why it may not.
+// By default, a client that asks to act as another user is refused and told why.
 func TestClientImpersonation_DefaultRefusesKubectlAs(t *testing.T) {
 	up := proxytest.NewAPIServer(t)
 	s := proxytest.StartSite(t, up, proxytest.ToKubernetes, proxytest.AliceNode())
@@ -60,8 +60,8 @@ func TestClientImpersonation_DefaultRefusesKubectlAs(t *testing.T) {
 	}
 }
 
-// The identity travels in the headers, in the context and in the placeholders;
-// and nothing rides along behind the body.
+// The identity is in the headers, in the context and in the placeholders. Trailers are
+// removed.
 func TestServeHTTP_PassesIdentityOn(t *testing.T) {
 	r := proxytest.NewRequest("POST", "http://k8s/api", "Connection", "Impersonate-User, Upgrade", "Upgrade", "websocket", "X-Kept", "yes")
 	r.Trailer = http.Header{"Impersonate-User": nil}
@@ -102,7 +102,7 @@ func TestServeHTTP_PassesIdentityOn(t *testing.T) {
 	}
 }
 
-// A capability of one's own replaces both standard names.
+// The capability option replaces both standard names.
 func TestCapability_ReplacesStandardNames(t *testing.T) {
 	_, got := proxytest.Serve(t, newHandler(t, caddyfile.Config{Capability: "example.com/cap/other"}, proxytest.AliceNode()), proxytest.NewRequest("GET", "http://k8s/api"))
 	if got == nil {
@@ -113,8 +113,8 @@ func TestCapability_ReplacesStandardNames(t *testing.T) {
 	}
 }
 
-// A device that was shared in may be a granted one, or is a user and no more. Who
-// tagged it did so in another tailnet.
+// The tags of a shared device were given in another tailnet, and do not count. Headscale
+// cannot share devices: the node is a fake.
 func TestSharedDevice_HasGrantsOnly(t *testing.T) {
 	shared := func(rules ...string) *tailnet.Node {
 		who := proxytest.WhoIs(rules...)
@@ -157,12 +157,11 @@ func TestSharedDevice_HasGrantsOnly(t *testing.T) {
 	}
 }
 
-// What a policy file grants beyond the rails does not arrive, and the log says so.
+// Groups that the policy file grants beyond the limits are removed, and logged.
 func TestLimits_RemovedGroupsAreLogged(t *testing.T) {
 	core, logs := observer.New(zapcore.WarnLevel)
 	cfg := caddyfile.Config{Limits: impersonate.Limits{DenyGroups: []string{"system:*"}, UserPrefix: "tailnet:", GroupPrefix: "tailnet:"}}
-	h := newHandler(t, cfg, proxytest.NewNode(proxytest.WhoIs(`{"impersonate":{"groups":["system:masters","readers"]}}`), nil))
-	h.logger = zap.New(core)
+	h := newLoggingHandler(t, cfg, zap.New(core), proxytest.NewNode(proxytest.WhoIs(`{"impersonate":{"groups":["system:masters","readers"]}}`), nil))
 	_, got := proxytest.Serve(t, h, proxytest.NewRequest("GET", "https://k8s/api"))
 	if got == nil {
 		t.Fatal("refused")
@@ -178,14 +177,14 @@ func TestLimits_RemovedGroupsAreLogged(t *testing.T) {
 }
 
 func TestLimits_CallerOutsideIsRefused(t *testing.T) {
-	for name, rails := range map[string]impersonate.Limits{
+	for name, limits := range map[string]impersonate.Limits{
 		"require_groups": {RequireGroups: true, DenyGroups: []string{"*"}},
 		"user_prefix":    {UserPrefix: "sys"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			who := proxytest.WhoIs(proxytest.Readers)
 			who.UserProfile.LoginName = "tem:admin"
-			resp, got := proxytest.Serve(t, newHandler(t, caddyfile.Config{Limits: rails}, proxytest.NewNode(who, nil)), proxytest.NewRequest("GET", "https://k8s/api"))
+			resp, got := proxytest.Serve(t, newHandler(t, caddyfile.Config{Limits: limits}, proxytest.NewNode(who, nil)), proxytest.NewRequest("GET", "https://k8s/api"))
 			if got != nil {
 				t.Error("the next handler was called")
 			}
@@ -194,7 +193,7 @@ func TestLimits_CallerOutsideIsRefused(t *testing.T) {
 	}
 }
 
-// Names are data: one that looks like a placeholder is not expanded, on no way.
+// A group whose name looks like a placeholder is never expanded.
 func TestPlaceholders_GroupsAreNotExpanded(t *testing.T) {
 	const group = "{env.TAILSCALE_IMPERSONATE_TEST}"
 	t.Setenv("TAILSCALE_IMPERSONATE_TEST", "system:masters")
@@ -228,14 +227,14 @@ func TestPlaceholders_GroupsAreNotExpanded(t *testing.T) {
 	}
 }
 
-// Behind another handler that authenticates, what is logged is what the API server is
-// told.
+// Placeholders that another authentication handler has set are replaced: the access log
+// must name the user that the API server is told of.
 func TestPlaceholders_ReplaceOtherAuthentication(t *testing.T) {
 	h := newHandler(t, caddyfile.Config{Capability: "example.com/cap/none"}, proxytest.NewChangingNode().Node)
 	r := proxytest.NewConn()()
 	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
-	repl.Set("http.auth.user.id", "somebody else")
-	if err := h.ServeHTTP(proxytest.NoAnswer{}, r, nothing{}); err != nil {
+	repl.Set("http.auth.user.id", "another user")
+	if err := h.ServeHTTP(proxytest.NoAnswer{}, r, proxytest.NextFunc(func(*http.Request) {})); err != nil {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{"http.auth.user.id": "alice@example.com", "http.tailscale_impersonate.groups": "", "http.tailscale_impersonate.source": "none"} {
@@ -245,14 +244,14 @@ func TestPlaceholders_ReplaceOtherAuthentication(t *testing.T) {
 	}
 }
 
-// knownNode is a node that knows alice by her IDs as well.
+// knownNode returns a node that also knows the IDs of alice and her laptop.
 func knownNode() *tailnet.Node {
 	who := proxytest.WhoIs(proxytest.Readers)
 	who.Node.StableID, who.UserProfile.ID = "nLAPTOP", tailcfg.UserID(42)
 	return proxytest.NewNode(who, nil)
 }
 
-// prepared returns r with all that Caddy gives a request.
+// prepared returns r as Caddy hands it to handlers.
 func prepared(r *http.Request) *http.Request {
 	return caddyhttp.PrepareRequest(r, caddy.NewReplacer(), proxytest.NoAnswer{}, nil)
 }

@@ -78,7 +78,7 @@ func TestLog_Decisions(t *testing.T) {
 	}
 }
 
-// A refusal is logged with what is needed to find out more.
+// A refusal is logged with its reason and the request.
 func TestLog_Refusal(t *testing.T) {
 	core, logs := observer.New(zapcore.WarnLevel)
 	h := newLoggingHandler(t, caddyfile.Config{}, zap.New(core), proxytest.NewNode(nil, tailnet.ErrPeerNotFound))

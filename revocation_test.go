@@ -82,7 +82,7 @@ func TestRevocation_UnrecordedSessionEndsOnceEnforced(t *testing.T) {
 		node.Says(proxytest.WhoIs(proxytest.Readers, proxytest.SessionsEnforced), nil)
 		time.Sleep(time.Minute)
 		close(leave)
-		if err := <-ended; err == nil || !strings.Contains(err.Error(), "have to be recorded") {
+		if err := <-ended; err == nil || !strings.Contains(err.Error(), "recording is now enforced") {
 			t.Errorf("the cause is %v", err)
 		}
 		if err := <-watching; err != nil {

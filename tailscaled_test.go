@@ -3,10 +3,8 @@
 package tailscaleimpersonate
 
 import (
-	"bufio"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -20,9 +18,9 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
 
-// A Caddy on the host's own sockets, whose Tailscale daemon says that 127.0.0.2 is
-// its address and that alice's laptop is at 127.0.0.3. All of 127.0.0.0/8 is the
-// host's, so connections between these are real ones.
+// Caddy listens on sockets of the host, whose Tailscale daemon says that 127.0.0.2 is its
+// address and that alice's laptop is at 127.0.0.3. The host owns all of 127.0.0.0/8, so
+// these connections are real.
 func TestTailscaled_IsAskedAboutHostSockets(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "tailscaled.sock")
 	ln, err := net.Listen("unix", socket)
@@ -48,46 +46,44 @@ func TestTailscaled_IsAskedAboutHostSockets(t *testing.T) {
 	defer daemon.Close()
 
 	up := proxytest.NewAPIServer(t)
-	port := proxytest.FreePort(t)
-	proxytest.RunCaddy(t, "", up.Expand(t, fmt.Sprintf("http://:%d {\nbind 127.0.0.1 127.0.0.2\ntailscale_impersonate {\ntailscaled %s\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}\n}", port, socket)))
+	s := proxytest.Config{
+		API:  up,
+		Bind: "127.0.0.1 127.0.0.2",
+		Body: "tailscale_impersonate {\ntailscaled " + socket + "\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}",
+	}.Start(t)
 
 	send := func(from, to string) *http.Response {
 		t.Helper()
 		dialer := net.Dialer{Timeout: 10 * time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
-		conn, err := dialer.DialContext(t.Context(), "tcp", net.JoinHostPort(to, fmt.Sprint(port)))
+		conn, err := dialer.DialContext(t.Context(), "tcp", net.JoinHostPort(to, fmt.Sprint(s.Port)))
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		if _, err := io.WriteString(conn, "GET /api HTTP/1.1\r\nHost: server\r\nX-Forwarded-For: 127.0.0.3\r\nConnection: close\r\n\r\n"); err != nil {
-			t.Fatal(err)
-		}
-		return proxytest.ReadResponse(t, bufio.NewReader(conn))
+		return proxytest.Exchange(t, conn, "GET /api HTTP/1.1\r\nHost: server\r\nX-Forwarded-For: 127.0.0.3\r\nConnection: close\r\n\r\n")
 	}
 	if resp := send("127.0.0.3", "127.0.0.2"); resp.StatusCode != http.StatusOK {
 		t.Errorf("alice is answered with %s", resp.Status)
 	}
 	up.CheckOne(t, proxytest.AliceAsProxy)
-	for _, tt := range []struct{ name, from, to, mention string }{
+	for _, tt := range []struct{ name, from, to, word string }{
 		{"the host itself", "127.0.0.2", "127.0.0.2", "itself"},
 		{"another process of the host", "127.0.0.1", "127.0.0.2", "knows no peer"},
 		{"a peer's address, on an address that is not the daemon's", "127.0.0.3", "127.0.0.1", "no tailnet node of this server owns"},
 	} {
-		proxytest.CheckRefused(t, send(tt.from, tt.to), proxytest.Forbidden, tt.mention)
-		if seen := up.Take(); len(seen) > 0 {
-			t.Errorf("%s: the API server saw %v", tt.name, seen[0].Header)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			proxytest.CheckRefused(t, send(tt.from, tt.to), proxytest.Forbidden, tt.word)
+			up.CheckNone(t)
+		})
 	}
 }
 
-// With the option, a tailnet node's connection is nobody's: the daemon knows other
-// peers at the same addresses.
+// With the option, connections of tailnet nodes are refused: at the same addresses, the
+// daemon may know other peers.
 func TestTailscaled_NodeConnectionIsRefused(t *testing.T) {
 	up := proxytest.NewAPIServer(t)
 	s := proxytest.StartSite(t, up, "tailscale_impersonate {\ntailscaled /nowhere\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}", proxytest.SilentNode(t))
 	resp := s.Get(t, "/api", "Connection: close\r\n")
 	proxytest.CheckRefused(t, resp, proxytest.Forbidden, "node of its own")
-	if seen := up.Take(); len(seen) > 0 {
-		t.Errorf("the API server saw %v", seen[0].Header)
-	}
+	up.CheckNone(t)
 }

@@ -21,8 +21,7 @@ import (
 
 func TestUpstream_UnreachableIsExplained(t *testing.T) {
 	core, logs := observer.New(zap.ErrorLevel)
-	h := newHandler(t, caddyfile.Config{}, proxytest.AliceNode())
-	h.logger = zap.New(core)
+	h := newLoggingHandler(t, caddyfile.Config{}, zap.New(core), proxytest.AliceNode())
 	for _, status := range []int{http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout} {
 		rec := httptest.NewRecorder()
 		cause := errors.New("dial tcp 192.0.2.1:6443: connection refused")
@@ -59,9 +58,9 @@ func TestUpstream_OtherErrorsAreCaddys(t *testing.T) {
 	}
 }
 
-// One API server of several that cannot be dialled costs no request: the transport
-// tells reverse_proxy that nothing was sent, which may then try the next, also with
-// a request that must not be sent twice.
+// If one of several API servers cannot be dialled, the transport tells reverse_proxy that
+// nothing was sent. It may then try the next one, also with a request that must not be
+// sent twice.
 func TestUpstream_UnreachableIsSkipped(t *testing.T) {
 	up := proxytest.NewAPIServer(t)
 	s := proxytest.StartSite(t, up, fmt.Sprintf(`
@@ -76,13 +75,11 @@ func TestUpstream_UnreachableIsSkipped(t *testing.T) {
 		if resp := s.HTTP1(t, proxytest.AliceAddr, method+" /api HTTP/1.1\r\nHost: k8s\r\nContent-Length: 2\r\n\r\n{}"); resp.StatusCode != http.StatusOK {
 			t.Errorf("%s: %s; want 200", method, resp.Status)
 		}
-		if n := len(up.Take()); n != 1 {
-			t.Errorf("%s: the API server that answers saw %d requests; want 1", method, n)
-		}
+		up.CheckOne(t, proxytest.AliceAsProxy)
 	}
 }
 
-// reverse_proxy's own health checks reach the API server, as nobody.
+// reverse_proxy's own health checks reach the API server without an identity.
 func TestUpstream_HealthChecksCarryNoIdentity(t *testing.T) {
 	up := proxytest.NewAPIServer(t)
 	s := proxytest.StartSite(t, up, `
@@ -102,7 +99,7 @@ func TestUpstream_HealthChecksCarryNoIdentity(t *testing.T) {
 	}
 	for _, r := range checks {
 		if h := proxytest.Protected(r.Header); r.URL.Path != "/readyz" || len(h) > 0 {
-			t.Errorf("a health check of %s arrived with %v; want /readyz with nothing", r.URL.Path, h)
+			t.Errorf("a health check of %s arrived with %v; want /readyz without either", r.URL.Path, h)
 		}
 	}
 	if resp := s.Get(t, "/api", ""); resp.StatusCode != http.StatusOK {

@@ -20,8 +20,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
 
-// whoIsAlice returns a node that knows alice by two grants, one of which gives a
-// group that the rails of whoamiConfig cut.
+// whoIsAlice returns a node that knows two grants of alice's. One gives a group that the
+// limits of whoamiConfig remove.
 func whoIsAlice() *tailnet.Node {
 	return proxytest.NewNode(proxytest.WhoIs(proxytest.Readers, `{"impersonate":{"groups":["system:masters","tailnet-readers"]}}`), nil)
 }
@@ -66,7 +66,7 @@ func TestWhoami_AgreesWithHandler(t *testing.T) {
 		t.Errorf("groups (-want +got):\n%s", diff)
 	}
 	if diff := cmp.Diff([]whoami.Cut{{Name: "system:masters", Option: "deny_groups", Grants: []int{2}}}, facts.Cut); diff != "" {
-		t.Errorf("cut (-want +got):\n%s", diff)
+		t.Errorf("removed groups (-want +got):\n%s", diff)
 	}
 	if facts.Device != "laptop.example.ts.net" || facts.Address != proxytest.AliceAddr || facts.Server != "https://k8s.example.ts.net" || facts.Proxy != "k8s" || facts.Capability != "tailscale.com/cap/kubernetes" {
 		t.Errorf("got %+v", facts)
@@ -92,12 +92,11 @@ func TestWhoami_RefusedCaller(t *testing.T) {
 		t.Errorf("got login %q, reason %q: %q", facts.Login, facts.Reason, facts.Refused)
 	}
 	if diff := cmp.Diff([]whoami.Cut{{Name: "system:masters", Option: "deny_groups", Grants: []int{1}}}, facts.Cut); diff != "" {
-		t.Errorf("cut (-want +got):\n%s", diff)
+		t.Errorf("removed groups (-want +got):\n%s", diff)
 	}
 }
 
-// The page is for callers, like everything else: whoever is none is refused, and
-// without the option there is no such page.
+// The page is for callers only, and there is none without the option.
 func TestWhoami_OnlyForCallers(t *testing.T) {
 	http3 := proxytest.NewRequest("GET", "https://k8s/whoami")
 	http3.Proto, http3.ProtoMajor, http3.ProtoMinor = "HTTP/3.0", 3, 0
