@@ -10,13 +10,13 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
 )
 
-// Kubectl returns a kubectl that runs as this caller. It shares nothing with the
-// kubectl of whoever runs the lab: neither its configuration nor its caches.
+// Kubectl returns a kubectl command that runs as this caller. It uses neither the
+// configuration nor the caches of the user who runs the lab.
 func (c *Caller) Kubectl(ctx context.Context, args ...string) (*exec.Cmd, error) {
 	return Kubectl(ctx, c.Kubeconfig, args...)
 }
 
-// Kubectl returns a kubectl that runs with a kubeconfig file.
+// Kubectl returns a kubectl command that uses a kubeconfig file.
 func Kubectl(ctx context.Context, kubeconfig string, args ...string) (*exec.Cmd, error) {
 	path, err := components.Path("kubectl")
 	if err != nil {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package lab brings up everything that a request from a tailnet device to a
-// Kubernetes API server passes, from real parts: a control server with a policy
-// file and a DERP relay (Headscale), etcd and kube-apiserver, a node whose kubelet
-// runs processes, Caddy with the module on tailnet listeners, and one tailnet
-// node per caller.
+// Package lab runs everything that a request passes between a tailnet device and a
+// Kubernetes API server, with real components: a control server with a policy file
+// and a DERP relay (Headscale), etcd and kube-apiserver, a node whose kubelet runs
+// processes, Caddy with the plugin on tailnet listeners, and one tailnet node per
+// caller.
 //
-// What is not real is said so by its name: caddy-tailscale is replaced by package
-// standin, and pods are processes of package kubelet.
+// Two components are not real: package standin replaces caddy-tailscale, and pods
+// are processes of package kubelet.
 package lab
 
 import (
@@ -26,17 +26,17 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/headscale"
 )
 
-// What the lab's parts are called.
+// Names in the lab.
 const (
 	// Domain is the domain of the tailnet.
 	Domain = "tailnet.example"
 	// ProxyName is the hostname of the tailnet node that Caddy listens on.
 	ProxyName = "k8s"
-	// ProxyTag is the tag of that node: the destination of the policy's grants.
+	// ProxyTag is the tag of that node, which is the destination of the policy's grants.
 	ProxyTag = "tag:k8s"
 	// Pod is the pod that runs in the namespace default.
 	Pod = "web"
-	// impersonator is the service account that the proxy uses, of
+	// impersonator is the service account that the proxy uses, from
 	// examples/kubernetes/10-impersonator.yaml.
 	impersonatorNamespace, impersonatorName = "tailscale-impersonate", "proxy"
 )
@@ -45,44 +45,42 @@ const (
 type CallerSpec struct {
 	// Name is the device's hostname.
 	Name string
-	// Login is the login name of the user that it belongs to, empty for a tagged
-	// device.
+	// Login is the login name of the device's user, empty for a tagged device.
 	Login string
 	// Tags are the tags of a tagged device.
 	Tags []string
 }
 
-// Config says what to bring up.
+// Config says what to start.
 type Config struct {
-	// Dir is where everything is written. It must exist.
+	// Dir is the folder for all files. It must exist.
 	Dir string
-	// Examples is the project's examples folder: its policy file and its
-	// manifests are the ones in force.
+	// Examples is the project's examples folder, whose policy file and manifests the
+	// lab uses.
 	Examples string
-	// Caddyfile returns what Caddy is configured with, given the lab that it is
-	// part of. If nil, there is no Caddy.
+	// Caddyfile returns the Caddyfile for the lab's Caddy. If nil, the lab has no
+	// Caddy.
 	Caddyfile func(*Lab) string
-	// Policy changes the policy file of the examples. Default: not at all.
+	// Policy changes the policy file of the examples. Default: no change.
 	Policy func([]byte) ([]byte, error)
-	// GroupPrefixes are the prefixes that sites of the Caddyfile put in front of
-	// groups.
+	// GroupPrefixes are the group prefixes that sites of the Caddyfile use.
 	GroupPrefixes []string
-	// Constrained has the proxy limited by constrained impersonation.
+	// Constrained gives the proxy only rights of constrained impersonation.
 	Constrained bool
-	// Callers are the devices that call.
+	// Callers are the devices that call the API server.
 	Callers []CallerSpec
-	// Progress is where each step is reported.
+	// Progress receives a line for each step.
 	Progress io.Writer
 }
 
-// Lab is everything that has been brought up.
+// Lab is a running lab.
 type Lab struct {
 	Dir       string
 	Headscale *headscale.Server
 	Cluster   *cluster.Cluster
 	Caddy     *Caddy
 	Callers   map[string]*Caller
-	// Policy is the policy file that the tailnet started with.
+	// Policy is the tailnet's initial policy file.
 	Policy []byte
 
 	progress io.Writer
@@ -91,11 +89,10 @@ type Lab struct {
 	mu       sync.Mutex // held while a line of progress is written
 }
 
-// Start brings up what cfg describes. When any of it fails, all of it is stopped
-// again and the error names the part, the reason and the place of its log.
+// Start starts what cfg describes. If a component fails, Start stops all of them and
+// returns an error that names the component, the reason and its log.
 func Start(ctx context.Context, cfg Config) (_ *Lab, err error) {
-	// A lab talks to nobody: neither to Tailscale's log servers nor to those
-	// that offer updates.
+	// The lab must not contact Tailscale's log servers or update servers.
 	if err := os.Setenv("TS_NO_LOGS_NO_SUPPORT", "true"); err != nil {
 		return nil, err
 	}
@@ -144,7 +141,7 @@ func Start(ctx context.Context, cfg Config) (_ *Lab, err error) {
 	return l, together(joins...)
 }
 
-// Stop stops everything and returns what went wrong on the way.
+// Stop stops everything and returns all errors.
 func (l *Lab) Stop() error {
 	var errs []error
 	for _, c := range l.Callers {
@@ -162,7 +159,7 @@ func (l *Lab) Stop() error {
 	return errors.Join(errs...)
 }
 
-// Log returns where the part of that name writes its log.
+// Log returns the path of the log of the component of that name.
 func (l *Lab) Log(part string) string { return filepath.Join(l.Dir, part+".log") }
 
 func (l *Lab) startHeadscale(ctx context.Context) error {
@@ -197,8 +194,8 @@ func (l *Lab) startCluster(ctx context.Context, examples string, constrained boo
 		if err := l.LimitProxy(ctx, l.Policy, constrained); err != nil {
 			return err
 		}
-		// What a kubelet mounts into a pod, and renews: the token of the
-		// service account that may only impersonate.
+		// As a kubelet mounts it into a pod and renews it: the token of the service
+		// account that may only impersonate.
 		token, err := l.Cluster.ServiceAccountToken(ctx, impersonatorNamespace, impersonatorName, 12*time.Hour)
 		if err != nil {
 			return err
@@ -216,39 +213,39 @@ func (l *Lab) startCluster(ctx context.Context, examples string, constrained boo
 	})
 }
 
-// LimitProxy lets the proxy impersonate what a policy file grants and nothing else,
-// as "caddy tailscale-impersonate rbac" says, by constrained impersonation or not.
+// LimitProxy lets the proxy impersonate only what a policy file grants, as "caddy
+// tailscale-impersonate rbac" prints, with or without constrained impersonation.
 func (l *Lab) LimitProxy(ctx context.Context, policy []byte, constrained bool) error {
 	for _, prefix := range append([]string{""}, l.prefixes...) {
 		options := rbac.Defaults()
 		options.Constrained = constrained
-		options.Audit = constrained // 11-audit.yaml has the older verb
+		options.Audit = constrained // 11-audit.yaml uses the older verb
 		options.GroupPrefix = prefix
 		if prefix != "" {
 			options.Name += "-" + strings.Trim(prefix, ":")
 		}
 		manifest, err := rbac.FromPolicy(policy, options)
 		if err != nil {
-			return fmt.Errorf("what the proxy may do: %w", err)
+			return fmt.Errorf("the proxy's rights: %w", err)
 		}
 		if err := l.Cluster.Apply(ctx, manifest); err != nil {
-			return fmt.Errorf("what the proxy may do: %w", err)
+			return fmt.Errorf("the proxy's rights: %w", err)
 		}
 	}
 	return nil
 }
 
-// ProxyKey is the key with which the proxy's node joins the tailnet.
+// ProxyKey returns the auth key of the proxy's node.
 func (l *Lab) ProxyKey() string { return l.proxyKey }
 
-// Kubeconfig is the path of the kubeconfig that the proxy uses.
+// Kubeconfig returns the path of the kubeconfig that the proxy uses.
 func (l *Lab) Kubeconfig() string { return filepath.Join(l.Dir, "proxy.kubeconfig") }
 
-// TokenFile is the path of the token in that kubeconfig.
+// TokenFile returns the path of the token file in that kubeconfig.
 func (l *Lab) TokenFile() string { return filepath.Join(l.Dir, "proxy.token") }
 
-// AdminKubeconfig is the path of a kubeconfig that reaches the API server without
-// the tailnet and may do anything.
+// AdminKubeconfig returns the path of the administrator's kubeconfig, which calls
+// the API server directly.
 func (l *Lab) AdminKubeconfig() string { return filepath.Join(l.Dir, "admin.kubeconfig") }
 
 // step runs f and reports how long it took.
@@ -265,7 +262,7 @@ func (l *Lab) step(what string, f func() error) error {
 	return nil
 }
 
-// together runs all of fs at once and returns their errors.
+// together runs all of fs concurrently and returns their errors.
 func together(fs ...func() error) error {
 	var wg sync.WaitGroup
 	errs := make([]error, len(fs))
@@ -276,7 +273,7 @@ func together(fs ...func() error) error {
 	return errors.Join(errs...)
 }
 
-// indent returns the lines of s, each with a tab in front.
+// indent returns s with each line indented by a tab.
 func indent(s string) string {
 	return "\t" + strings.ReplaceAll(strings.TrimSpace(s), "\n", "\n\t")
 }

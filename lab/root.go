@@ -8,8 +8,8 @@ import (
 	"path/filepath"
 )
 
-// Root returns the folder of the project: the nearest one at or above the working
-// directory that holds its examples.
+// Root returns the project's folder: the nearest folder at or above the working
+// directory that has the examples.
 func Root() (string, error) {
 	start, err := os.Getwd()
 	if err != nil {
@@ -20,7 +20,7 @@ func Root() (string, error) {
 			return dir, nil
 		}
 		if dir == filepath.Dir(dir) {
-			return "", fmt.Errorf("no examples/policy.hujson at or above %s: the lab runs inside of the project", start)
+			return "", fmt.Errorf("no examples/policy.hujson at or above %s: run the lab inside of the project", start)
 		}
 	}
 }

@@ -36,7 +36,7 @@ var pitfalls = []pitfall{
 		".:TestServicesOfTailscaleAreRefused", // not in Headscale: an injected node
 	}},
 	{id: "18", title: "nodes shared in from another tailnet", tests: []string{
-		"lab/testcontrol:TestASharedNodesTagsAreNoGroups", // not in Headscale: Tailscale's own test control server
+		"lab/testcontrol:TestSharedNode_TagsAreNoGroups", // not in Headscale: Tailscale's own test control server
 		"impersonate:TestMapping",
 	}},
 	{id: "19", title: "reserved user names", tests: []string{"impersonate:TestUserOfTheClusterItselfIsNoIdentity"}},
@@ -47,13 +47,13 @@ var pitfalls = []pitfall{
 	{id: "20a", title: "web pages"},
 	{id: "20b", title: "the proxy's own node"},
 	{id: "20c", title: "CONNECT, HTTP/3"},
-	{id: "21", title: "upgrades to anything, requests behind them", tests: []string{"lab/e2e:TestAnUpgradeThatIsRefusedLeavesTheConnectionToHTTP"}},
+	{id: "21", title: "upgrades to anything, requests behind them", tests: []string{"lab/e2e:TestUpgrade_RefusedUpgradeLeavesConnectionToHTTP"}},
 	{id: "22", title: "silent streams, slow answers", tests: []string{"lab/e2e:TestLong_SilentStreamsContinue", "lab/e2e:TestLong_LateAnswersArrive"}},
-	{id: "23", title: "half-close", tests: []string{"lab/e2e:TestAPipeLosesNoByte"}},
-	{id: "24", title: "config reloads", tests: []string{"lab/e2e:TestAConfigReloadEndsNoStream", "lab/e2e:TestAConnectionTakenByTheOldConfigIsStillBobs"}},
+	{id: "23", title: "half-close", tests: []string{"lab/e2e:TestStream_PipeLosesNoByte"}},
+	{id: "24", title: "config reloads", tests: []string{"lab/e2e:TestReload_EndsNoStream", "lab/e2e:TestReload_ConnectionAcceptedByOldConfigKeepsIdentity"}},
 	{id: "25", title: "buffered watches", tests: []string{".:TestBuffersInTheWayOfStreamsAreWarnedAbout"}},
-	{id: "26", title: "bodies held in memory", tests: []string{"lab/e2e:TestAPipeLosesNoByte"}},
-	{id: "27", title: "access withdrawn from open sessions", tests: []string{"lab/e2e:TestAGrantThatIsWithdrawnEndsOpenStreams", "lab/e2e:TestRevocation_LeavingDeviceEndsStreams"}},
+	{id: "26", title: "bodies held in memory", tests: []string{"lab/e2e:TestStream_PipeLosesNoByte"}},
+	{id: "27", title: "access withdrawn from open sessions", tests: []string{"lab/e2e:TestRevocation_WithdrawnGrantEndsOpenStreams", "lab/e2e:TestRevocation_LeavingDeviceEndsStreams"}},
 	{id: "28", title: "paths spelled differently"},
 	{id: "32", title: "tokens rotate", tests: []string{"internal/transport:TestToken_Rotation", "lab/e2e:TestOutage_ReplacedTokenFailsNoRequest"}},
 	{id: "33", title: "a token that cannot be read", tests: []string{"internal/transport:TestToken_MissingRefusesRequests"}},

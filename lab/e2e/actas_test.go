@@ -76,7 +76,7 @@ func TestActAs_AuditLogNamesBothUsers(t *testing.T) {
 	giveErinRights(t)
 	const uri = "/api/v1/namespaces/default/pods?labelSelector=acting"
 	log := tail(t, theLab.Cluster.AuditLog())
-	send(t, "erin", portAuthorizeRails, get(uri, "Impersonate-User: old-user", "Impersonate-Group: acted-group"))
+	send(t, "erin", portAuthorizeLimits, get(uri, "Impersonate-User: old-user", "Impersonate-Group: acted-group"))
 	event := audited(t, log, uri)
 	if event.ImpersonatedUser == nil {
 		t.Fatalf("got event %+v; want one with an impersonated user", event)
@@ -99,7 +99,7 @@ func TestActAs_AuditLogNamesBothUsers(t *testing.T) {
 // RBAC lets erin act as more users and groups than the site's limits allow.
 func TestActAs_LimitsApplyToTarget(t *testing.T) {
 	giveErinRights(t)
-	kubeconfig := kubeconfigFor(t, "erin", portAuthorizeRails)
+	kubeconfig := kubeconfigFor(t, "erin", portAuthorizeLimits)
 	for _, tt := range []struct {
 		args    []string
 		refused string

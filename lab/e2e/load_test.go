@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/netip"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -59,6 +60,12 @@ func underLoad(t *testing.T, f func(l *load)) {
 	l.add(t, theLab.Callers["bob"], conformance.Identity{User: "bob@example.com", Groups: []string{"tailnet-readers"}})
 	l.add(t, theLab.Callers["carol"], conformance.Identity{User: "carol@example.com"})
 	l.wantProgress(t, "bob", "carol")
+	eventually(t, "a request is in the footprint", func() error {
+		if during := theFootprint(t); during.module == 0 || during.caddy == 0 || during.upstream == 0 {
+			return fmt.Errorf("%+v", during)
+		}
+		return nil
+	})
 	f(l)
 	stop()
 	l.judge(t, encrypted.take())
@@ -233,6 +240,10 @@ type footprint struct {
 	files         int // all open files
 }
 
+// ofModule matches the stacks of the module's goroutines, but not those of the lab
+// and of the test's recorders.
+var ofModule = regexp.MustCompile(`caddy-tailscale-impersonate(\.\(\*Handler\)|/internal/(authn|recorder|revocation|tailnet|transport)\.)`)
+
 func theFootprint(t *testing.T) (f footprint) {
 	t.Helper()
 	f.files, f.upstream = openFiles(t, netip.MustParseAddrPort(encrypted.addr))
@@ -242,11 +253,8 @@ func theFootprint(t *testing.T) (f footprint) {
 		if strings.Contains(stack, "caddyserver/caddy/v2/modules/caddyhttp") {
 			f.caddy++
 		}
-		for _, function := range []string{".(*Handler)", "/cache.", "/recheck.", "/transport.", "/tailnet."} {
-			if strings.Contains(stack, "caddy-tailscale-impersonate"+function) {
-				f.module++
-				break
-			}
+		if ofModule.MatchString(stack) {
+			f.module++
 		}
 	}
 	return f

@@ -124,7 +124,7 @@ func start(dir string) (err error) {
 		Examples:  filepath.Join(root, "examples"),
 		Policy:    testPolicy,
 		Caddyfile: sites,
-		// As on the site at portGroupRails.
+		// As on the site at portGroupLimits.
 		GroupPrefixes: []string{"tailnet:"},
 		Constrained:   *constrained,
 		Callers:       callers,

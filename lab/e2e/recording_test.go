@@ -30,12 +30,13 @@ import (
 	sessionrecorder "github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
 )
 
-// absentRecorder is an address of the tailnet that nobody has.
+// absentRecorder is an unused address of the tailnet.
 const absentRecorder = "100.127.255.254:80"
 
-// startSessionRecorder puts a recorder onto the lab's tailnet and grants that name it
-// into its policy: fay's sessions are recorded if that is possible, gus's have to be,
-// and for hal and ida the same goes with a recorder that is not there.
+// startSessionRecorder adds a recorder to the tailnet and grants that name it to the
+// policy: fay's sessions are recorded if possible, gus's have to be recorded, and
+// hal and ida have the same grants as gus and fay, with a recorder that does not
+// exist.
 func startSessionRecorder(ctx context.Context) error {
 	var err error
 	if sessions, err = sessionrecorder.Start(ctx, theLab); err != nil {
@@ -57,11 +58,11 @@ func startSessionRecorder(ctx context.Context) error {
 	return theLab.Headscale.SetPolicy(ctx, theLab.Policy)
 }
 
-// recordings is the directory of the site that keeps files.
+// recordings is the folder of the site that records to files.
 func recordings(l *lab.Lab) string { return filepath.Join(l.Dir, "recordings") }
 
-// useRecorder waits until the grants of whoever is recorded are in force, and gives
-// the recorder a mode for the time of the test.
+// useRecorder waits until the grants of the recorded callers are in force, and sets
+// the recorder's mode for the test.
 func useRecorder(t *testing.T, mode recordertest.Mode) {
 	t.Helper()
 	for _, caller := range []string{"fay", "gus", "hal", "ida"} {
@@ -78,7 +79,7 @@ func useRecorder(t *testing.T, mode recordertest.Mode) {
 	t.Cleanup(func() { sessions.SetMode(recordertest.V2) })
 }
 
-// cast is a recording, as read by a parser that is not the one that wrote it.
+// cast is a recording, as read by a parser other than the one that wrote it.
 type cast struct {
 	header sessionrecording.CastHeader
 	output string
@@ -102,7 +103,7 @@ func parseCast(t *testing.T, b []byte) (c cast) {
 		}
 		at, data := event[0].(float64), event[2].(string)
 		if at < last {
-			t.Errorf("an event at %v comes behind one at %v", at, last)
+			t.Errorf("an event at %v follows one at %v", at, last)
 		}
 		last = at
 		switch event[1] {
@@ -117,14 +118,14 @@ func parseCast(t *testing.T, b []byte) (c cast) {
 	return c
 }
 
-// recorded returns the one recording that the recorder has received since it was
-// last asked, complete.
+// recorded waits until the only recording since the last call is complete, and
+// returns it.
 func recorded(t *testing.T) (*recordertest.Recording, cast) {
 	t.Helper()
 	var taken []*recordertest.Recording
 	eventually(t, "the recorder has a recording", func() error {
 		if taken = append(taken, sessions.Take()...); len(taken) == 0 {
-			return errors.New("it has none")
+			return errors.New("no recording")
 		}
 		return nil
 	})
@@ -134,7 +135,7 @@ func recorded(t *testing.T) (*recordertest.Recording, cast) {
 	select {
 	case <-taken[0].Ended():
 	case <-time.After(30 * time.Second):
-		t.Fatal("the recording has no end")
+		t.Fatal("the recording did not end")
 	}
 	if err := taken[0].Err(); err != nil {
 		t.Errorf("the recording was cut off: %v", err)
@@ -142,14 +143,14 @@ func recorded(t *testing.T) (*recordertest.Recording, cast) {
 	return taken[0], parseCast(t, taken[0].Bytes())
 }
 
-// checkHeader checks who and what a recording says it is of.
+// checkHeader checks the caller and the session that a recording's header names.
 func checkHeader(t *testing.T, got sessionrecording.CastHeader, caller, pod, kind, command string) {
 	t.Helper()
 	if age := time.Since(time.Unix(got.Timestamp, 0)); age < 0 || age > time.Minute {
-		t.Errorf("the recording says it began %v ago", age)
+		t.Errorf("the recording's timestamp is %v ago", age)
 	}
 	if got.SrcNodeID == "" || got.SrcNodeUserID == 0 {
-		t.Errorf("the recording lacks the node's or the user's number: %+v", got)
+		t.Errorf("the recording lacks the node's or the user's ID: %+v", got)
 	}
 	want := sessionrecording.CastHeader{
 		Version: 2, Width: got.Width, Height: got.Height, Timestamp: got.Timestamp, Command: command,
@@ -162,8 +163,8 @@ func checkHeader(t *testing.T, got sessionrecording.CastHeader, caller, pod, kin
 	}
 }
 
-// onTerminal runs kubectl on a terminal and returns what was shown on it. talk is
-// called with the terminal and a function that returns what is shown so far.
+// onTerminal runs kubectl on a terminal and returns everything it showed. It calls
+// talk with the terminal and a function that returns what it has shown so far.
 func onTerminal(t *testing.T, cmd *exec.Cmd, talk func(terminal *os.File, screen func() string)) string {
 	t.Helper()
 	terminal, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 30, Cols: 100})
@@ -177,7 +178,7 @@ func onTerminal(t *testing.T, cmd *exec.Cmd, talk func(terminal *os.File, screen
 		_, _ = io.Copy(&screen, terminal) // ends with EIO when kubectl does
 	}()
 	talk(terminal, screen.String)
-	_ = cmd.Wait() // its exit code is that of the command
+	_ = cmd.Wait() // it has the command's exit code
 	<-read
 	_ = terminal.Close()
 	return screen.String()
@@ -195,13 +196,13 @@ func kubectlAs(t *testing.T, caller string, p protocol, args ...string) *exec.Cm
 	return cmd
 }
 
-// versionsOfRecorders are those of their protocol.
+// versionsOfRecorders are the recorder modes with their protocol versions.
 var versionsOfRecorders = []struct {
 	version int
 	mode    recordertest.Mode
 }{{1, recordertest.V1}, {2, recordertest.V2}}
 
-func TestARecordingIsWhatTheTerminalShowed(t *testing.T) {
+func TestRecording_MatchesTerminal(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		for _, v := range versionsOfRecorders {
 			t.Run(fmt.Sprintf("recorder version %d", v.version), func(t *testing.T) {
@@ -216,15 +217,15 @@ func TestARecordingIsWhatTheTerminalShowed(t *testing.T) {
 								return err
 							}
 							if !strings.Contains(screen(), size) {
-								return fmt.Errorf("on the screen is %q", screen())
+								return fmt.Errorf("the screen shows %q", screen())
 							}
 							return nil
 						})
 					}
-					// Before that, the terminal is not kubectl's.
-					eventually(t, "the command greets", func() error {
+					// Until then, kubectl has not taken over the terminal.
+					eventually(t, "the command prints its greeting", func() error {
 						if !strings.Contains(screen(), "<you>") {
-							return fmt.Errorf("on the screen is %q", screen())
+							return fmt.Errorf("the screen shows %q", screen())
 						}
 						return nil
 					})
@@ -239,18 +240,18 @@ func TestARecordingIsWhatTheTerminalShowed(t *testing.T) {
 				})
 				recording, got := recorded(t)
 				if recording.Version != v.version {
-					t.Errorf("version %d of the recorder's protocol was spoken; want %d", recording.Version, v.version)
+					t.Errorf("the recorder's protocol version was %d; want %d", recording.Version, v.version)
 				}
 				checkHeader(t, got.header, "gus", lab.Pod, "exec", "sh -c "+script)
 				if got.header.Width != 100 || got.header.Height != 30 {
-					t.Errorf("the recording begins with %dx%d; want 100x30", got.header.Width, got.header.Height)
+					t.Errorf("the recording starts with %dx%d; want 100x30", got.header.Width, got.header.Height)
 				}
 				if len(got.sizes) == 0 || got.sizes[len(got.sizes)-1] != "123x41" {
-					t.Errorf("the recording's sizes are %q; want 123x41 at last", got.sizes)
+					t.Errorf("the recording's sizes are %q; want 123x41 as the last", got.sizes)
 				}
-				// What kubectl itself says at the end is not the command's.
+				// kubectl's own last line is not part of the session.
 				if got.output == "" || !strings.HasPrefix(shown, got.output) {
-					t.Errorf("recorded was %q; on the terminal was %q", got.output, shown)
+					t.Errorf("recorded %q; the terminal showed %q", got.output, shown)
 				} else if rest := strings.TrimPrefix(shown, got.output); rest != "" && !strings.HasPrefix(rest, "command terminated with exit code 7") {
 					t.Errorf("not recorded: %q", rest)
 				}
@@ -259,7 +260,7 @@ func TestARecordingIsWhatTheTerminalShowed(t *testing.T) {
 	})
 }
 
-func TestASessionWithoutATerminalIsRecorded(t *testing.T) {
+func TestRecording_OfSessionWithoutTerminal(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		useRecorder(t, recordertest.V2)
 		for _, caller := range []string{"fay", "gus"} {
@@ -273,13 +274,13 @@ func TestASessionWithoutATerminalIsRecorded(t *testing.T) {
 			_, got := recorded(t)
 			checkHeader(t, got.header, caller, lab.Pod, "exec", "sh -c cat; echo problem >&2; exit 42")
 			if got.output != "what is read\nproblem\n" && got.output != "problem\nwhat is read\n" {
-				t.Errorf("%s: recorded was %q", caller, got.output)
+				t.Errorf("%s: recorded %q", caller, got.output)
 			}
 		}
 	})
 }
 
-func TestAttachIsRecorded(t *testing.T) {
+func TestRecording_OfAttach(t *testing.T) {
 	const pod = "attached-recorded"
 	runPod(t, pod, `while read -r line; do echo "heard $line"; done`)
 	forEachProtocol(t, func(t *testing.T, p protocol) {
@@ -295,13 +296,13 @@ func TestAttachIsRecorded(t *testing.T) {
 		_, got := recorded(t)
 		checkHeader(t, got.header, "gus", pod, "attach", "")
 		if want := "heard one\nheard two\n"; got.output != want {
-			t.Errorf("recorded was %q; want %q", got.output, want)
+			t.Errorf("recorded %q; want %q", got.output, want)
 		}
 	})
 }
 
-// Nothing runs in the pod of a caller that has to be recorded and cannot be.
-func TestNothingRunsWithoutTheRecorderThatHasToBe(t *testing.T) {
+// If a session has to be recorded and cannot be, nothing runs.
+func TestRecording_EnforcedSessionDoesNotRunWithoutRecorder(t *testing.T) {
 	for _, p := range protocols {
 		t.Run(p.name, func(t *testing.T) {
 			useRecorder(t, recordertest.V2)
@@ -310,26 +311,27 @@ func TestNothingRunsWithoutTheRecorderThatHasToBe(t *testing.T) {
 			stdout, stderr, err := runKubectl(t, theLab.Callers["hal"].Kubeconfig, p.env, "exec", lab.Pod, "--", "touch", file)
 			took := time.Since(began)
 			if exitCode(err) != 1 || stdout != "" {
-				t.Errorf("exit code %d, output %q; want 1 and nothing", exitCode(err), stdout)
+				t.Errorf("exit code %d, output %q; want 1 and no output", exitCode(err), stdout)
 			}
 			if !strings.Contains(stderr, "the session has to be recorded, and no recorder can be reached") {
-				t.Errorf("kubectl printed %q", stderr)
+				t.Errorf("kubectl printed %q; want the reason", stderr)
 			}
 			if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
 				t.Errorf("the command ran: %v", err)
 			}
 			t.Logf("kubectl took %.1f s and printed %s", took.Seconds(), stderr)
 			if took > 5*time.Second+2*time.Second {
-				t.Errorf("kubectl took %v", took)
+				t.Errorf("kubectl took %v; want less", took)
 			}
 		})
 	}
 }
 
-// A command runs before the body of its request has arrived, and is answered after:
-// whoever never sends the body would never be recorded. Go's server keeps the refusal
-// back as well, but nothing is kept from having been refused.
-func TestNothingRunsForWhoeverKeepsTheBodyBack(t *testing.T) {
+// The API server runs a command before it has read the request's body, and answers
+// after that. A client that never sent the body could run a command without a
+// recording. Go's server also delays the refusal, but the command is refused all the
+// same.
+func TestRecording_RequestWithUnsentBodyDoesNotRun(t *testing.T) {
 	useRecorder(t, recordertest.V2)
 	file := filepath.Join(t.TempDir(), "ran")
 	log := tail(t, theLab.Log("caddy"))
@@ -348,7 +350,7 @@ func TestNothingRunsForWhoeverKeepsTheBodyBack(t *testing.T) {
 				return nil
 			}
 		}
-		return errors.New("the log does not say so")
+		return errors.New("no such line in the log")
 	})
 	if _, err := io.WriteString(conn, "x"); err != nil {
 		t.Fatal(err)
@@ -359,13 +361,13 @@ func TestNothingRunsForWhoeverKeepsTheBodyBack(t *testing.T) {
 	}
 	defer resp.Body.Close()
 	if _, err := os.Stat(file); resp.StatusCode != http.StatusBadRequest || !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("got %s, and the command ran: %v; want 400 and that it has not", resp.Status, err)
+		t.Errorf("got %s; file of the command: %v; want 400 and no file", resp.Status, err)
 	}
 }
 
-// A command has begun to run before its client is answered. Whenever the client leaves,
-// nothing has run that no recording names.
-func TestWhoeverLeavesBeforeTheAnswerIsRecorded(t *testing.T) {
+// A command starts before its client is answered. Whenever the client disconnects,
+// every command that ran has a recording.
+func TestRecording_OfClientThatLeavesEarly(t *testing.T) {
 	useRecorder(t, recordertest.V2)
 	dir := t.TempDir()
 	for i := range 40 {
@@ -375,17 +377,17 @@ func TestWhoeverLeavesBeforeTheAnswerIsRecorded(t *testing.T) {
 			"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13")); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Duration(i) * time.Millisecond) // another moment each time
+		time.Sleep(time.Duration(i) * time.Millisecond) // a different time in each round
 		_ = conn.Close()
 	}
 	named := make(map[string]string)
 	var ran []os.DirEntry
-	eventually(t, "all that ran is in recordings", func() error {
+	eventually(t, "every command that ran is recorded", func() error {
 		for _, r := range sessions.Take() {
 			select {
 			case <-r.Ended():
 			case <-time.After(10 * time.Second):
-				t.Fatal("a recording does not end")
+				t.Fatal("a recording did not end")
 			}
 			if b := r.Bytes(); len(b) > 0 {
 				c := parseCast(t, b)
@@ -397,11 +399,11 @@ func TestWhoeverLeavesBeforeTheAnswerIsRecorded(t *testing.T) {
 			return err
 		}
 		if len(ran) == 0 {
-			return errors.New("nothing has run")
+			return errors.New("no command has run")
 		}
 		for _, file := range ran {
 			if command := "touch " + filepath.Join(dir, file.Name()); named[command] != "gus@example.com" {
-				return fmt.Errorf("%q ran, and recordings name %q", command, named)
+				return fmt.Errorf("%q ran; the recordings name %q", command, named)
 			}
 		}
 		return nil
@@ -409,7 +411,7 @@ func TestWhoeverLeavesBeforeTheAnswerIsRecorded(t *testing.T) {
 	t.Logf("%d of 40 commands ran, and %d are recorded", len(ran), len(named))
 }
 
-func TestASessionThatNeedNotBeRecordedGoesOnWithout(t *testing.T) {
+func TestRecording_OptionalSessionRunsWithoutRecorder(t *testing.T) {
 	for _, p := range protocols {
 		t.Run(p.name, func(t *testing.T) {
 			useRecorder(t, recordertest.V2)
@@ -421,9 +423,9 @@ func TestASessionThatNeedNotBeRecordedGoesOnWithout(t *testing.T) {
 	}
 }
 
-// A recorder that is lost ends a session that has to be recorded, and its user reads
-// why; any other goes on.
-func TestARecorderThatIsLost(t *testing.T) {
+// When a recorder is lost, a session that has to be recorded ends with the reason.
+// Other sessions continue.
+func TestRecording_LostRecorderEndsEnforcedSession(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		useRecorder(t, recordertest.V2)
 		gus := startKubectl(t, theLab.Callers["gus"].Kubeconfig, p.env, "exec", "-i", lab.Pod, "--", "cat")
@@ -434,18 +436,18 @@ func TestARecorderThatIsLost(t *testing.T) {
 		select {
 		case <-gus.ended:
 		case <-time.After(10 * time.Second):
-			t.Fatal("the session goes on")
+			t.Fatal("the session continues; want it to end")
 		}
 		if want := "this session has to be recorded, and its recorder was lost"; !strings.Contains(gus.stderr.String(), want) || exitCode(gus.err) == 0 {
-			t.Errorf("kubectl exits with %d and prints %q; want it to say %q", exitCode(gus.err), gus.stderr.String(), want)
+			t.Errorf("kubectl exited with %d and printed %q; want %q", exitCode(gus.err), gus.stderr.String(), want)
 		}
 		t.Logf("kubectl printed %q", gus.stderr.String())
 		fay.echoes(t, "after")
 	})
 }
 
-// A port-forward cannot be replayed; that there was one is noted.
-func TestAPortForwardIsNoted(t *testing.T) {
+// A port-forward cannot be played back; the log records its beginning and end.
+func TestRecording_PortForwardIsLogged(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		useRecorder(t, recordertest.V2)
 		log := tail(t, theLab.Log("caddy"))
@@ -465,12 +467,12 @@ func TestAPortForwardIsNoted(t *testing.T) {
 			t.Fatal(err)
 		}
 		if body, err := io.ReadAll(resp.Body); err != nil || len(body) != 100000 {
-			t.Fatalf("%d bytes came through: %v", len(body), err)
+			t.Fatalf("%d bytes arrived: %v", len(body), err)
 		}
 		_ = resp.Body.Close()
 		s.stop()
 		var began, ended map[string]any
-		eventually(t, "the port-forward is in Caddy's log", func() error {
+		eventually(t, "Caddy logs the port-forward", func() error {
 			for _, line := range log.lines(t) {
 				var entry map[string]any
 				if json.Unmarshal([]byte(line), &entry) != nil {
@@ -484,7 +486,7 @@ func TestAPortForwardIsNoted(t *testing.T) {
 				}
 			}
 			if began == nil || ended == nil {
-				return errors.New("it is not")
+				return errors.New("no such lines")
 			}
 			return nil
 		})
@@ -494,16 +496,16 @@ func TestAPortForwardIsNoted(t *testing.T) {
 			got[key] = ended[key]
 		}
 		if diff := cmp.Diff(want, got); diff != "" {
-			t.Errorf("what is noted (-want +got):\n%s", diff)
+			t.Errorf("logged fields (-want +got):\n%s", diff)
 		}
 		if began["session"] != ended["session"] || ended["bytes_received"].(float64) < 100000 || ended["bytes_sent"].(float64) < 50 || ended["bytes_sent"].(float64) > 5000 {
-			t.Errorf("noted is %v and %v", began, ended)
+			t.Errorf("logged %v and %v", began, ended)
 		}
 	})
 }
 
-// What a session of 50 MB costs with a recorder, and without.
-func TestRecordingOf50MB(t *testing.T) {
+// The cost of a session of 50 MB, with and without a recorder.
+func TestRecording_Of50MB(t *testing.T) {
 	const size = 50 << 20
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		useRecorder(t, recordertest.V2)
@@ -513,7 +515,7 @@ func TestRecordingOf50MB(t *testing.T) {
 				t.Fatal(err)
 			}
 			began := time.Now()
-			// It does not end before all has arrived: see TestAPipeLosesNoByte.
+			// The command waits until all output has arrived: see TestStream_PipeLosesNoByte.
 			complete := filepath.Join(t.TempDir(), "complete")
 			cmd := kubectlAs(t, caller, p, "exec", lab.Pod, "--", "sh", "-c",
 				fmt.Sprintf(`yes 'forty-one letters of text, and a line end' | head -c %d; until [ -e "$1" ]; do sleep 0.1; done`, size), "sh", complete)
@@ -527,19 +529,19 @@ func TestRecordingOf50MB(t *testing.T) {
 				t.Fatal(err)
 			}
 			cpu := time.Duration(after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano())
-			t.Logf("%s: %s: %.1f s, %.1f MB/s, %.1f s of CPU in the process that all but kubectl, the API server and Headscale share", p.name, caller, took.Seconds(), size/took.Seconds()/1e6, cpu.Seconds())
+			t.Logf("%s: %s: %.1f s, %.1f MB/s, %.1f s of CPU in the process that runs everything but kubectl, the API server and Headscale", p.name, caller, took.Seconds(), size/took.Seconds()/1e6, cpu.Seconds())
 			if caller == "gus" {
 				if _, cast := recorded(t); len(cast.output) != size {
-					t.Errorf("recorded are %d bytes; want %d", len(cast.output), size)
+					t.Errorf("recorded %d bytes; want %d", len(cast.output), size)
 				}
 			}
 		}
 	})
 }
 
-// What is piped through a recorded session comes back as it is, to its last byte, and
+// Data piped through a recorded session comes back unchanged, to its last byte, and
 // is in the recording.
-func TestARecordedPipeIsWhole(t *testing.T) {
+func TestRecording_PipeLosesNoByte(t *testing.T) {
 	var text bytes.Buffer
 	for i := 0; text.Len() < 5<<20; i++ {
 		fmt.Fprintf(&text, "line %d, with ünïcode 日本\n", i)
@@ -555,17 +557,17 @@ func TestARecordedPipeIsWhole(t *testing.T) {
 				t.Fatal(err)
 			}
 			if !bytes.Equal(out.Bytes(), text.Bytes()) {
-				t.Errorf("%d other bytes came back; want the %d that were piped in", out.Len(), text.Len())
+				t.Errorf("%d bytes came back, which differ from the %d that were sent", out.Len(), text.Len())
 			}
 			if _, got := recorded(t); got.output != text.String() {
-				t.Errorf("recorded are %d other bytes", len(got.output))
+				t.Errorf("recorded %d bytes, which differ", len(got.output))
 			}
 		}
 	})
 }
 
-// A site that keeps recordings keeps those of whoever comes.
-func TestRecordingsInFiles(t *testing.T) {
+// A site that records to files records every caller.
+func TestRecording_ToFiles(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		kubeconfig := theLab.Callers["alice"].Kubeconfig + ".files"
 		if err := theLab.Callers["alice"].WriteKubeconfig(kubeconfig, "http://"+lab.ProxyName+":"+portFiles); err != nil {
@@ -578,10 +580,10 @@ func TestRecordingsInFiles(t *testing.T) {
 		if err != nil || stdout != "kept\n" {
 			t.Fatalf("got %q, %v: %s", stdout, err, stderr)
 		}
-		eventually(t, "there is a file", func() error {
+		eventually(t, "a recording file exists", func() error {
 			files, err := filepath.Glob(filepath.Join(recordings(theLab), "*.cast"))
 			if err != nil || len(files) != 1 {
-				return fmt.Errorf("there are %q", files)
+				return fmt.Errorf("got files %q", files)
 			}
 			b, err := os.ReadFile(files[0])
 			if err != nil {
@@ -590,18 +592,18 @@ func TestRecordingsInFiles(t *testing.T) {
 			got := parseCast(t, b)
 			checkHeader(t, got.header, "alice", lab.Pod, "exec", "echo kept")
 			if got.output != "kept\n" {
-				t.Errorf("recorded was %q", got.output)
+				t.Errorf("recorded %q", got.output)
 			}
 			return nil
 		})
 	})
 }
 
-// playing is what a recording shows to somebody who plays it.
+// playing is what a recording shows when it is played.
 type playing struct {
 	Version       int
 	Width, Height int
-	Lines         []string // on the terminal at the end
+	Lines         []string // of the terminal at the end
 }
 
 // play plays a recording with asciinema's parser and terminal.
@@ -613,7 +615,7 @@ func play(t *testing.T, recording []byte) (p playing) {
 	}
 	tool := filepath.Join(root, "lab", "tools", "asciicast")
 	if _, err := os.Stat(filepath.Join(tool, "node_modules")); err != nil {
-		t.Skip("asciinema's parser is not installed; `make asciicast` does that")
+		t.Skip("asciinema's parser is not installed; run `make asciicast`")
 	}
 	file := filepath.Join(t.TempDir(), "session.cast")
 	if err := os.WriteFile(file, recording, 0o600); err != nil {
@@ -629,13 +631,12 @@ func play(t *testing.T, recording []byte) (p playing) {
 	return p
 }
 
-// A parser that is not ours reads recordings, and a terminal that is not ours shows
-// what the user saw.
-func TestRecordingsPlayInAsciinema(t *testing.T) {
-	play(t, []byte(`{"version":2,"width":80,"height":24}`+"\n"+`[0, "o", "x"]`+"\n")) // or the test is skipped at once
+// asciinema's parser reads recordings, and its terminal shows what the user saw.
+func TestRecording_PlaysInAsciinema(t *testing.T) {
+	play(t, []byte(`{"version":2,"width":80,"height":24}`+"\n"+`[0, "o", "x"]`+"\n")) // skips the test early if asciinema is missing
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		useRecorder(t, recordertest.V2)
-		// Colours, a line that is overwritten, characters of two and of three bytes.
+		// Colours, an overwritten line, characters of two and three bytes.
 		const script = `printf '\033[1;31mred\033[0m\r\n'; printf 'overwritten\rkept       \r\n'; echo grüße 日本; read -r line; stty size; read -r line`
 		cmd := kubectlAs(t, "gus", p, "exec", "-it", lab.Pod, "--", "sh", "-c", script)
 		onTerminal(t, cmd, func(terminal *os.File, screen func() string) {
@@ -643,7 +644,7 @@ func TestRecordingsPlayInAsciinema(t *testing.T) {
 				t.Helper()
 				eventually(t, what+" is on the screen", func() error {
 					if !strings.Contains(screen(), what) {
-						return fmt.Errorf("on the screen is %q", screen())
+						return fmt.Errorf("the screen shows %q", screen())
 					}
 					return nil
 				})
@@ -657,13 +658,13 @@ func TestRecordingsPlayInAsciinema(t *testing.T) {
 			if err := pty.Setsize(terminal, &pty.Winsize{Rows: 30, Cols: 90}); err != nil {
 				t.Fatal(err)
 			}
-			eventually(t, "the size has arrived", func() error {
+			eventually(t, "the new size has arrived", func() error {
 				for _, r := range sessions.Peek() {
 					if strings.Contains(string(r.Bytes()), "90x30") {
 						return nil
 					}
 				}
-				return errors.New("it has not")
+				return errors.New("not in a recording")
 			})
 			enter()
 			shows("30 90")
@@ -673,22 +674,22 @@ func TestRecordingsPlayInAsciinema(t *testing.T) {
 		got := play(t, recording.Bytes())
 		want := playing{2, 100, 30, []string{"red", "kept", "grüße 日本", "", "30 90"}}
 		if diff := cmp.Diff(want, got); diff != "" {
-			t.Errorf("what is played (-want +got):\n%s", diff)
+			t.Errorf("played recording (-want +got):\n%s", diff)
 		}
 	})
-	// Without a terminal, and without an output.
+	// Without a terminal.
 	useRecorder(t, recordertest.V1)
 	if _, stderr, err := runKubectl(t, theLab.Callers["gus"].Kubeconfig, nil, "exec", lab.Pod, "--", "printf", "a\tb"); err != nil {
 		t.Fatalf("%v: %s", err, stderr)
 	}
 	recording, _ := recorded(t)
 	if diff := cmp.Diff(playing{2, 80, 24, []string{"a       b"}}, play(t, recording.Bytes())); diff != "" {
-		t.Errorf("what is played (-want +got):\n%s", diff)
+		t.Errorf("played recording (-want +got):\n%s", diff)
 	}
 }
 
-// The blocks of the documentation can be used as they are.
-func TestRecordingDocsWork(t *testing.T) {
+// The code blocks of docs/recording.md work as they are.
+func TestRecording_DocsWork(t *testing.T) {
 	root, err := lab.Root()
 	if err != nil {
 		t.Fatal(err)
@@ -715,6 +716,6 @@ func TestRecordingDocsWork(t *testing.T) {
 		}
 	}
 	if used["caddyfile"] != 1 || used["hujson"] != 1 {
-		t.Errorf("the blocks are %v; want one each", used)
+		t.Errorf("got blocks %v; want one of each", used)
 	}
 }

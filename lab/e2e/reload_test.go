@@ -13,7 +13,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// reloaded is a site of which each config has another version.
+// portReloaded is the port of a site that has a different version in each config.
 const portReloaded = "8010"
 
 func withVersion(l *lab.Lab, appOptions, version string) string {
@@ -26,7 +26,7 @@ func withVersion(l *lab.Lab, appOptions, version string) string {
 `, portReloaded, lab.ProxyName, version, plain.addr)
 }
 
-func TestAConfigReloadLosesNoRequestAndNoIdentity(t *testing.T) {
+func TestReload_LosesNoRequestAndNoIdentity(t *testing.T) {
 	defer firstConfig(t)
 	for i := range 5 {
 		version := fmt.Sprint("v", i)
@@ -44,18 +44,18 @@ func TestAConfigReloadLosesNoRequestAndNoIdentity(t *testing.T) {
 	}
 }
 
-// A closed listener handle of caddy-tailscale takes one more connection, for a
-// config that is gone. Go's server answers it over HTTP/2, and closes it unanswered
-// over HTTP/1.1. In neither case may the handler, which has been cleaned up by
-// then, let anything through that is not bob's.
-func TestAConnectionTakenByTheOldConfigIsStillBobs(t *testing.T) {
-	// Old handles wait at every port of every site, not just at those that are
-	// asked here; no other test is to meet them.
+// A closed listener handle of caddy-tailscale accepts one more connection, for a
+// config that has been replaced. Go's server answers it over HTTP/2 and closes it
+// unanswered over HTTP/1.1. In neither case may the handler, which has been cleaned
+// up already, forward a request with an identity other than bob's.
+func TestReload_ConnectionAcceptedByOldConfigKeepsIdentity(t *testing.T) {
+	// Old handles wait at every port of every site, not only at those used here.
+	// They must not affect other tests.
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if err := theLab.Caddy.Restart(ctx, sites(theLab)); err != nil {
-			t.Fatalf("starting Caddy anew: %v", err)
+			t.Fatalf("restarting Caddy: %v", err)
 		}
 		eventually(t, "bob reaches the restarted node", func() error {
 			conn, err := theLab.Callers["bob"].Dial(ctx, "tcp", lab.ProxyName+":"+portHTTPTransport)
@@ -82,7 +82,7 @@ func TestAConnectionTakenByTheOldConfigIsStillBobs(t *testing.T) {
 			if err != nil {
 				unanswered++
 				if requests := plain.take(); len(requests) > 0 {
-					t.Errorf("%d requests arrived over a connection that was closed unanswered", len(requests))
+					t.Errorf("%d requests arrived over a connection that was closed without an answer", len(requests))
 				}
 				continue
 			}
@@ -102,24 +102,24 @@ func TestAConnectionTakenByTheOldConfigIsStillBobs(t *testing.T) {
 			wantOnlyBob(t, plain.take(), "")
 		}
 		if answered < 2 {
-			t.Errorf("after reload %d %d of 4 connections were answered; want all but one or two", i, answered)
+			t.Errorf("after reload %d, %d of 4 connections were answered; want all but one or two", i, answered)
 		}
 	}
-	t.Logf("over HTTP/1.1 %d connections were closed unanswered and %d answered by an old config", unanswered, old)
+	t.Logf("over HTTP/1.1, %d connections were closed unanswered, and an old config answered %d", unanswered, old)
 	if unanswered+old == 0 {
-		t.Error("no old config took a connection: the test shows nothing")
+		t.Error("no old config accepted a connection; want at least one")
 	}
 }
 
-// firstConfig goes back to the config that all tests start with.
+// firstConfig restores the config that all tests start with.
 func firstConfig(t *testing.T) {
 	t.Helper()
 	if err := theLab.Caddy.Load(sites(theLab)); err != nil {
-		t.Errorf("going back to the first config: %v", err)
+		t.Errorf("restoring the first config: %v", err)
 	}
 }
 
-func TestAFollowedLogSurvivesAReload(t *testing.T) {
+func TestReload_FollowedLogContinues(t *testing.T) {
 	lines := follow(t, "bob", "logs", "-f", lab.Pod)
 	if line := <-lines; !strings.HasPrefix(line, "line ") {
 		t.Fatalf("kubectl logs -f printed %q", line)
@@ -130,7 +130,7 @@ func TestAFollowedLogSurvivesAReload(t *testing.T) {
 	defer firstConfig(t)
 	for range 3 {
 		if line := <-lines; !strings.HasPrefix(line, "line ") {
-			t.Fatalf("after a reload kubectl logs -f printed %q", line)
+			t.Fatalf("after a reload, kubectl logs -f printed %q", line)
 		}
 	}
 }

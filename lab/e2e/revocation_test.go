@@ -8,13 +8,13 @@ import (
 	"time"
 )
 
-// revokedWithin is how long a stream may outlive the right to it: the sites have
-// the default recheck_interval of 5 s.
+// revokedWithin is how long a stream may stay open after its caller lost access: the
+// sites have the default recheck_interval of 5 s.
 const revokedWithin = 5*time.Second + 2*time.Second
 
-// Dave is made an administrator, opens an exec, a port-forward and a watch, and is
-// one no longer. Of the two protocols, one has a config reload in between.
-func TestAGrantThatIsWithdrawnEndsOpenStreams(t *testing.T) {
+// Dave is granted system:masters, opens an exec, a port-forward and a watch, and
+// loses the grant. With one of the two protocols, a config reload comes in between.
+func TestRevocation_WithdrawnGrantEndsOpenStreams(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		withdraw := grantTo(t, "dave@example.com", masters())
 		eventually(t, "dave may list secrets", func() error {
@@ -43,13 +43,13 @@ func TestAGrantThatIsWithdrawnEndsOpenStreams(t *testing.T) {
 				t.Errorf("the %s is still open %v after the grant was withdrawn", what, revokedWithin)
 			}
 		}
-		t.Logf("all were closed within %.1f s", time.Since(withdrawn).Seconds())
+		t.Logf("all streams ended within %.1f s", time.Since(withdrawn).Seconds())
 		others.flow(t)
 	})
 }
 
-// What a new config no longer lets through, it does not let go on.
-func TestOpenStreamsAreJudgedByTheNewConfig(t *testing.T) {
+// A new config ends open streams that it would refuse.
+func TestRevocation_NewConfigEndsRefusedStreams(t *testing.T) {
 	const object = "judged-anew"
 	kubectl(t, "alice", "create", "configmap", object)
 	t.Cleanup(func() { kubectl(t, "alice", "delete", "configmap", object, "--ignore-not-found") })

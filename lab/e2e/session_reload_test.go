@@ -14,23 +14,23 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// streamCloseDelay is what the sites say. Upgraded streams end that long after a
-// reload; watches and logs are never ended by one.
+// streamCloseDelay is the sites' stream_close_delay. Upgraded streams end that long
+// after a reload; a reload never ends watches and logs.
 const streamCloseDelay = time.Minute
 
-// openStreams are an exec and a port-forward with a connection over it of one
-// caller, and a watch of another.
+// openStreams are one caller's exec and port-forward, with a connection over the
+// latter, and another caller's watch.
 type openStreams struct {
 	exec, forward, watch *session
 	address              string // of the port-forward
 	conn                 net.Conn
-	object               string // that is watched
+	object               string // the watched object
 	labels               int
 }
 
 func startStreams(t *testing.T, p protocol) *openStreams { return startStreamsAs(t, "alice", "bob", p) }
 
-// startStreamsAs is startStreams for callers of choice.
+// startStreamsAs is startStreams for the given callers.
 func startStreamsAs(t *testing.T, caller, watcher string, p protocol) *openStreams {
 	t.Helper()
 	o := &openStreams{object: strings.ToLower(caller + "-" + p.name)}
@@ -45,7 +45,7 @@ func startStreamsAs(t *testing.T, caller, watcher string, p protocol) *openStrea
 	return o
 }
 
-// flow fails the test unless data flows through all streams.
+// flow fails the test unless all streams carry data.
 func (o *openStreams) flow(t *testing.T) {
 	t.Helper()
 	o.labels++
@@ -59,7 +59,7 @@ func (o *openStreams) flow(t *testing.T) {
 	o.watch.want(t, "MODIFIED")
 }
 
-func TestAConfigReloadEndsNoStream(t *testing.T) {
+func TestReload_EndsNoStream(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		defer firstConfig(t)
 		load := func(version string) {
@@ -67,12 +67,12 @@ func TestAConfigReloadEndsNoStream(t *testing.T) {
 			if err := theLab.Caddy.Load(withVersion(theLab, "", version)); err != nil {
 				t.Fatal(err)
 			}
-			// It is the new one that answers.
+			// Wait for the new config.
 			if got := send(t, "bob", portReloaded, get("/api")).Header.Get("X-Version"); got != version {
 				t.Fatalf("config %q answers; want %q", got, version)
 			}
 		}
-		// The site of the streams stays as it is, another one changes.
+		// The streams' site stays unchanged; another site changes.
 		load("before")
 		streams := startStreams(t, p)
 		for _, version := range []string{"after", "and-again"} {
@@ -82,12 +82,12 @@ func TestAConfigReloadEndsNoStream(t *testing.T) {
 	})
 }
 
-func TestStreamsEndWithTheCloseDelayAfterAReload(t *testing.T) {
+func TestReload_StreamsEndAfterCloseDelay(t *testing.T) {
 	if !*long {
-		t.Skip("it takes more than a minute: run with -long")
+		t.Skip("takes more than a minute: run with -long")
 	}
 	if raceDetector() {
-		t.Skip("Caddy 2.11.9 races with itself when it closes a WebSocket that has carried something: run without -race")
+		t.Skip("Caddy 2.11.9 has a data race when it closes a WebSocket that has carried data: run without -race")
 	}
 	var streams []*openStreams
 	for _, p := range protocols {
@@ -102,7 +102,7 @@ func TestStreamsEndWithTheCloseDelayAfterAReload(t *testing.T) {
 		for _, s := range streams {
 			s.flow(t)
 		}
-		time.Sleep(time.Second) // not to be busy for all of the delay
+		time.Sleep(time.Second) // do not poll for the whole delay
 	}
 	for i, s := range streams {
 		select {
@@ -111,13 +111,13 @@ func TestStreamsEndWithTheCloseDelayAfterAReload(t *testing.T) {
 			t.Errorf("%s: kubectl exec still runs %v after the reload; the delay is %v", protocols[i].name, time.Since(reloaded), streamCloseDelay)
 		}
 		t.Logf("%s: kubectl exec ended %.1f s after the reload with %v: %s", protocols[i].name, time.Since(reloaded).Seconds(), s.exec.err, s.exec.stderr.String())
-		// A watch is no upgraded stream and goes on.
+		// A watch is not an upgraded stream, so it continues.
 		kubectl(t, "alice", "label", "--overwrite", "configmap", s.object, "flow=on")
 		s.watch.want(t, "MODIFIED")
 	}
 }
 
-// raceDetector reports whether this is a test with -race.
+// raceDetector reports whether the race detector is on.
 func raceDetector() bool {
 	info, ok := debug.ReadBuildInfo()
 	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})

@@ -20,25 +20,25 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// session is a kubectl that goes on until it is told to end. It is stopped with
-// the test at the latest.
+// session is a kubectl that runs until it is stopped, at the latest when the test
+// ends.
 type session struct {
 	what   string
 	cmd    *exec.Cmd
 	stdin  io.WriteCloser
-	lines  chan string // of its standard output; closed at its end
+	lines  chan string // lines of standard output; closed at its end
 	stderr lockedBuffer
 	cancel context.CancelFunc
 	ended  chan struct{} // closed when kubectl has ended
 	err    error         // how it ended; set before ended is closed
 }
 
-// startKubectl starts a kubectl with a kubeconfig and further environment
+// startKubectl starts a kubectl with a kubeconfig and additional environment
 // variables.
 func startKubectl(t *testing.T, kubeconfig string, env []string, args ...string) *session {
 	t.Helper()
-	// Not the test's context, which is over before its cleanup runs: kubectl is
-	// to be there until then.
+	// Not the test's context, which ends before cleanups run: kubectl has to run
+	// until its own cleanup.
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	cmd, err := lab.Kubectl(ctx, kubeconfig, args...)
 	if err != nil {
@@ -81,7 +81,7 @@ func startKubectl(t *testing.T, kubeconfig string, env []string, args ...string)
 	return s
 }
 
-// say types a line.
+// say writes a line to kubectl's standard input.
 func (s *session) say(t *testing.T, line string) {
 	t.Helper()
 	if _, err := io.WriteString(s.stdin, line+"\n"); err != nil {
@@ -89,7 +89,7 @@ func (s *session) say(t *testing.T, line string) {
 	}
 }
 
-// line returns the next line that kubectl prints, waiting 30 seconds for it.
+// line returns the next line that kubectl prints. It waits up to 30 seconds.
 func (s *session) line(t *testing.T) string {
 	t.Helper()
 	timeout := time.NewTimer(30 * time.Second)
@@ -98,16 +98,16 @@ func (s *session) line(t *testing.T) string {
 	case line, ok := <-s.lines:
 		if !ok {
 			<-s.ended
-			t.Fatalf("%s has ended (%v), having printed %s", s.what, s.err, s.stderr.String())
+			t.Fatalf("%s ended (%v): %s", s.what, s.err, s.stderr.String())
 		}
 		return line
 	case <-timeout.C:
-		t.Fatalf("%s prints nothing for 30 s; standard error: %s", s.what, s.stderr.String())
+		t.Fatalf("%s printed nothing for 30 s; standard error: %s", s.what, s.stderr.String())
 	}
 	return ""
 }
 
-// want reads lines until one has the prefix and returns it.
+// want reads lines until one has the prefix, and returns that line.
 func (s *session) want(t *testing.T, prefix string) string {
 	t.Helper()
 	for {
@@ -117,7 +117,7 @@ func (s *session) want(t *testing.T, prefix string) string {
 	}
 }
 
-// echoes fails the test unless a line that is typed comes back.
+// echoes writes a line and fails the test unless it comes back.
 func (s *session) echoes(t *testing.T, line string) {
 	t.Helper()
 	s.say(t, line)
@@ -126,7 +126,7 @@ func (s *session) echoes(t *testing.T, line string) {
 	}
 }
 
-// silentUntil fails the test if kubectl prints something, or ends, before then.
+// silentUntil fails the test if kubectl prints anything, or ends, before then.
 func (s *session) silentUntil(t *testing.T, then time.Time) {
 	t.Helper()
 	timeout := time.NewTimer(time.Until(then))
@@ -137,12 +137,12 @@ func (s *session) silentUntil(t *testing.T, then time.Time) {
 	}
 	select {
 	case <-s.ended:
-		t.Fatalf("%s has ended (%v): %s", s.what, s.err, s.stderr.String())
+		t.Fatalf("%s ended (%v): %s", s.what, s.err, s.stderr.String())
 	default:
 	}
 	select {
 	case line := <-s.lines:
-		t.Fatalf("%s printed %q in what was to be silence", s.what, line)
+		t.Fatalf("%s printed %q; want silence", s.what, line)
 	default:
 	}
 }
@@ -173,10 +173,10 @@ func (b *lockedBuffer) String() string {
 	return b.buffer.String()
 }
 
-// protocol is what kubectl streams over.
+// protocol is one of kubectl's streaming protocols.
 type protocol struct {
 	name    string
-	upgrade string // the header of that name
+	upgrade string // value of the Upgrade header
 	env     []string
 }
 
@@ -185,8 +185,8 @@ var protocols = []protocol{
 	{"SPDY", "SPDY/3.1", []string{"KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false", "KUBECTL_PORT_FORWARD_WEBSOCKETS=false"}},
 }
 
-// forEachProtocol runs f for each protocol and makes sure that it is the one that
-// was used: kubectl tries the other when one fails.
+// forEachProtocol runs f for each protocol and checks that it was used: kubectl
+// tries the other one if the first fails.
 func forEachProtocol(t *testing.T, f func(t *testing.T, p protocol)) {
 	t.Helper()
 	for _, p := range protocols {
@@ -197,13 +197,13 @@ func forEachProtocol(t *testing.T, f func(t *testing.T, p protocol)) {
 	}
 }
 
-// onlyUpgradesTo fails the test unless, at its end, all upgrades since this call
-// were to one protocol and succeeded, and there was one.
+// onlyUpgradesTo fails the test unless, at its end, there was an upgrade since this
+// call, and all upgrades were to one protocol and succeeded.
 func onlyUpgradesTo(t *testing.T, p protocol) {
 	t.Helper()
 	log := tail(t, theLab.Log("caddy"))
 	began := float64(time.Now().UnixMicro()) / 1e6
-	t.Cleanup(func() { // after the sessions have ended, and with them their requests
+	t.Cleanup(func() { // runs after the sessions and their requests have ended
 		if t.Failed() || t.Skipped() {
 			return
 		}
@@ -211,8 +211,8 @@ func onlyUpgradesTo(t *testing.T, p protocol) {
 		eventually(t, "Caddy logs an upgrade", func() error {
 			for _, request := range accessLog(t, log) {
 				upgrade := request.Request.Headers.Get("Upgrade")
-				// What a test before this one left is logged when it ends, which
-				// can be by now.
+				// Caddy logs a request when it ends, so a request of an earlier test
+				// may be logged now.
 				if upgrade == "" || request.TS-request.Duration < began {
 					continue
 				}
@@ -229,9 +229,9 @@ func onlyUpgradesTo(t *testing.T, p protocol) {
 	})
 }
 
-// accessEntry is a request in Caddy's log, written at its end.
+// accessEntry is a request in Caddy's log. Caddy writes it when the request ends.
 type accessEntry struct {
-	TS       float64 // when it ended, in seconds
+	TS       float64 // end, in seconds
 	Duration float64 // in seconds
 	Request  struct {
 		Proto   string
@@ -242,7 +242,7 @@ type accessEntry struct {
 	Status int
 }
 
-// accessLog returns the requests in what has been logged since the last call.
+// accessLog returns the requests logged since the last call.
 func accessLog(t *testing.T, log *tailed) (entries []accessEntry) {
 	t.Helper()
 	for _, line := range log.lines(t) {
@@ -251,7 +251,7 @@ func accessLog(t *testing.T, log *tailed) (entries []accessEntry) {
 		}
 		var entry accessEntry
 		if err := json.Unmarshal([]byte(line), &entry); err != nil {
-			t.Fatalf("in Caddy's log: %v: %s", err, line)
+			t.Fatalf("Caddy's log: %v: %s", err, line)
 		}
 		entries = append(entries, entry)
 	}
@@ -264,7 +264,7 @@ type tailed struct {
 	offset int64
 }
 
-// tail returns the file from its end on.
+// tail opens a file at its end.
 func tail(t *testing.T, path string) *tailed {
 	t.Helper()
 	info, err := os.Stat(path)
@@ -274,7 +274,7 @@ func tail(t *testing.T, path string) *tailed {
 	return &tailed{path, info.Size()}
 }
 
-// lines returns the whole lines that have been added since the last call.
+// lines returns the complete lines added since the last call.
 func (f *tailed) lines(t *testing.T) []string {
 	t.Helper()
 	file, err := os.Open(f.path)
@@ -291,7 +291,7 @@ func (f *tailed) lines(t *testing.T) []string {
 	return strings.Split(strings.TrimSuffix(string(added[:end]), "\n"), "\n")
 }
 
-// runPod runs a pod of the test's own in the namespace default.
+// runPod runs a pod in the namespace default until the test ends.
 func runPod(t *testing.T, name, script string) {
 	t.Helper()
 	if err := theLab.Cluster.RunPod(t.Context(), "default", name, []string{"sh", "-c", script}); err != nil {
@@ -304,7 +304,7 @@ func runPod(t *testing.T, name, script string) {
 	})
 }
 
-// within is eventually with a time of its own.
+// within is [eventually] with the given timeout.
 func within(t *testing.T, d time.Duration, what string, f func() error) {
 	t.Helper()
 	deadline := time.Now().Add(d)
@@ -316,12 +316,12 @@ func within(t *testing.T, d time.Duration, what string, f func() error) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s: not within %v: %v", what, d, err)
 		}
-		time.Sleep(50 * time.Millisecond) // between two looks at the condition
+		time.Sleep(50 * time.Millisecond) // polling interval
 	}
 }
 
-// exitCode returns the exit code of a command that has ended with err, or -1 if
-// it has not ended by itself.
+// exitCode returns the exit code of a command that ended with err, or -1 if it did
+// not exit by itself.
 func exitCode(err error) int {
 	var exit *exec.ExitError
 	switch {

@@ -20,7 +20,7 @@ import (
 	sessionrecorder "github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
 )
 
-// The ports of the sites on the proxy's node, besides 443 and 80.
+// Ports of the sites on the proxy's node, in addition to 443 and 80.
 const (
 	portHTTPTransport    = "8001" // plain HTTP, transport http to the plain recorder
 	portHTTPTransportTLS = "8441" // the same over TLS, which offers HTTP/2
@@ -34,22 +34,22 @@ const (
 	portSameAddress      = "8008" // on three nodes of two tailnets, two of them with the same address
 	portOrigins          = "8009" // allow_origins and allow_hosts
 	portHTTP3            = "8443" // TLS with HTTP/3
-	portGroupRails       = "8012" // limits on groups, and prefixes
-	portDeviceRails      = "8013" // limits on devices
+	portGroupLimits      = "8012" // limits on groups, and prefixes
+	portDeviceLimits     = "8013" // limits on devices
 	portReadOnly         = "8014" // as examples/read-only.caddyfile
 	portNoShells         = "8015" // as examples/no-shells-for-devices.caddyfile
-	portRewriting        = "8016" // rewrites what a matcher has let through
-	portFiles            = "8017" // sessions are recorded in recordings(lab)
+	portRewriting        = "8016" // rewrites requests after a matcher
+	portFiles            = "8017" // records sessions to recordings(lab)
 	portAudit            = "8021" // audit
 	portAuthorize        = "8022" // client_impersonation authorize
-	portAuthorizeRails   = "8023" // the same with audit, deny_groups and allow_groups
+	portAuthorizeLimits  = "8023" // the same with audit, deny_groups and allow_groups
 	portAuthorizeHTTP    = "8024" // the same with transport http, to the plain recorder
 	portNarrow           = "8018" // deny_groups, whoami, over TLS
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
 
-// portMixed is the port of the site that listens on the tailnet and on loopback.
-// The kernel has to have it free as well.
+// portMixed is the port of the site that listens both on the tailnet and on
+// loopback, so it also has to be free on the host.
 var portMixed = freePort()
 
 const (
@@ -57,10 +57,10 @@ const (
 	foreignNode = "foreign"
 )
 
-// sites is the Caddyfile of the lab's Caddy.
+// sites returns the Caddyfile of the lab's Caddy.
 func sites(l *lab.Lab) string { return sitesWith(l, "") }
 
-// sitesWith is sites with further options for the tailscale app.
+// sitesWith is [sites] with additional options of the tailscale app.
 func sitesWith(l *lab.Lab, appOptions string) string {
 	globals := l.Globals(l.ProxyKey(), "servers tailscale/"+lab.ProxyName+":"+portAuthorize+` {
 	protocols h1
@@ -128,8 +128,8 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portUnprotected, k8s, toRecorder("")) +
 		site("http://:"+portMeddling, k8s, impersonate+toRecorder("header_up -Impersonate-*\n\t\theader_up Impersonate-User system:admin\n\t\theader_up Authorization \"Bearer other\"")) +
 		site("http://:"+portStrip, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation strip\n\t}\n"+toCluster) +
-		site("http://:"+portGroupRails, k8s, "\ttailscale_impersonate {\n\t\tallow_groups a b tailnet-admins system:*\n\t\tdeny_groups "+masters()+" b\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
-		site("http://:"+portDeviceRails, k8s, "\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tallow_tags tag:k8s-*\n\t\tdeny_tags tag:k8s-ops\n\t\tdeny_shared\n\t}\n"+toCluster) +
+		site("http://:"+portGroupLimits, k8s, "\ttailscale_impersonate {\n\t\tallow_groups a b tailnet-admins system:*\n\t\tdeny_groups "+masters()+" b\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
+		site("http://:"+portDeviceLimits, k8s, "\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tallow_tags tag:k8s-*\n\t\tdeny_tags tag:k8s-ops\n\t\tdeny_shared\n\t}\n"+toCluster) +
 		site("http://:"+portReadOnly, k8s, exampleRules("read-only")+toCluster) +
 		site("http://:"+portNoShells, k8s, exampleRules("no-shells-for-devices")+toCluster) +
 		site("http://:"+portRewriting, k8s, impersonate+"\t@writes not kubernetes {\n\t\tverb get list watch\n\t}\n\trespond @writes 403\n"+
@@ -137,7 +137,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portFiles, k8s, "\ttailscale_impersonate {\n\t\trecord "+recordings(l)+"\n\t}\n"+toCluster) +
 		site("http://:"+portAudit, k8s, "\ttailscale_impersonate {\n\t\taudit\n\t}\n"+toCluster) +
 		site("http://:"+portAuthorize, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t}\n"+toCluster) +
-		site("http://:"+portAuthorizeRails, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t\taudit\n\t\tallow_groups acted-* tailnet-* system:*\n\t\tdeny_groups system:masters system:serviceaccounts system:nodes\n\t}\n"+toCluster) +
+		site("http://:"+portAuthorizeLimits, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t\taudit\n\t\tallow_groups acted-* tailnet-* system:*\n\t\tdeny_groups system:masters system:serviceaccounts system:nodes\n\t}\n"+toCluster) +
 		"&(plain) {\n" + toPlain + "}\n" +
 		site("http://:"+portAuthorizeHTTP, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t}\n\tinvoke plain\n") +
 		site("https://"+name+":"+portNarrow, k8s, "\ttls internal\n\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tdeny_groups system:* tailnet-admins\n\t}\n"+toCluster) +
@@ -148,8 +148,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portMixed, k8s+" 127.0.0.1", impersonate+toPlain)
 }
 
-// exampleRules returns the part of an example that says what it is an example of:
-// what stands between bind and reverse_proxy.
+// exampleRules returns the part of an example between bind and reverse_proxy.
 func exampleRules(name string) string {
 	root, err := lab.Root()
 	if err != nil {
@@ -163,12 +162,12 @@ func exampleRules(name string) string {
 	_, rest, _ = strings.Cut(rest, "\n")
 	rules, _, more := strings.Cut(rest, "\treverse_proxy ")
 	if !found || !more {
-		panic("example " + name + " has no bind, or no reverse_proxy behind it")
+		panic("example " + name + " has no bind, or no reverse_proxy after it")
 	}
 	return rules
 }
 
-// secondKey returns the key with which Caddy's second node joins.
+// secondKey returns the auth key of Caddy's second node.
 func secondKey(l *lab.Lab) string {
 	secondKeyOnce.Do(func() {
 		key, err := l.Headscale.TagKey(context.Background(), "tag:k8s-second")
@@ -185,8 +184,8 @@ var (
 	secondKeyValue string
 )
 
-// testPolicy is the examples' policy file, further opened: to all ports, and with
-// grants for the rows of the mapping table that the examples do not need.
+// testPolicy returns the examples' policy file with all ports open, and with grants
+// for the rows of the mapping table that the examples lack.
 func testPolicy(example []byte) ([]byte, error) {
 	standard, err := hujson.Standardize(example)
 	if err != nil {

@@ -23,10 +23,10 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// All of this goes through the https site, which offers HTTP/2 as well: kubectl
-// uses it for everything else, and a connection of its own for what it streams.
+// All of this uses the https site, which also offers HTTP/2: kubectl uses HTTP/2 for
+// ordinary requests, and separate connections for streams.
 
-func TestATerminalIsOneToTheCommand(t *testing.T) {
+func TestStream_TerminalHasSize(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		const script = `while read -r line; do case $line in exit) exit 7;; *) stty size;; esac; done`
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -48,7 +48,7 @@ func TestATerminalIsOneToTheCommand(t *testing.T) {
 		}()
 		defer func() {
 			cancel()
-			_ = cmd.Wait() // killed, or waited for already
+			_ = cmd.Wait() // it was killed, or has been waited for
 			<-read
 			_ = terminal.Close()
 		}()
@@ -56,7 +56,7 @@ func TestATerminalIsOneToTheCommand(t *testing.T) {
 			_, err := io.WriteString(terminal, line+"\r")
 			return err
 		}
-		// The command may be asked before it has been told the size.
+		// The command may read the size before it has arrived.
 		sees := func(size string) {
 			t.Helper()
 			eventually(t, "the command sees a terminal of "+size, func() error {
@@ -64,7 +64,7 @@ func TestATerminalIsOneToTheCommand(t *testing.T) {
 					return err
 				}
 				if !strings.Contains(screen.String(), size) {
-					return fmt.Errorf("on the screen is %q", screen.String())
+					return fmt.Errorf("the screen shows %q", screen.String())
 				}
 				return nil
 			})
@@ -78,28 +78,28 @@ func TestATerminalIsOneToTheCommand(t *testing.T) {
 			t.Fatal(err)
 		}
 		if code := exitCode(cmd.Wait()); code != 7 {
-			t.Errorf("kubectl exec -it exits with %d; want 7, as the command does; on the screen is %q", code, screen.String())
+			t.Errorf("kubectl exec -it exited with %d; want the command's 7; the screen shows %q", code, screen.String())
 		}
 	})
 }
 
-func TestWithoutATerminalThereIsNone(t *testing.T) {
+func TestStream_WithoutTerminal(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		stdout, stderr, err := runKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env,
 			"exec", lab.Pod, "--", "sh", "-c", "if [ -t 0 ] || [ -t 1 ]; then echo terminal; else echo none; fi; echo problem >&2; exit 42")
 		if code := exitCode(err); code != 42 {
-			t.Errorf("kubectl exec exits with %d (%v); want 42, as the command does", code, err)
+			t.Errorf("kubectl exec exited with %d (%v); want the command's 42", code, err)
 		}
 		if stdout != "none\n" {
-			t.Errorf("on standard output is %q; want none", stdout)
+			t.Errorf("got standard output %q; want none", stdout)
 		}
 		if !strings.HasPrefix(stderr, "problem\n") {
-			t.Errorf("on standard error is %q; want problem", stderr)
+			t.Errorf("got standard error %q; want problem", stderr)
 		}
 	})
 }
 
-func TestAttachTalksToWhatRuns(t *testing.T) {
+func TestStream_AttachConnectsToRunningProcess(t *testing.T) {
 	const pod = "attached"
 	runPod(t, pod, `while read -r line; do echo "heard $line"; done`)
 	forEachProtocol(t, func(t *testing.T, p protocol) {
@@ -113,7 +113,7 @@ func TestAttachTalksToWhatRuns(t *testing.T) {
 	})
 }
 
-func TestCpCopiesBothWays(t *testing.T) {
+func TestStream_CpCopiesBothWays(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		content := noise(5 << 20)
 		dir := t.TempDir()
@@ -123,7 +123,7 @@ func TestCpCopiesBothWays(t *testing.T) {
 		}
 		there := lab.Pod + ":copied-" + p.name
 		for _, args := range [][]string{{from, there}, {there, back}} {
-			// Retries would hide a stream that breaks off.
+			// Retries would hide a broken stream.
 			stdout, stderr, err := runKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env, append([]string{"cp", "--retries=0"}, args...)...)
 			if err != nil {
 				t.Fatalf("kubectl cp %q: %v: %s%s", args, err, stdout, stderr)
@@ -134,16 +134,16 @@ func TestCpCopiesBothWays(t *testing.T) {
 			t.Fatal(err)
 		}
 		if sha256.Sum256(got) != sha256.Sum256(content) {
-			t.Errorf("%d other bytes came back; want the %d that were copied", len(got), len(content))
+			t.Errorf("%d bytes came back, which differ from the %d that were copied", len(got), len(content))
 		}
 	})
 }
 
-func TestOnePortForwardCarriesSeveralConnectionsAtOnce(t *testing.T) {
+func TestStream_PortForwardCarriesConcurrentConnections(t *testing.T) {
 	const connections, size = 5, 3 << 20
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		address, _ := portForward(t, "alice", p, echoServer(t))
-		// All are open before any is done.
+		// All connections are open before any of them ends.
 		var ready, done sync.WaitGroup
 		ready.Add(connections)
 		for i := range connections {
@@ -165,14 +165,14 @@ func TestOnePortForwardCarriesSeveralConnectionsAtOnce(t *testing.T) {
 	})
 }
 
-// Half-closing is where proxies lose the end of a stream: cat prints the last of
-// it when its standard input has long been closed.
+// Proxies tend to lose the end of half-closed streams: cat prints the last data long
+// after its standard input was closed.
 //
-// The command does not end before all has arrived. When it ends, Kubernetes cuts
-// off what a reader that is not fast enough has not taken yet, several MB of it,
-// also without a proxy (kubernetes/kubernetes#124571); and with the race detector,
-// nothing here is fast enough.
-func TestAPipeLosesNoByte(t *testing.T) {
+// The command waits until all data has arrived. When a command ends, Kubernetes
+// drops output that a slow reader has not read yet, several MB of it, also without a
+// proxy (kubernetes/kubernetes#124571). With the race detector, every reader here is
+// slow.
+func TestStream_PipeLosesNoByte(t *testing.T) {
 	rounds := 1
 	if *long {
 		rounds = 10
@@ -198,15 +198,15 @@ func TestAPipeLosesNoByte(t *testing.T) {
 				t.Fatalf("round %d: after %d of %d bytes: %v: %s", round, stdout.n, len(content), err, stderr.String())
 			}
 			if [sha256.Size]byte(hash.Sum(nil)) != want {
-				t.Errorf("round %d: %d other bytes came back; want the %d that were piped in; standard error: %s", round, stdout.n, len(content), stderr.String())
+				t.Errorf("round %d: %d bytes came back, which differ from the %d that were sent; standard error: %s", round, stdout.n, len(content), stderr.String())
 			}
 			t.Logf("round %d: %d MB there and back in %.1f s", round, len(content)>>20, time.Since(start).Seconds())
 		}
 	})
 }
 
-// counter counts what is written to it and calls complete when it is as much as
-// is wanted.
+// counter counts the bytes written to it and calls complete when it has received all
+// of them.
 type counter struct {
 	n, want  int
 	complete func() error
@@ -222,16 +222,14 @@ func (c *counter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// noise returns n bytes that do not compress and do not repeat, the same ones on
-// every call.
+// noise returns n incompressible bytes, the same on every call.
 func noise(n int) []byte {
 	b := make([]byte, n)
 	_, _ = rand.NewChaCha8([32]byte{1}).Read(b) // never fails
 	return b
 }
 
-// echoServer runs a server on loopback that sends back what it gets, and returns
-// its port.
+// echoServer runs an echo server on loopback and returns its port.
 func echoServer(t *testing.T) (port string) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -243,11 +241,11 @@ func echoServer(t *testing.T) (port string) {
 		for {
 			conn, err := ln.Accept()
 			if err != nil {
-				return // closed with the test
+				return // the test has ended
 			}
 			go func() {
 				defer conn.Close()
-				_, _ = io.Copy(conn, conn) // the test sees what is missing
+				_, _ = io.Copy(conn, conn) // the test detects missing bytes
 			}()
 		}
 	}()
@@ -258,8 +256,8 @@ func echoServer(t *testing.T) (port string) {
 	return port
 }
 
-// portForward runs kubectl port-forward to a port as a caller, and returns the address that it
-// listens on.
+// portForward runs kubectl port-forward to a port as a caller, and returns the
+// address on which it listens.
 func portForward(t *testing.T, caller string, p protocol, port string) (address string, s *session) {
 	t.Helper()
 	s = startKubectl(t, theLab.Callers[caller].Kubeconfig, p.env, "port-forward", "--address=127.0.0.1", lab.Pod, ":"+port)
@@ -267,8 +265,8 @@ func portForward(t *testing.T, caller string, p protocol, port string) (address 
 	return strings.Fields(line)[2], s
 }
 
-// dialLocal connects to an address on loopback. The connection is closed with the
-// test.
+// dialLocal connects to an address on loopback. The connection is closed when the
+// test ends.
 func dialLocal(t *testing.T, address string) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", address)
@@ -279,8 +277,8 @@ func dialLocal(t *testing.T, address string) net.Conn {
 	return conn
 }
 
-// roundTrip writes content to conn while it reads it back, and returns an error
-// unless what comes back is the same.
+// roundTrip writes content to conn while it reads it back. It returns an error
+// unless the same bytes come back.
 func roundTrip(conn net.Conn, content []byte) error {
 	if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
 		return err
@@ -296,7 +294,7 @@ func roundTrip(conn net.Conn, content []byte) error {
 		return fmt.Errorf("after %d of %d bytes: %w", n, len(content), err)
 	}
 	if !bytes.Equal(back, content) {
-		return fmt.Errorf("%d other bytes came back", len(back))
+		return fmt.Errorf("%d bytes came back, which differ", len(back))
 	}
 	return nil
 }

@@ -20,11 +20,10 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/headscale"
 )
 
-// otherTailnet is a second tailnet, whose addresses are the first one's all over
-// again.
+// otherTailnet is a second tailnet, which uses the same addresses as the first.
 type otherTailnet struct {
 	headscale *headscale.Server
-	key       string // with which a node of Caddy joins it
+	key       string // auth key for a node of Caddy
 }
 
 func startOtherTailnet(ctx context.Context, dir string) (*otherTailnet, error) {
@@ -49,14 +48,14 @@ func startOtherTailnet(ctx context.Context, dir string) (*otherTailnet, error) {
 
 func (o *otherTailnet) stop() error { return o.headscale.Stop() }
 
-// response is an answer with its body read.
+// response is an answer whose body has been read.
 type response struct {
 	*http.Response
 	body string
 }
 
-// send writes a request as it is to a port of the proxy's node, as a caller, and
-// returns the answer.
+// send writes a raw request to a port of the proxy's node as a caller, and returns
+// the answer.
 func send(t *testing.T, caller, port, raw string) response {
 	t.Helper()
 	return sendTo(t, theLab.Callers[caller].Server, lab.ProxyName+":"+port, raw)
@@ -87,8 +86,8 @@ func trySend(t *testing.T, from *tsnet.Server, address, raw string) (response, e
 	return response{resp, string(body)}, err
 }
 
-// statusOf sends a request and returns the status of the answer, whose body may
-// never end.
+// statusOf sends a request and returns the status of the answer. It does not read
+// the body, which may never end.
 func statusOf(t *testing.T, caller, port, raw string) int {
 	t.Helper()
 	conn := dial(t, theLab.Callers[caller].Server, lab.ProxyName+":"+port)
@@ -102,8 +101,8 @@ func statusOf(t *testing.T, caller, port, raw string) int {
 	return resp.StatusCode
 }
 
-// dial connects to an address of the tailnet for at most 20 seconds. The
-// connection is closed with the test.
+// dial connects to an address of the tailnet within 20 seconds. The connection is
+// closed when the test ends.
 func dial(t *testing.T, from *tsnet.Server, address string) net.Conn {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -119,11 +118,11 @@ func dial(t *testing.T, from *tsnet.Server, address string) net.Conn {
 	return conn
 }
 
-// get is a GET request of path with further header lines.
+// get returns a GET request for path with additional header lines.
 func get(path string, headers ...string) string { return request("GET", path, "", headers...) }
 
-// request is an HTTP/1.1 request to the proxy by its name. The connection is not
-// kept, unless a header line says something about it.
+// request returns an HTTP/1.1 request to the proxy by its name. It closes the
+// connection, unless a header line says otherwise.
 func request(method, path, body string, headers ...string) string {
 	head := append([]string{method + " " + path + " HTTP/1.1"}, headers...)
 	if !contains(headers, "host:") {
@@ -147,7 +146,7 @@ func contains(lines []string, prefix string) bool {
 	return false
 }
 
-// replaceOnce replaces the one occurrence of old in s.
+// replaceOnce replaces the only occurrence of old in s.
 func replaceOnce(s, old, replacement string) string {
 	if strings.Count(s, old) != 1 {
 		panic(fmt.Sprintf("%q does not occur exactly once", old))

@@ -13,10 +13,10 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// An upstream that does not upgrade leaves the connection to HTTP. Were it handed
-// over all the same, the client could write further requests to the upstream
-// itself, over a connection that is the proxy's.
-func TestAnUpgradeThatIsRefusedLeavesTheConnectionToHTTP(t *testing.T) {
+// If the upstream does not upgrade, the connection stays HTTP. If the proxy switched
+// anyway, the client could write further requests directly to the upstream, over the
+// proxy's own connection.
+func TestUpgrade_RefusedUpgradeLeavesConnectionToHTTP(t *testing.T) {
 	const elsewhere = "/followed"
 	for _, upstream := range []struct {
 		name        string
@@ -39,7 +39,7 @@ func TestAnUpgradeThatIsRefusedLeavesTheConnectionToHTTP(t *testing.T) {
 					t.Run(fmt.Sprintf("%s/%s/%d/pipelined=%t", upstream.name, ask.headers[1], code, pipelined), func(t *testing.T) {
 						location := upstream.recorder.server.URL + elsewhere
 						first := request(ask.method, fmt.Sprintf("/status/%d?location=%s", code, url.QueryEscape(location)), "", ask.headers...)
-						// With a forgery in it, which is taken out only if the handler sees it.
+						// It has forged headers, which are removed only if the handler sees the request.
 						second := get("/second", "X-Remote-User: system:admin", "Authorization: Bearer stolen")
 
 						conn := dial(t, theLab.Callers["bob"].Server, lab.ProxyName+":"+upstream.port)
@@ -90,7 +90,7 @@ func TestAnUpgradeThatIsRefusedLeavesTheConnectionToHTTP(t *testing.T) {
 						}
 						wantOnlyBob(t, requests, upstream.credentials)
 						if got := requests[0].URL.Path; got != "/second" {
-							t.Errorf("the second request that arrived is for %s; want /second", got)
+							t.Errorf("the second request to arrive is for %s; want /second", got)
 						}
 					})
 				}

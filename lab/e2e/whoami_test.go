@@ -26,17 +26,17 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-var screenshots = flag.String("screenshots", "", "a folder for pictures of the whoami pages, docs for the ones of the documents")
+var screenshots = flag.String("screenshots", "", "folder for screenshots of the whoami pages (docs: for the documents)")
 
 // browser runs a headless Chromium on a caller's device.
 type browser struct {
 	path string
-	// address leads to the proxy's node over the tailnet, from the caller.
+	// address forwards to the proxy's node over the tailnet, from the caller.
 	address string
 }
 
-// onDevice returns a browser on a caller's device. It skips the test on a machine
-// that has none: make components installs one where it can.
+// onDevice returns a browser on a caller's device. It skips the test if there is no
+// browser: make components installs one where it can.
 func onDevice(t *testing.T, caller, port string) *browser {
 	t.Helper()
 	b := new(browser)
@@ -47,7 +47,7 @@ func onDevice(t *testing.T, caller, port string) *browser {
 		}
 	}
 	if b.path == "" {
-		t.Skip("there is no Chromium on this machine; apt-get install chromium-headless-shell")
+		t.Skip("Chromium is not installed; run apt-get install chromium-headless-shell")
 	}
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -77,8 +77,8 @@ func onDevice(t *testing.T, caller, port string) *browser {
 	return b
 }
 
-// open opens a page and returns what the browser printed. What its console says is
-// an error: that a style was blocked, for instance.
+// open opens a page and returns what the browser prints. Anything on its console
+// fails the test, for instance a blocked style.
 func (b *browser) open(t *testing.T, url string, args ...string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -88,7 +88,7 @@ func (b *browser) open(t *testing.T, url string, args ...string) string {
 		"--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
 		"--user-data-dir=" + t.TempDir(), "--disable-background-networking", "--no-first-run",
 		"--host-resolver-rules=MAP " + name + " " + b.address + ", MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-		"--ignore-certificate-errors", // whose authority is the lab's
+		"--ignore-certificate-errors", // they are issued by the lab's CA
 		"--virtual-time-budget=5000",
 	}, append(args, url)...)...)
 	var out, log bytes.Buffer
@@ -102,7 +102,7 @@ func (b *browser) open(t *testing.T, url string, args ...string) string {
 	return out.String()
 }
 
-// shoot takes a picture of a page.
+// shoot takes a screenshot of a page.
 func (b *browser) shoot(t *testing.T, url, name string, width, height int, args ...string) image.Image {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "page.png")
@@ -132,15 +132,14 @@ func (b *browser) shoot(t *testing.T, url, name string, width, height int, args 
 	return picture
 }
 
-// The URLs of the pages: that of the site with the defaults, and of one that limits
-// what is granted.
+// The URLs of the page of the default site, and of one that limits what grants give.
 const (
 	whoamiURL       = "https://" + lab.ProxyName + "." + lab.Domain + "/whoami"
 	whoamiNarrowURL = "https://" + lab.ProxyName + "." + lab.Domain + ":" + portNarrow + "/whoami"
 )
 
-// A real browser on a real device of the tailnet shows its user who they are.
-func TestABrowserShowsWhoItsUserIs(t *testing.T) {
+// A real browser on a device of the tailnet shows its user's identity.
+func TestWhoami_BrowserShowsUser(t *testing.T) {
 	b := onDevice(t, "erin", "443")
 	page := b.open(t, whoamiURL, "--dump-dom")
 	for _, want := range []string{"You are known here", "erin@example.com", "erin.tailnet.example", "from grant 1", "from grants 1 and 2", "https://k8s.tailnet.example"} {
@@ -151,8 +150,8 @@ func TestABrowserShowsWhoItsUserIs(t *testing.T) {
 	if t.Failed() {
 		t.Log(page)
 	}
-	// The corner has the page's background: the browser lets the page have its
-	// style, in daylight and in the dark.
+	// The corner has the page's background colour, so the browser has applied the
+	// page's style, both light and dark.
 	for _, tt := range []struct {
 		name          string
 		width, height int
@@ -172,7 +171,7 @@ func TestABrowserShowsWhoItsUserIs(t *testing.T) {
 	}
 }
 
-func TestABrowserShowsWhyItsUserIsRefused(t *testing.T) {
+func TestWhoami_BrowserShowsRefusal(t *testing.T) {
 	b := onDevice(t, "alice", portNarrow)
 	page := b.open(t, whoamiNarrowURL, "--dump-dom")
 	for _, want := range []string{"You are refused", "alice@example.com on alice.tailnet.example may not use this server", masters(), "deny_groups"} {
@@ -183,9 +182,9 @@ func TestABrowserShowsWhyItsUserIsRefused(t *testing.T) {
 	b.shoot(t, whoamiNarrowURL, "whoami-refused", 900, 990)
 }
 
-// The kubeconfig on the page is one that kubectl works with.
-func TestTheKubeconfigOfThePageWorks(t *testing.T) {
-	resp := send(t, "bob", portDeviceRails, get("/whoami", "Accept: application/json", "Host: k8s.tailnet.example:"+portDeviceRails))
+// kubectl works with the kubeconfig of the page.
+func TestWhoami_KubeconfigWorks(t *testing.T) {
+	resp := send(t, "bob", portDeviceLimits, get("/whoami", "Accept: application/json", "Host: k8s.tailnet.example:"+portDeviceLimits))
 	var facts whoami.Facts
 	if err := json.Unmarshal([]byte(resp.body), &facts); err != nil {
 		t.Fatalf("%s: %v\n%s", resp.Status, err, resp.body)
@@ -194,15 +193,15 @@ func TestTheKubeconfigOfThePageWorks(t *testing.T) {
 		t.Errorf("got %+v", facts)
 	}
 	kubeconfig := filepath.Join(t.TempDir(), "config")
-	download := send(t, "bob", portDeviceRails, get("/whoami?kubeconfig", "Host: k8s.tailnet.example:"+portDeviceRails))
+	download := send(t, "bob", portDeviceLimits, get("/whoami?kubeconfig", "Host: k8s.tailnet.example:"+portDeviceLimits))
 	if download.body != facts.Kubeconfig {
-		t.Errorf("the download is not the page's kubeconfig:\n%s", download.body)
+		t.Errorf("the download differs from the page's kubeconfig:\n%s", download.body)
 	}
 	config, err := clientcmd.Load([]byte(download.body))
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Not this machine is on the tailnet but the caller.
+	// The caller is on the tailnet, but this machine is not: use the caller's SOCKS proxy.
 	device, err := clientcmd.LoadFromFile(theLab.Callers["bob"].Kubeconfig)
 	if err != nil {
 		t.Fatal(err)

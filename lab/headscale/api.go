@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// keyLifetime is how long a pre-auth key is valid. A demo may stay up for days.
+// keyLifetime is how long a pre-auth key is valid. A demo may run for days.
 const keyLifetime = 30 * 24 * time.Hour
 
 // CreateUser creates a user with the given login name, such as
@@ -28,7 +28,7 @@ func (s *Server) CreateUser(ctx context.Context, login string) error {
 	return nil
 }
 
-// RenameUser gives the user with the given login name another one.
+// RenameUser changes the login name of a user.
 func (s *Server) RenameUser(ctx context.Context, login, renamed string) error {
 	id, err := s.userID(ctx, login)
 	if err == nil {
@@ -40,8 +40,8 @@ func (s *Server) RenameUser(ctx context.Context, login, renamed string) error {
 	return nil
 }
 
-// UserKey returns a pre-auth key with which any number of nodes can join as
-// devices of the user with the given login name.
+// UserKey returns a pre-auth key with which any number of nodes can join as devices
+// of the user with the given login name.
 func (s *Server) UserKey(ctx context.Context, login string) (string, error) {
 	id, err := s.userID(ctx, login)
 	if err != nil {
@@ -66,7 +66,7 @@ func (s *Server) userID(ctx context.Context, login string) (string, error) {
 		return "", err
 	}
 	if len(answer.Users) != 1 {
-		return "", fmt.Errorf("there are %d users of that name", len(answer.Users))
+		return "", fmt.Errorf("%d users have that name", len(answer.Users))
 	}
 	return answer.Users[0].ID, nil
 }
@@ -99,8 +99,7 @@ func (s *Server) createKey(ctx context.Context, req map[string]any) (string, err
 	return answer.PreAuthKey.Key, nil
 }
 
-// DeleteNode removes the node with the given name, without the domain, from the
-// tailnet.
+// DeleteNode removes a node from the tailnet. The name is without the domain.
 func (s *Server) DeleteNode(ctx context.Context, name string) error {
 	id, err := s.nodeID(ctx, name)
 	if err == nil {
@@ -112,8 +111,8 @@ func (s *Server) DeleteNode(ctx context.Context, name string) error {
 	return nil
 }
 
-// ExpireNode expires the key of the node with the given name, without the
-// domain: it stays in the tailnet, but has to log in again.
+// ExpireNode expires the key of a node: the node stays in the tailnet, but has to
+// log in again. The name is without the domain.
 func (s *Server) ExpireNode(ctx context.Context, name string) error {
 	id, err := s.nodeID(ctx, name)
 	if err == nil {
@@ -125,8 +124,8 @@ func (s *Server) ExpireNode(ctx context.Context, name string) error {
 	return nil
 }
 
-// SetTags gives the node with the given name, without the domain, other tags. A node
-// that has had an owner has none any more.
+// SetTags replaces the tags of a node. If it had an owner, it loses it. The name is
+// without the domain.
 func (s *Server) SetTags(ctx context.Context, name string, tags ...string) error {
 	id, err := s.nodeID(ctx, name)
 	if err == nil {
@@ -157,8 +156,8 @@ func (s *Server) nodeID(ctx context.Context, name string) (string, error) {
 	return answer.Nodes[i].ID, nil
 }
 
-// call sends in to a method of Headscale's API and reads its answer into out.
-// Either may be nil.
+// call sends in to a method of Headscale's API and reads the answer into out. Either
+// may be nil.
 func (s *Server) call(ctx context.Context, method, path string, in, out any) error {
 	var body io.Reader
 	if in != nil {

@@ -2,13 +2,13 @@
 
 package headscale
 
-// configTemplate is the configuration of Headscale. Its arguments are the URL of
-// the server, the address it listens on, and the domain of the nodes' names.
+// configTemplate is Headscale's configuration. Its arguments are the server's URL,
+// the address it listens on, and the domain of node names.
 //
-// Nothing in it leaves the machine: no update check, no DERP map to fetch, no
-// name servers. Without TLS there is no gRPC listener either; its address is
-// still given, as the default is every interface. Headscale collects changes for
-// up to a second, which is meant for tailnets of thousands (tuning).
+// It keeps everything on this machine: no update check, no DERP map to fetch, no
+// name servers. Without TLS there is no gRPC listener, but its address is still set,
+// as the default is every interface. By default Headscale collects changes for up to
+// a second, which suits tailnets of thousands of nodes; tuning shortens that.
 const configTemplate = `server_url: %s
 listen_addr: %s
 metrics_listen_addr: ""

@@ -17,8 +17,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/pki"
 )
 
-// derp is a DERP relay on loopback. Nodes need one even though they can always
-// reach each other directly: the first packets go through it.
+// derp is a DERP relay on loopback. Nodes need one even if they can reach each other
+// directly, as the first packets go through it.
 type derp struct {
 	relay *derpserver.Server
 	http  *http.Server
@@ -47,14 +47,14 @@ func startDERP(logf logger.Logf) (*derp, error) {
 	}
 	mux := http.NewServeMux()
 	mux.Handle("/derp", derpserver.Handler(d.relay))
-	// Nodes measure how far away the relay is, and check that it is there.
+	// Nodes measure the latency of the relay.
 	mux.HandleFunc("/derp/latency-check", derpserver.ProbeHandler)
 	mux.HandleFunc("/derp/probe", derpserver.ProbeHandler)
 	d.http = &http.Server{
 		Handler:   mux,
 		ErrorLog:  logger.StdLogger(logf),
 		TLSConfig: &tls.Config{Certificates: []tls.Certificate{cert}},
-		// The relay takes connections over, which HTTP/2 cannot do.
+		// The relay hijacks connections, which HTTP/2 does not support.
 		Protocols: new(http.Protocols),
 	}
 	d.http.Protocols.SetHTTP1(true)
@@ -74,8 +74,8 @@ func (d *derp) stop() error {
 	return err
 }
 
-// DERPMap returns a map for the nodes of another control server, so that they can
-// use this one's relay.
+// DERPMap returns a map with which nodes of another control server can use this
+// server's relay.
 func (s *Server) DERPMap() *tailcfg.DERPMap {
 	return &tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{900: {
 		RegionID: 900, RegionCode: "lab", RegionName: "Lab",
@@ -86,9 +86,8 @@ func (s *Server) DERPMap() *tailcfg.DERPMap {
 	}}}
 }
 
-// derpMap returns the DERP map, as YAML, that tells nodes about a relay and a
-// STUN server on loopback. The relay's certificate is not one that nodes could
-// verify (insecurefortests).
+// derpMap returns the DERP map, as YAML, of a relay and a STUN server on loopback.
+// Nodes cannot verify the relay's certificate (insecurefortests).
 func derpMap(derpPort, stunPort int) []byte {
 	return fmt.Appendf(nil, `regions:
   900:

@@ -25,21 +25,21 @@ import (
 )
 
 const (
-	// startTimeout is how long Headscale may take to answer. It takes less
-	// than a second on an idle machine.
+	// startTimeout is how long Headscale may take to answer. It takes less than a
+	// second on an idle machine.
 	startTimeout = time.Minute
 
 	// stopTimeout is how long it may take to stop before it is killed.
 	stopTimeout = 10 * time.Second
 
-	// startAttempts is how often another port is tried when something else
-	// took the port between choosing and using it.
+	// startAttempts is how many ports are tried, as another process may take a port
+	// after it was chosen.
 	startAttempts = 3
 )
 
-// The files of a server, in its folder. Headscale runs in that folder and its
-// configuration names them without it: the path of a socket may not be longer
-// than about a hundred bytes, which a folder for tests often is.
+// The files of a server, relative to its folder. Headscale runs in that folder, and
+// its configuration uses relative paths: the path of a socket is limited to about a
+// hundred bytes, which the paths of test folders often exceed.
 const (
 	configFile = "config.yaml"
 	derpFile   = "derp.yaml"
@@ -49,15 +49,14 @@ const (
 
 // Config says how to run a tailnet.
 type Config struct {
-	// Binary is the Headscale to run. Default: the one the lab has built.
+	// Binary is the Headscale to run. Default: the one that the lab has built.
 	Binary string
 
-	// Dir is the folder for everything the server writes, its log included. It
-	// is created if necessary, and stays when the server is stopped.
+	// Dir is the folder for everything that the server writes, including its log. It
+	// is created if necessary, and stays when the server stops.
 	Dir string
 
-	// Policy is the tailnet's policy file. It may name users that do not exist
-	// yet.
+	// Policy is the tailnet's policy file. It may name users that do not exist yet.
 	Policy []byte
 
 	// BaseDomain is the domain of the nodes' names. Default: tailnet.example.
@@ -79,8 +78,8 @@ type Server struct {
 	policyMu sync.Mutex // held while the policy file is replaced
 }
 
-// Start starts a tailnet and waits until it answers. Its log, and the reason if
-// it does not start, are in the file that the error names.
+// Start starts a tailnet and waits until it answers. An error names the log file,
+// which has the reason.
 func Start(ctx context.Context, cfg Config) (_ *Server, err error) {
 	if cfg.BaseDomain == "" {
 		cfg.BaseDomain = "tailnet.example"
@@ -104,7 +103,7 @@ func Start(ctx context.Context, cfg Config) (_ *Server, err error) {
 	return s, nil
 }
 
-// start does the work of Start, which stops what it has begun when it fails.
+// start does the work of Start. If it fails, Start stops what it has started.
 func (s *Server) start(ctx context.Context, cfg Config) (err error) {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
@@ -160,7 +159,7 @@ func (s *Server) startProcess(ctx context.Context, cfg Config) error {
 	return err
 }
 
-// serve starts Headscale as it has been configured, and waits until it answers.
+// serve starts Headscale as configured and waits until it answers.
 func (s *Server) serve(ctx context.Context) (err error) {
 	cmd := s.command("serve")
 	cmd.Stdout, cmd.Stderr = s.log, s.log
@@ -170,23 +169,23 @@ func (s *Server) serve(ctx context.Context) (err error) {
 	return s.waitHealthy(ctx)
 }
 
-// Killed kills Headscale, calls f while it is away, and starts it again at the same
-// address, with what it had written down. It returns once Headscale answers, also
-// when f ends its goroutine, as a test that fails does.
+// Killed kills Headscale, calls f, and starts Headscale again with the same address
+// and its stored state. It returns when Headscale answers, even if f ends its
+// goroutine, as a failing test does.
 func (s *Server) Killed(ctx context.Context, f func()) (err error) {
 	s.process.Kill()
 	s.http.CloseIdleConnections()
 	defer func() {
 		if startErr := s.serve(context.WithoutCancel(ctx)); startErr != nil {
-			err = errors.Join(err, fmt.Errorf("start headscale again: %w", startErr))
+			err = errors.Join(err, fmt.Errorf("restart headscale: %w", startErr))
 		}
 	}()
 	f()
 	return nil
 }
 
-// command returns a command that runs Headscale in the server's folder. It gets
-// none of the lab's environment: HEADSCALE_ variables override settings.
+// command returns a command that runs Headscale in the server's folder. It does not
+// pass on the environment, as HEADSCALE_ variables override settings.
 func (s *Server) command(args ...string) *exec.Cmd {
 	cmd := exec.Command(s.binary, append([]string{"--config", configFile}, args...)...)
 	cmd.Dir = s.dir
@@ -228,8 +227,8 @@ func (s *Server) healthy(ctx context.Context) bool {
 	return res.StatusCode == http.StatusOK
 }
 
-// createAPIKey creates the key for Headscale's HTTP API. Only the command line
-// can do that, through the socket in the server's folder.
+// createAPIKey creates the key for Headscale's HTTP API. Only the command line can
+// do that, through the socket in the server's folder.
 func (s *Server) createAPIKey(ctx context.Context) error {
 	plain := s.command("apikeys", "create", "--output", "json")
 	cmd := exec.CommandContext(ctx, plain.Path, plain.Args[1:]...)
@@ -245,7 +244,7 @@ func (s *Server) createAPIKey(ctx context.Context) error {
 	return nil
 }
 
-// lastLogLine returns the last line logged since offset, or nothing.
+// lastLogLine returns the last line logged since offset, or "".
 func (s *Server) lastLogLine(offset int64) string {
 	log, err := os.ReadFile(s.LogPath())
 	if err != nil || int64(len(log)) < offset {
@@ -255,26 +254,27 @@ func (s *Server) lastLogLine(offset int64) string {
 	return lines[len(lines)-1]
 }
 
-// URL returns the address nodes log in to ([tailscale.com/tsnet.Server.ControlURL]).
+// URL returns the URL at which nodes log in
+// ([tailscale.com/tsnet.Server.ControlURL]).
 func (s *Server) URL() string { return s.url }
 
-// LogPath returns the file that Headscale and its servers log to.
+// LogPath returns the log file of Headscale, the relay and the STUN server.
 func (s *Server) LogPath() string { return filepath.Join(s.dir, logFile) }
 
-// PolicyPath returns the policy file. It is written by SetPolicy alone.
+// PolicyPath returns the policy file. Only SetPolicy writes it.
 func (s *Server) PolicyPath() string { return filepath.Join(s.dir, policyFile) }
 
-// SetPolicy replaces the policy file. If Headscale refuses the policy it returns
-// the reason, and the old policy stays in force.
+// SetPolicy replaces the policy file. If Headscale refuses the policy, SetPolicy
+// returns the reason, and the old policy stays in force.
 //
-// Nodes learn of a new policy a moment later: poll for what should have changed.
+// Nodes learn of a new policy with a short delay: poll for the change.
 func (s *Server) SetPolicy(ctx context.Context, policy []byte) error {
 	s.policyMu.Lock()
 	defer s.policyMu.Unlock()
 
-	// Headscale reads the file again on SIGHUP, but only its log says whether
-	// it liked what it read. The check runs the same code beforehand, against
-	// the users and nodes there are.
+	// Headscale reads the file again on SIGHUP, but reports errors only in its log.
+	// So check the policy first: the check runs the same code with the existing
+	// users and nodes.
 	if err := s.call(ctx, http.MethodPost, "policy/check", map[string]string{"policy": string(policy)}, nil); err != nil {
 		return fmt.Errorf("set policy: %w", err)
 	}
@@ -287,11 +287,11 @@ func (s *Server) SetPolicy(ctx context.Context, policy []byte) error {
 	return nil
 }
 
-// writePolicy replaces the policy file as a whole: a signal that is still on its
-// way must not make Headscale read half of it.
+// writePolicy replaces the policy file atomically: a pending signal must not make
+// Headscale read an incomplete file.
 func (s *Server) writePolicy(policy []byte) error {
 	if len(policy) == 0 {
-		// Headscale ignores an empty file and keeps what it has.
+		// Headscale ignores an empty file and keeps its policy.
 		return errors.New("the policy is empty")
 	}
 	temp := s.PolicyPath() + ".new"
@@ -301,7 +301,7 @@ func (s *Server) writePolicy(policy []byte) error {
 	return os.Rename(temp, s.PolicyPath())
 }
 
-// Stop stops Headscale and its servers and waits until they are gone.
+// Stop stops Headscale and its servers and waits until they have ended.
 func (s *Server) Stop() error {
 	var errs []error
 	if s.process != nil {
@@ -321,7 +321,7 @@ func (s *Server) Stop() error {
 	return errors.Join(errs...)
 }
 
-// freeAddr returns an address on loopback that was free a moment ago.
+// freeAddr returns a free address on loopback. Another process may take it.
 func freeAddr() (string, error) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -26,18 +26,18 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// Before the first node: nodes must not send logs to anybody.
+	// Set before the first node starts: nodes must not send logs.
 	if err := os.Setenv("TS_NO_LOGS_NO_SUPPORT", "true"); err != nil {
 		panic(err)
 	}
 	os.Exit(m.Run())
 }
 
-// capability is the one this project is about.
+// capability is the capability whose grants this project reads.
 const capability tailcfg.PeerCapability = "tailscale.com/cap/kubernetes"
 
-// policy returns a policy file that lets everybody reach everybody, with the
-// given grants in addition.
+// policy returns a policy file that opens all connections, with the given additional
+// grants.
 func policy(grants ...string) []byte {
 	grants = append([]string{`{"src": ["*"], "dst": ["*"], "ip": ["*"]}`}, grants...)
 	return fmt.Appendf(nil, `{
@@ -47,15 +47,15 @@ func policy(grants ...string) []byte {
 	}`, strings.Join(grants, ","))
 }
 
-// readers is a grant of a group to a user.
+// readers grants a group to a user.
 const readers = `{
 	"src": ["alice@example.com"],
 	"dst": ["tag:k8s"],
 	"app": {"tailscale.com/cap/kubernetes": [{"impersonate": {"groups": ["tailnet-readers"]}}]},
 }`
 
-// testContext returns a context that ends with the test, and long before the
-// test's own timeout.
+// testContext returns a context that ends with the test, and long before the test's
+// own timeout.
 func testContext(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
@@ -129,7 +129,7 @@ func eventually(ctx context.Context, t *testing.T, what string, ok func() bool) 
 	t.Logf("after %v: %s", time.Since(begin).Round(time.Millisecond), what)
 }
 
-func TestWhoIsAnswersWhatThePolicySays(t *testing.T) {
+func TestWhoIs_FollowsPolicy(t *testing.T) {
 	ctx := testContext(t)
 	s := start(ctx, t, policy(readers))
 	if err := s.CreateUser(ctx, "alice@example.com"); err != nil {
@@ -172,7 +172,7 @@ func TestWhoIsAnswersWhatThePolicySays(t *testing.T) {
 	}
 	proxy, laptop, runner := nodes["proxy"], nodes["laptop"], nodes["runner"]
 
-	// A user's device: the login name, and the rules of the grant as they are.
+	// A user's device has the login name and the unchanged rules of the grant.
 	var who *apitype.WhoIsResponse
 	eventually(ctx, t, "the grant is in force", func() bool {
 		who, err = whois(ctx, t, proxy.server, laptop.ip)
@@ -191,7 +191,7 @@ func TestWhoIsAnswersWhatThePolicySays(t *testing.T) {
 		t.Errorf("rules %q; want %q", got, want)
 	}
 
-	// A tagged device: its tags, and no grant.
+	// A tagged device has its tags and no grant.
 	eventually(ctx, t, "the tagged device is known", func() bool {
 		who, err = whois(ctx, t, proxy.server, runner.ip)
 		return err == nil
@@ -206,13 +206,13 @@ func TestWhoIsAnswersWhatThePolicySays(t *testing.T) {
 	// A policy that Headscale refuses changes nothing.
 	err = s.SetPolicy(ctx, []byte(`{"grants": [{"src": ["group:nobody"], "dst": ["*"], "ip": ["*"]}]}`))
 	if err == nil || !strings.Contains(err.Error(), "group:nobody") {
-		t.Errorf("SetPolicy with an unknown group: error %v; want one that names it", err)
+		t.Errorf("SetPolicy with an unknown group: error %v; want the group's name", err)
 	}
 	if got, err := os.ReadFile(s.PolicyPath()); err != nil || string(got) != string(policy(readers)) {
 		t.Errorf("the policy file is now %q, %v; want it unchanged", got, err)
 	}
 
-	// A withdrawn grant is withdrawn, and a new one in force, without a restart.
+	// Grants are removed and added without a restart.
 	if err := s.SetPolicy(ctx, policy()); err != nil {
 		t.Fatal(err)
 	}
@@ -223,7 +223,7 @@ func TestWhoIsAnswersWhatThePolicySays(t *testing.T) {
 	if err := s.SetPolicy(ctx, policy(readers)); err != nil {
 		t.Fatal(err)
 	}
-	eventually(ctx, t, "the grant is back", func() bool {
+	eventually(ctx, t, "the grant is restored", func() bool {
 		who, err = whois(ctx, t, proxy.server, laptop.ip)
 		return err == nil && who.CapMap.HasCapability(capability)
 	})
@@ -238,16 +238,16 @@ func TestWhoIsAnswersWhatThePolicySays(t *testing.T) {
 	if err := s.DeleteNode(ctx, "runner"); err != nil {
 		t.Fatal(err)
 	}
-	eventually(ctx, t, "the node is gone", func() bool {
+	eventually(ctx, t, "the node is removed", func() bool {
 		_, err = whois(ctx, t, proxy.server, runner.ip)
 		return err != nil
 	})
 	if err := s.DeleteNode(ctx, "runner"); err == nil || !strings.Contains(err.Error(), "no such node") {
-		t.Errorf("DeleteNode of a node that is gone: error %v; want no such node", err)
+		t.Errorf("DeleteNode of a missing node: error %v; want no such node", err)
 	}
 }
 
-// compact returns the rules without blanks.
+// compact returns the rules without whitespace.
 func compact(t *testing.T, rules []tailcfg.RawMessage) []string {
 	t.Helper()
 	var got []string
@@ -261,7 +261,7 @@ func compact(t *testing.T, rules []tailcfg.RawMessage) []string {
 	return got
 }
 
-func TestTailnetsSideBySideShareAddresses(t *testing.T) {
+func TestTailnets_SideBySideShareAddresses(t *testing.T) {
 	ctx := testContext(t)
 	var addrs [2]netip.Addr
 	var wg sync.WaitGroup
@@ -283,7 +283,7 @@ func TestTailnetsSideBySideShareAddresses(t *testing.T) {
 	}
 }
 
-func TestAFailedStartSaysWhy(t *testing.T) {
+func TestStart_FailureNamesReason(t *testing.T) {
 	cancelled, cancel := context.WithCancelCause(t.Context())
 	reason := errors.New("changed my mind")
 	cancel(reason)
@@ -301,7 +301,7 @@ func TestAFailedStartSaysWhy(t *testing.T) {
 			tt.cfg.Dir = t.TempDir()
 			_, err := Start(tt.ctx, tt.cfg)
 			if err == nil {
-				t.Fatal("it has started")
+				t.Fatal("headscale started; want an error")
 			}
 			for _, want := range []string{"start headscale: ", tt.want, filepath.Join(tt.cfg.Dir, logFile)} {
 				if !strings.Contains(err.Error(), want) {

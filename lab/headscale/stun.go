@@ -11,9 +11,9 @@ import (
 	"tailscale.com/types/logger"
 )
 
-// stunServer tells nodes which address their packets come from. On loopback
-// they know, but a node that gets no answer waits three seconds for one before
-// it calls itself ready.
+// stunServer tells nodes the source address of their packets. On loopback they know
+// it, but without an answer a node waits three seconds before it reports that it is
+// ready.
 type stunServer struct {
 	conn *net.UDPConn
 	done chan struct{} // closed when it no longer answers

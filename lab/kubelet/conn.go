@@ -11,23 +11,23 @@ import (
 	"sync"
 )
 
-// A stream takes its connection over from the HTTP server, and from then on the
-// context of its request no longer ends with the connection. Nor can a handler
-// tell: a command that neither reads nor prints anything would outlive whoever
-// has asked for it. So connections say themselves when they have ended.
+// A stream hijacks its connection from the HTTP server. After that, the request's
+// context does not end with the connection, and a handler cannot notice the end
+// either: a command that neither reads nor prints anything would outlive its client.
+// So connections report their own end.
 
-// conn is a connection that knows when it has ended.
+// conn is a connection whose context ends with it.
 type conn struct {
 	net.Conn
-	ctx    context.Context // ends when the connection cannot be read any more
+	ctx    context.Context // ends when reads fail
 	cancel context.CancelFunc
-	forget func() // tells the listener
+	forget func() // removes it from the listener
 }
 
 // Read implements [net.Conn].
 func (c *conn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	// Deadlines are how the HTTP server interrupts a read it no longer needs.
+	// The HTTP server uses deadlines to interrupt reads.
 	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 		c.cancel()
 	}
@@ -76,14 +76,14 @@ func (l *listener) Accept() (net.Conn, error) {
 	return c, nil
 }
 
-// closeConns closes every connection and makes Accept return no more of them.
+// closeConns closes every connection and makes Accept fail.
 func (l *listener) closeConns() {
 	l.mu.Lock()
 	conns := l.conns
 	l.conns = nil
 	l.mu.Unlock()
 	for c := range conns {
-		_ = c.Close() // it is of no use any more, whatever this says
+		_ = c.Close() // the connection ends either way
 	}
 }
 
@@ -99,8 +99,8 @@ func withConn(ctx context.Context, nc net.Conn) context.Context {
 	return context.WithValue(ctx, connKey{}, nc)
 }
 
-// streamContext returns a context that ends with the connection of the request
-// that ctx belongs to, with ctx, with the pod and with the server.
+// streamContext returns a context that ends with ctx, with the connection of ctx's
+// request, with the pod and with the server.
 func (s *Server) streamContext(ctx context.Context, p *pod) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(ctx)
 	stops := []func() bool{

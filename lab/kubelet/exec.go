@@ -27,9 +27,8 @@ var (
 	_ remotecommand.Attacher = executor{}
 )
 
-// ExecInContainer implements [remotecommand.Executor]. It returns when the
-// command has ended and its output has been sent, or, with the command killed,
-// when ctx ends.
+// ExecInContainer implements [remotecommand.Executor]. It returns when the command
+// has ended and its output has been sent. If ctx ends first, it kills the command.
 func (e executor) ExecInContainer(ctx context.Context, _, _, _ string, command []string, stdin io.Reader, stdout, stderr io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize, _ time.Duration) error {
 	if !e.pod.begin() {
 		return errors.New("the pod is gone")
@@ -42,8 +41,7 @@ func (e executor) ExecInContainer(ctx context.Context, _, _, _ string, command [
 	return exitError(run(ctx, cmd, stdin, stdout, stderr))
 }
 
-// run runs cmd with pipes for its standard streams. Each of the streams may be
-// nil.
+// run runs cmd with pipes for its standard streams, each of which may be nil.
 func run(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout, stderr io.Writer) error {
 	var (
 		theirs []io.Closer // the command's ends of the pipes
@@ -94,17 +92,17 @@ func run(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout, stderr io.
 		output.Go(c)
 	}
 	if stdinPipe != nil {
-		// Not waited for: it only ends when the caller closes the stream.
+		// Do not wait for this: it ends only when the caller closes the stream.
 		go func() {
 			defer stdinPipe.Close()
-			_, _ = io.Copy(stdinPipe, stdin) // fails when the command reads no more
+			_, _ = io.Copy(stdinPipe, stdin) // fails when the command stops reading
 		}()
 	}
 	defer output.Wait()
 	return waitOrKill(ctx, p)
 }
 
-// runTTY runs cmd on a terminal of its own.
+// runTTY runs cmd on a new terminal.
 func runTTY(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout io.Writer, resize <-chan remotecommand.TerminalSize) error {
 	terminal, tty, err := openTerminal()
 	if err != nil {
@@ -112,7 +110,7 @@ func runTTY(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout io.Write
 	}
 	defer terminal.Close()
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setctty: true} // the terminal is its standard input
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setctty: true} // its standard input
 	cmd.Env = append(cmd.Env, "TERM=xterm")
 	p, err := process.Start(cmd)
 	tty.Close()
@@ -139,21 +137,20 @@ func runTTY(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout io.Write
 	return waitOrKill(ctx, p)
 }
 
-// copyOutput copies what a command prints to a stream, to its end or until ctx
-// ends. When the caller no longer listens, the rest is read and thrown away, so
-// that the command does not hang on a full pipe until it is killed.
+// copyOutput copies a command's output to a stream until the output or ctx ends. If
+// the caller stops reading, copyOutput discards the rest, so that the command does
+// not block on a full pipe until it is killed.
 func copyOutput(ctx context.Context, to io.Writer, from *os.File) {
-	// A daemon that has left the command's session may hold on to the pipe.
+	// A daemon that has left the command's session may keep the pipe open.
 	stop := context.AfterFunc(ctx, func() { _ = from.Close() })
 	defer stop()
 	if _, err := io.Copy(to, from); err != nil {
-		// A terminal whose last user is gone fails with EIO, and does so again.
+		// A terminal without users fails with EIO each time.
 		_, _ = io.Copy(io.Discard, from)
 	}
 }
 
-// waitOrKill waits until p has ended, and kills it when ctx ends first. It
-// returns how p has ended.
+// waitOrKill waits until p has ended and returns how. If ctx ends first, it kills p.
 func waitOrKill(ctx context.Context, p *process.Process) error {
 	select {
 	case <-p.Done():
@@ -163,8 +160,8 @@ func waitOrKill(ctx context.Context, p *process.Process) error {
 	return p.Err()
 }
 
-// exitError returns the error that makes kubectl exit with the same status as
-// the command has.
+// exitError returns the error that makes kubectl exit with the command's exit
+// status.
 func exitError(err error) error {
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) {
@@ -177,13 +174,13 @@ func exitError(err error) error {
 	return utilexec.CodeExitError{Err: fmt.Errorf("command terminated: %w", err), Code: code}
 }
 
-// AttachContainer implements [remotecommand.Attacher]. The caller gets what the
-// container prints from now on, both streams as one, and may write to its
-// standard input. It returns when the container or ctx ends.
+// AttachContainer implements [remotecommand.Attacher]. The caller receives what the
+// container prints from now on, both streams combined, and may write to its standard
+// input. It returns when the container or ctx ends.
 func (e executor) AttachContainer(ctx context.Context, _, _, _ string, stdin io.Reader, stdout, stderr io.WriteCloser, _ bool, _ <-chan remotecommand.TerminalSize) error {
 	offset, _, _ := e.pod.logs.state()
 	if stdin != nil {
-		// Not waited for: it only ends when the caller closes the stream.
+		// Do not wait for this: it ends only when the caller closes the stream.
 		go func() { _, _ = io.Copy(writerFunc(e.pod.write), stdin) }() // fails when the container has ended
 	}
 	out := stdout

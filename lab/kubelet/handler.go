@@ -12,21 +12,18 @@ import (
 )
 
 const (
-	// idleTimeout is how long a stream may be silent. It is the kubelet's
-	// default.
+	// idleTimeout is how long a stream may be silent. It is the kubelet's default.
 	idleTimeout = 4 * time.Hour
 
-	// creationTimeout is how long a caller may take to open the parts of a
-	// stream. Stop has to wait for one that does not.
+	// creationTimeout is how long a caller may take to open the parts of a stream.
+	// Stop waits for callers that never do.
 	creationTimeout = 10 * time.Second
 )
 
-// handler returns the part of a kubelet's API that an API server streams
-// through.
+// handler returns the part of a kubelet's API through which an API server streams.
 func (s *Server) handler() http.Handler {
 	mux := http.NewServeMux()
-	// An API server passes the method on that it was asked with: POST for SPDY,
-	// GET for WebSocket.
+	// An API server keeps the client's method: POST for SPDY, GET for WebSocket.
 	for _, method := range []string{"GET", "POST"} {
 		mux.HandleFunc(method+" /exec/{namespace}/{pod}/{container}", s.serveExec)
 		mux.HandleFunc(method+" /attach/{namespace}/{pod}/{container}", s.serveAttach)
@@ -34,7 +31,7 @@ func (s *Server) handler() http.Handler {
 	}
 	mux.HandleFunc("GET /containerLogs/{namespace}/{pod}/{container}", s.serveLogs)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// Stop waits for requests, but only for those it has seen coming.
+		// Count the request, so that Stop waits for it.
 		s.mu.Lock()
 		if s.stopped {
 			s.mu.Unlock()
@@ -48,8 +45,8 @@ func (s *Server) handler() http.Handler {
 	})
 }
 
-// requestedPod returns the pod and container that a request is about. If there
-// is none, it has answered the request.
+// requestedPod returns the pod and container of a request. If they do not exist, it
+// answers the request.
 func (s *Server) requestedPod(w http.ResponseWriter, r *http.Request) (*pod, bool) {
 	p, err := s.pod(podKey{r.PathValue("namespace"), r.PathValue("pod")}, r.PathValue("container"))
 	if err != nil {
@@ -88,7 +85,7 @@ func (s *Server) serveAttach(w http.ResponseWriter, r *http.Request) {
 	}
 	opts, err := remotecommand.NewOptions(r)
 	if err == nil && opts.TTY {
-		err = errors.New("the containers of the lab's kubelet have no terminal")
+		err = errors.New("containers of the lab's kubelet have no terminal")
 	}
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)

@@ -18,15 +18,14 @@ import (
 
 // Config says how to run a kubelet endpoint.
 type Config struct {
-	// Dir is the folder for the pods' files and logs. It is created if
-	// necessary, and stays when the server is stopped.
+	// Dir is the folder for the pods' files and logs. It is created if necessary,
+	// and stays when the server stops.
 	Dir string
 
-	// Certificate is what the endpoint shows to its clients. It should be valid
-	// for 127.0.0.1.
+	// Certificate is the endpoint's certificate. It should be valid for 127.0.0.1.
 	Certificate tls.Certificate
 
-	// ClientCA is the authority whose client certificates are let in.
+	// ClientCA is the authority whose client certificates are accepted.
 	ClientCA *x509.CertPool
 }
 
@@ -36,9 +35,9 @@ type Server struct {
 	http     *http.Server
 	listener *listener
 
-	ctx    context.Context // ends when Stop is called
+	ctx    context.Context // cancelled by Stop
 	cancel context.CancelFunc
-	work   sync.WaitGroup // the HTTP server, and every request being answered
+	work   sync.WaitGroup // the HTTP server and open requests
 
 	mu      sync.Mutex
 	stopped bool
@@ -82,7 +81,7 @@ func Start(cfg Config) (*Server, error) {
 			ClientCAs:    cfg.ClientCA,
 		},
 	}
-	// Streams take connections over, which HTTP/2 cannot do.
+	// Streams hijack connections, which HTTP/2 does not support.
 	s.http.Protocols.SetHTTP1(true)
 	s.work.Go(func() {
 		defer logFile.Close()
@@ -99,7 +98,7 @@ func (s *Server) Port() int { return s.listener.Addr().(*net.TCPAddr).Port }
 // LogPath returns the file that the endpoint logs to.
 func (s *Server) LogPath() string { return filepath.Join(s.dir, "kubelet.log") }
 
-// AddPod starts a pod whose only container runs command, and returns once the
+// AddPod starts a pod whose only container runs command, and returns when the
 // process runs. The command must not be empty.
 func (s *Server) AddPod(namespace, name, container string, command []string) error {
 	key := podKey{namespace, name}
@@ -109,7 +108,7 @@ func (s *Server) AddPod(namespace, name, container string, command []string) err
 		return fmt.Errorf("add pod %v: the kubelet is stopped", key)
 	}
 	if _, ok := s.pods[key]; ok {
-		return fmt.Errorf("add pod %v: it exists already", key)
+		return fmt.Errorf("add pod %v: already exists", key)
 	}
 	p, err := startPod(filepath.Join(s.dir, namespace+"_"+name), name, container, command)
 	if err != nil {
@@ -119,8 +118,8 @@ func (s *Server) AddPod(namespace, name, container string, command []string) err
 	return nil
 }
 
-// RemovePod kills the pod's processes, those of exec included, and waits until
-// they are gone. It does nothing if there is no such pod.
+// RemovePod kills the pod's processes, including those of exec, and waits until they
+// have ended. It does nothing if the pod does not exist.
 func (s *Server) RemovePod(namespace, name string) {
 	s.mu.Lock()
 	p := s.pods[podKey{namespace, name}]
@@ -132,7 +131,7 @@ func (s *Server) RemovePod(namespace, name string) {
 }
 
 // Stop closes the endpoint and every connection, kills every process, and waits
-// until all of them are gone.
+// until all of them have ended.
 func (s *Server) Stop() error {
 	s.mu.Lock()
 	s.stopped = true
@@ -142,7 +141,7 @@ func (s *Server) Stop() error {
 
 	s.cancel()
 	err := s.http.Close()
-	s.listener.closeConns() // http.Server forgets those that were taken over
+	s.listener.closeConns() // http.Server does not close hijacked ones
 	for _, p := range pods {
 		p.stop()
 	}

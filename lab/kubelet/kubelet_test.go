@@ -24,7 +24,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/pki"
 )
 
-// testServer is a kubelet with a client that it lets in.
+// testServer is a kubelet with a client that it accepts.
 type testServer struct {
 	*Server
 	config *rest.Config
@@ -143,7 +143,7 @@ func running(pid string) bool {
 func TestLogs(t *testing.T) {
 	s := start(t)
 	s.add(t, "sh", "-c", "printf 'one\ntwo\nthree\n'; read x; printf 'four'")
-	eventually(t, "the lines are there", func() bool {
+	eventually(t, "the lines are logged", func() bool {
 		_, body := s.get(t, "/containerLogs/default/test/main")
 		return body == "one\ntwo\nthree\n"
 	})
@@ -198,7 +198,7 @@ func TestLogs(t *testing.T) {
 	}
 }
 
-func TestUnknownPodsAndBadRequests(t *testing.T) {
+func TestKubelet_UnknownPodsAndBadRequestsAreErrors(t *testing.T) {
 	s := start(t)
 	s.add(t, "sleep", "1000")
 	for path, want := range map[string]int{
@@ -217,20 +217,20 @@ func TestUnknownPodsAndBadRequests(t *testing.T) {
 		}
 	}
 	for _, err := range []error{
-		s.AddPod("default", "test", "main", []string{"true"}), // there is one
+		s.AddPod("default", "test", "main", []string{"true"}), // exists already
 		s.AddPod("default", "empty", "main", nil),
 		s.AddPod("default", "missing", "main", []string{"no-such-command"}),
 	} {
 		if err == nil {
-			t.Error("AddPod has accepted a bad pod")
+			t.Error("AddPod accepted a bad pod")
 		}
 	}
 	if _, err := s.pod(podKey{"default", "missing"}, ""); err == nil {
-		t.Error("a pod that did not start exists")
+		t.Error("a pod that failed to start exists")
 	}
 }
 
-func TestOnlyHoldersOfACertificateAreLetIn(t *testing.T) {
+func TestKubelet_RequiresClientCertificate(t *testing.T) {
 	s := start(t)
 	s.add(t, "sleep", "1000")
 	stranger, err := pki.NewCA("stranger")
@@ -252,9 +252,9 @@ func TestOnlyHoldersOfACertificateAreLetIn(t *testing.T) {
 	}
 }
 
-func TestProcessesEndWithWhatTheyWereStartedFor(t *testing.T) {
-	// Each command leaves a child in a process group of its own, as interactive
-	// shells do, and is silent.
+func TestKubelet_ProcessesEndWithConnectionPodAndServer(t *testing.T) {
+	// Each command is silent and leaves a child in a process group of its own, as
+	// interactive shells do.
 	script := func(name string) string {
 		return fmt.Sprintf("set -m; sleep 1000 & echo $! > %[1]s.child; echo $$ > %[1]s; wait", name)
 	}
@@ -288,10 +288,10 @@ func TestProcessesEndWithWhatTheyWereStartedFor(t *testing.T) {
 				}
 			}
 			tt.end(s, cancel)
-			// A connection that is closed before there is a status passes for
-			// success: so it does with kubectl and any kubelet.
+			// As with kubectl and any kubelet, a connection that is closed before
+			// there is a status looks like success.
 			if err := <-result; err == nil && name != "kubelet" {
-				t.Error("exec has ended without an error")
+				t.Error("exec ended without an error")
 			}
 			for _, pid := range execPids {
 				eventually(t, "exec's process has ended", func() bool { return !running(pid) })
@@ -308,7 +308,7 @@ func TestProcessesEndWithWhatTheyWereStartedFor(t *testing.T) {
 	}
 }
 
-func TestADaemonDoesNotHoldOnToItsCaller(t *testing.T) {
+func TestExec_DaemonDoesNotKeepRequestOpen(t *testing.T) {
 	s := start(t)
 	s.add(t, "sleep", "1000")
 	for _, tty := range []bool{false, true} {
@@ -320,9 +320,9 @@ func TestADaemonDoesNotHoldOnToItsCaller(t *testing.T) {
 		pid := s.readPid(t, "daemon")
 		cancel()
 		if err := <-result; err == nil {
-			t.Error("exec has ended without an error")
+			t.Error("exec ended without an error")
 		}
-		// It has left the session, so it is not the kubelet's any more.
+		// The daemon has left the session, so the kubelet does not kill it.
 		if err := s.exec(t.Context(), t, "rm daemon; kill "+pid, remotecommand.StreamOptions{Stdout: io.Discard}); err != nil {
 			t.Error(err)
 		}
@@ -330,7 +330,7 @@ func TestADaemonDoesNotHoldOnToItsCaller(t *testing.T) {
 	// Stop, at the end of the test, waits for every request.
 }
 
-func TestExitStatus(t *testing.T) {
+func TestExec_ExitStatus(t *testing.T) {
 	s := start(t)
 	s.add(t, "sleep", "1000")
 	for _, tty := range []bool{false, true} {
@@ -348,7 +348,7 @@ func TestExitStatus(t *testing.T) {
 	}
 }
 
-func TestTheEnvironmentOfTheLabIsNotHandedOn(t *testing.T) {
+func TestExec_DoesNotInheritEnvironment(t *testing.T) {
 	t.Setenv("LAB_SECRET", "secret")
 	s := start(t)
 	s.add(t, "sleep", "1000")

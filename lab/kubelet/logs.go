@@ -16,7 +16,7 @@ import (
 	"sync"
 )
 
-// logFile is a file that one writes and any number follow.
+// logFile is a log with one writer and any number of followers.
 type logFile struct {
 	path string
 
@@ -24,7 +24,7 @@ type logFile struct {
 	file    *os.File
 	size    int64
 	ended   bool          // whether nothing more will be written
-	changed chan struct{} // closed, and replaced, when size or ended changes
+	changed chan struct{} // closed and replaced when size or ended changes
 }
 
 func newLogFile(path string) (*logFile, error) {
@@ -45,7 +45,7 @@ func (l *logFile) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// end says that nothing more will be written. A reason is added to the log.
+// end marks the log as complete. If there is a reason, it is added to the log.
 func (l *logFile) end(reason error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -67,10 +67,10 @@ func (l *logFile) close() {
 	l.end(nil)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	_ = l.file.Close() // every write has been checked
+	_ = l.file.Close() // every write was checked
 }
 
-// notifyLocked wakes those who follow. l.mu must be held.
+// notifyLocked wakes the followers. l.mu must be held.
 func (l *logFile) notifyLocked() {
 	close(l.changed)
 	l.changed = make(chan struct{})
@@ -84,8 +84,8 @@ func (l *logFile) state() (size int64, ended bool, changed <-chan struct{}) {
 	return l.size, l.ended, l.changed
 }
 
-// copyTo copies the log from offset on to w. If follow is set, it goes on until
-// the log or ctx ends, otherwise to the end of what there is.
+// copyTo copies the log from offset to w. If follow is set, it continues until the
+// log or ctx ends, otherwise it stops at the current end.
 func (l *logFile) copyTo(ctx context.Context, w io.Writer, offset int64, follow bool) error {
 	f, err := os.Open(l.path)
 	if err != nil {
@@ -125,7 +125,7 @@ func (l *logFile) tail(n int64) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	// A newline at the end closes the last line and begins none.
+	// A newline at the end ends the last line and starts no new one.
 	end := len(bytes.TrimSuffix(log, []byte("\n")))
 	for ; n > 0; n-- {
 		end = bytes.LastIndexByte(log[:max(end, 0)], '\n')
@@ -136,15 +136,15 @@ func (l *logFile) tail(n int64) (int64, error) {
 	return int64(end) + 1, nil
 }
 
-// logOptions are the options of a request for logs that this kubelet knows.
+// logOptions are the supported options of a request for logs.
 type logOptions struct {
 	follow bool
 	tail   int64 // lines, or -1
 	limit  int64 // bytes, or -1
 }
 
-// parseLogOptions reads the options from a query. One it does not know is an
-// error, unless it has the value that changes nothing.
+// parseLogOptions reads the options from a query. Unknown options are errors, and so
+// are unsupported ones, unless they have the value that changes nothing.
 func parseLogOptions(query url.Values) (logOptions, error) {
 	opts := logOptions{tail: -1, limit: -1}
 	for name, values := range query {
@@ -201,21 +201,21 @@ func (s *Server) serveLogs(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	out := &flushWriter{w: w, rc: http.NewResponseController(w), left: opts.limit}
-	// Whoever follows a container that is silent wants to know that it works.
+	// Send the header even if the container is silent.
 	if err := out.rc.Flush(); err != nil {
-		return // the caller has gone
+		return // the caller has disconnected
 	}
 	err = p.logs.copyTo(ctx, out, offset, opts.follow)
 	if err != nil && !errors.Is(err, errLimit) && ctx.Err() == nil {
 		s.http.ErrorLog.Printf("logs of pod %s: %v", p.name, err)
-		panic(http.ErrAbortHandler) // a clean end would pass for the whole log
+		panic(http.ErrAbortHandler) // a clean end would look like the complete log
 	}
 }
 
-// errLimit is how a flushWriter says that its limit is reached.
+// errLimit is returned by a flushWriter when it reaches its limit.
 var errLimit = errors.New("limit reached")
 
-// flushWriter sends every write on at once, up to a limit of bytes.
+// flushWriter flushes after every write, up to a limit of bytes.
 type flushWriter struct {
 	w    io.Writer
 	rc   *http.ResponseController

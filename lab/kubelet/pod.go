@@ -18,7 +18,7 @@ import (
 // podKey names a pod.
 type podKey struct{ namespace, name string }
 
-// String returns the name as Kubernetes writes it.
+// String returns namespace/name.
 func (k podKey) String() string { return k.namespace + "/" + k.name }
 
 // pod is a running pod.
@@ -27,14 +27,14 @@ type pod struct {
 	name      string
 	container string
 	logs      *logFile
-	process   *process.Process // nil until it is started
+	process   *process.Process // nil until started
 
 	ctx    context.Context // ends with the pod
 	cancel context.CancelFunc
 
 	workMu  sync.Mutex
 	stopped bool
-	work    sync.WaitGroup // what copies its output, and the commands run in it
+	work    sync.WaitGroup // copying its output, and commands in it
 
 	stdinMu sync.Mutex // one write at a time
 	stdin   *os.File
@@ -62,8 +62,8 @@ func startPod(dir, name, container string, command []string) (_ *pod, err error)
 
 // start starts the process of the pod's container.
 func (p *pod) start(command []string) error {
-	// Standard input stays open although nobody may ever attach to it, as it
-	// does for a container with "stdin: true".
+	// Standard input stays open even if no client ever attaches to it, as for a
+	// container with "stdin: true".
 	stdin, stdinWriter, err := os.Pipe()
 	if err != nil {
 		return err
@@ -81,11 +81,11 @@ func (p *pod) start(command []string) error {
 	if p.process, err = process.Start(cmd); err != nil {
 		return errors.Join(err, output.Close())
 	}
-	p.work.Go(func() { // nobody else knows the pod yet
+	p.work.Go(func() { // no other goroutine knows the pod yet
 		defer output.Close()
 		if _, err := io.Copy(p.logs, output); err != nil {
-			// Nobody would read the pipe any more: end it like a container
-			// whose disk is full, but say so.
+			// The pipe would have no reader any more: end the process, like a
+			// container whose disk is full, and log the reason.
 			p.logs.end(fmt.Errorf("write log: %w", err))
 			p.process.Kill()
 		}
@@ -95,7 +95,7 @@ func (p *pod) start(command []string) error {
 	return nil
 }
 
-// command returns a command that runs in the pod. It gets none of the lab's
+// command returns a command that runs in the pod. It does not inherit the lab's
 // environment, which may hold keys.
 func (p *pod) command(command []string) *exec.Cmd {
 	cmd := exec.Command(command[0], command[1:]...)
@@ -115,8 +115,8 @@ func (p *pod) write(b []byte) (int, error) {
 	return p.stdin.Write(b)
 }
 
-// begin reports whether something may begin that stop has to wait for. If so,
-// work.Done has to be called at its end.
+// begin reports whether work that stop has to wait for may begin. If so, call
+// work.Done at its end.
 func (p *pod) begin() bool {
 	p.workMu.Lock()
 	defer p.workMu.Unlock()
@@ -126,7 +126,7 @@ func (p *pod) begin() bool {
 	return !p.stopped
 }
 
-// stop kills everything that runs in the pod and waits until it is gone.
+// stop kills everything that runs in the pod and waits until it has ended.
 func (p *pod) stop() {
 	p.workMu.Lock()
 	p.stopped = true
@@ -136,7 +136,7 @@ func (p *pod) stop() {
 		p.process.Kill()
 	}
 	if p.stdin != nil {
-		_ = p.stdin.Close() // nothing reads from it any more
+		_ = p.stdin.Close() // it has no reader any more
 	}
 	p.work.Wait()
 	p.logs.close()

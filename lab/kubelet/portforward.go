@@ -19,9 +19,9 @@ type forwarder struct {
 
 var _ portforward.PortForwarder = forwarder{}
 
-// PortForward implements [portforward.PortForwarder]. It returns when the server
-// has closed its side, or when the request's connection ends; the context it is
-// given ends with neither.
+// PortForward implements [portforward.PortForwarder]. It returns when the server has
+// closed its side or the request's connection ends. The context argument ends with
+// neither.
 func (f forwarder) PortForward(_ context.Context, _, _ string, port int32, stream io.ReadWriteCloser) error {
 	var d net.Dialer
 	nc, err := d.DialContext(f.ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(int(port))))
@@ -29,13 +29,13 @@ func (f forwarder) PortForward(_ context.Context, _, _ string, port int32, strea
 		return err
 	}
 	defer nc.Close()
-	stop := context.AfterFunc(f.ctx, func() { _ = nc.Close() }) // which ends the copy below
+	stop := context.AfterFunc(f.ctx, func() { _ = nc.Close() }) // ends the copy below
 	defer stop()
 
-	// Not waited for: it only ends when the caller closes the stream, which it
-	// may do long after the server has answered.
+	// Do not wait for this: it ends only when the caller closes the stream, possibly
+	// long after the server has answered.
 	go func() {
-		_, _ = io.Copy(nc, stream) // fails when either side is gone
+		_, _ = io.Copy(nc, stream) // fails when either side has closed
 		_ = nc.(*net.TCPConn).CloseWrite()
 	}()
 	if _, err := io.Copy(stream, nc); err != nil && !errors.Is(err, net.ErrClosed) {

@@ -11,16 +11,16 @@ import (
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 )
 
-// openTerminal opens a new terminal. What is written to terminal is typed, and
-// what is printed can be read from it; tty is for the command.
+// openTerminal opens a new terminal. Bytes written to terminal are input, and output
+// can be read from it. tty is for the command.
 func openTerminal() (terminal, tty *os.File, err error) {
 	blocking, tty, err := pty.Open()
 	if err != nil {
 		return nil, nil, err
 	}
 	defer blocking.Close()
-	// Reading a file in blocking mode cannot be interrupted, not even by closing
-	// it. A file does not leave that mode again, so it takes a new one.
+	// Reading a file in blocking mode cannot be interrupted, not even by closing it.
+	// A file cannot leave that mode, so open a new one.
 	fd, err := unix.FcntlInt(blocking.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, errors.Join(err, tty.Close())

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package recorder puts a session recorder onto the lab's tailnet. It is not
-// Tailscale's, but is spoken to by Tailscale's own client, in both versions of the
-// protocol.
+// Package recorder adds a session recorder to the lab's tailnet. It is not
+// Tailscale's tsrecorder, but Tailscale's own client can talk to it, in both
+// versions of the protocol.
 package recorder
 
 import (
@@ -18,8 +18,8 @@ import (
 	"github.com/tailscale/hujson"
 	"tailscale.com/tsnet"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordertest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
 const (
@@ -30,7 +30,7 @@ const (
 // Recorder is a session recorder on a tailnet.
 type Recorder struct {
 	*recordertest.Recorder
-	// Addr is where it is found.
+	// Addr is its address.
 	Addr netip.AddrPort
 
 	node   *tsnet.Server
@@ -39,7 +39,7 @@ type Recorder struct {
 	served chan error
 }
 
-// Start brings up a recorder in l, whose policy file has passed [Admit].
+// Start starts a recorder in l, whose policy file must come from [Admit].
 func Start(ctx context.Context, l *lab.Lab) (_ *Recorder, err error) {
 	r := &Recorder{Recorder: recordertest.New(), served: make(chan error, 1)}
 	defer func() {
@@ -71,7 +71,7 @@ func Start(ctx context.Context, l *lab.Lab) (_ *Recorder, err error) {
 	return r, nil
 }
 
-// Stop takes the recorder off the tailnet.
+// Stop removes the recorder from the tailnet.
 func (r *Recorder) Stop() error {
 	errs := []error{r.Close()}
 	if r.ln != nil {
@@ -86,8 +86,8 @@ func (r *Recorder) Stop() error {
 	return errors.Join(errs...)
 }
 
-// Admit returns a policy file that lets a recorder join, and the proxy reach it. It
-// is a [lab.Config.Policy].
+// Admit returns the policy file with rules that let a recorder join and the proxy
+// reach it. It is a [lab.Config.Policy].
 func Admit(policy []byte) ([]byte, error) {
 	return change(policy, func(p map[string]any) {
 		p["tagOwners"].(map[string]any)[tag] = []string{"group:prod"}
@@ -97,22 +97,22 @@ func Admit(policy []byte) ([]byte, error) {
 	})
 }
 
-// Grant returns a policy file with a grant more: login is in group, and its sessions
-// are recorded at an address, and have to be if enforce is set.
+// Grant returns the policy file with another grant: login is in group, and its
+// sessions are recorded at address. If enforce is set, they have to be.
 func Grant(policy []byte, login, group, address string, enforce bool) ([]byte, error) {
 	return change(policy, func(p map[string]any) {
 		p["grants"] = append(p["grants"].([]any), map[string]any{
 			"src": []string{login}, "dst": []string{lab.ProxyTag},
 			"app": map[string]any{"tailscale.com/cap/kubernetes": []any{map[string]any{
 				"impersonate":     map[string]any{"groups": []string{group}},
-				"recorderAddrs":   []string{address}, // Headscale does not fill it in
+				"recorderAddrs":   []string{address}, // Headscale does not resolve recorder tags
 				"enforceRecorder": enforce,
 			}}},
 		})
 	})
 }
 
-// change returns the policy file as f has changed it.
+// change returns the policy file as changed by f.
 func change(policy []byte, f func(map[string]any)) ([]byte, error) {
 	standard, err := hujson.Standardize(policy)
 	if err != nil {

@@ -4,16 +4,15 @@
 // (github.com/tailscale/caddy-tailscale), written from its documented contract;
 // never shipped.
 //
-// The lab cannot have the real plugin as a Go module, yet its Caddyfiles have to
-// be the ones people will use. So this package registers what such a Caddyfile
-// needs and nothing else: the tailscale app with its global option, and the
-// networks behind "bind tailscale/<node>". The plugin's proxy transport,
-// authentication provider and subcommand are not here, and nothing here is meant
-// to run outside the lab.
+// The lab cannot use the real plugin as a Go module, but its Caddyfiles have to be
+// those that users write. So this package registers what such a Caddyfile needs: the
+// tailscale app with its global option, and the networks for "bind
+// tailscale/<node>". It lacks the plugin's proxy transport, authentication provider
+// and subcommand. It is not meant to be used outside the lab.
 //
-// A node and its listeners are shared by every config that names them, because
-// Caddy starts a new config before it stops the old one. Two behaviours of a
-// listener handle that a reload has closed can be had, see App.LingerOnClose.
+// Configs that name the same node share it and its listeners, because Caddy starts a
+// new config before it stops the old one. App.LingerOnClose selects one of two
+// behaviours of a listener handle that a reload has closed.
 package standin
 
 import (
@@ -32,41 +31,40 @@ func init() {
 	httpcaddyfile.RegisterGlobalOption("tailscale", parseGlobalOption)
 }
 
-// App holds the settings of tailnet nodes. It starts none: a node is started by
-// the first listener that names it and stopped with its last.
+// App holds the settings of tailnet nodes. It starts none: the first listener of a
+// node starts it, and the last one stops it.
 //
 // Strings may hold global placeholders such as {env.TS_AUTHKEY}.
 type App struct {
-	// The key that nodes join with. Default: the environment's TS_AUTHKEY.
+	// The auth key of nodes. Default: the environment's TS_AUTHKEY.
 	AuthKey string `json:"auth_key,omitempty"`
 
 	// The control server. Default: Tailscale's.
 	ControlURL string `json:"control_url,omitempty"`
 
-	// Whether nodes are forgotten by the control server once they disconnect.
-	// Default: false.
+	// Whether the control server removes nodes when they disconnect. Default: false.
 	Ephemeral bool `json:"ephemeral,omitempty"`
 
-	// The folder in which each node gets a folder named like itself for its state.
-	// Default: one inside the user's configuration folder.
+	// The folder for state. Each node has a folder of its name in it. Default: one
+	// inside the user's configuration folder.
 	StateDir string `json:"state_dir,omitempty"`
 
-	// The tags that nodes ask for. Default: none.
+	// The tags that nodes request. Default: none.
 	Tags []string `json:"tags,omitempty"`
 
 	// Whether nodes serve Tailscale's web interface to the tailnet.
 	// Default: false.
 	WebUI bool `json:"webui,omitempty"`
 
-	// Settings of single nodes, by the name that "bind tailscale/<name>" gives.
-	// What one leaves out is taken from above.
+	// Settings of single nodes, by the name in "bind tailscale/<name>". They
+	// override the settings above.
 	Nodes map[string]*NodeConfig `json:"nodes,omitempty"`
 
-	// Only the stand-in has this. If true, a listener handle that is closed while
-	// it waits for a connection takes one more, as the real plugin's does, so the
-	// config that was replaced gets it: HTTP/2 over TLS is still served, HTTP/1.1 is
-	// hung up on without an answer. If false, a closed handle takes nothing.
-	// Default: false.
+	// Only the stand-in has this option. If true, a listener handle that is closed
+	// while it waits for a connection accepts one more, as the real plugin's does.
+	// So the replaced config gets this connection: it still serves HTTP/2 over TLS,
+	// and closes HTTP/1.1 without an answer. If false, a closed handle accepts
+	// nothing. Default: false.
 	LingerOnClose bool `json:"linger_on_close,omitempty"`
 
 	logger *zap.Logger
@@ -74,25 +72,25 @@ type App struct {
 
 // NodeConfig holds the settings of one node.
 type NodeConfig struct {
-	// The key this node joins with. Default: the app's.
+	// The auth key of this node. Default: the app's.
 	AuthKey string `json:"auth_key,omitempty"`
 
 	// The control server of this node. Default: the app's.
 	ControlURL string `json:"control_url,omitempty"`
 
-	// Whether this node is forgotten once it disconnects. Default: the app's.
+	// Whether this node is removed when it disconnects. Default: the app's.
 	Ephemeral *bool `json:"ephemeral,omitempty"`
 
-	// The name this node asks for. Default: the node's name in the config.
+	// The hostname that this node requests. Default: the node's name in the config.
 	Hostname string `json:"hostname,omitempty"`
 
 	// The UDP port for WireGuard. Default: a free one.
 	Port uint16 `json:"port,omitempty"`
 
-	// The folder for this node's state itself. Default: see the app's.
+	// The folder for this node's state. Default: see the app's.
 	StateDir string `json:"state_dir,omitempty"`
 
-	// The tags this node asks for. Default: the app's.
+	// The tags that this node requests. Default: the app's.
 	Tags []string `json:"tags,omitempty"`
 
 	// Whether this node serves Tailscale's web interface. Default: the app's.
@@ -107,7 +105,7 @@ func (App) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Provision keeps the app's logger.
+// Provision stores the app's logger.
 func (a *App) Provision(ctx caddy.Context) error {
 	a.logger = ctx.Logger()
 	return nil
@@ -230,8 +228,8 @@ func (a *App) unmarshalNode(d *caddyfile.Dispenser) error {
 			return err
 		}
 	}
-	// An empty block leaves the dispenser on its closing brace; no block at all
-	// leaves it on the name, which then is a misspelt option.
+	// After an empty block, the dispenser is on the closing brace. Without a block
+	// it is on the name, which then is a misspelt option.
 	if d.Val() != "}" {
 		return d.Errf("unrecognized tailscale option '%s' (a node has a block)", name)
 	}
@@ -242,7 +240,7 @@ func (a *App) unmarshalNode(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-// value parses the single argument of the option d is on.
+// value parses the only argument of the current option.
 func value(d *caddyfile.Dispenser) (string, error) {
 	args, err := values(d)
 	if err != nil {
@@ -254,7 +252,7 @@ func value(d *caddyfile.Dispenser) (string, error) {
 	return args[0], nil
 }
 
-// values parses the arguments of the option d is on, at least one.
+// values parses the arguments of the current option, at least one.
 func values(d *caddyfile.Dispenser) ([]string, error) {
 	option := d.Val()
 	args := d.RemainingArgs()
@@ -264,8 +262,8 @@ func values(d *caddyfile.Dispenser) ([]string, error) {
 	return args, nil
 }
 
-// flag parses the optional true or false of the option d is on; without it, the
-// option means true.
+// flag parses the optional true or false of the current option. Without an argument,
+// the option means true.
 func flag(d *caddyfile.Dispenser) (bool, error) {
 	option := d.Val()
 	args := d.RemainingArgs()

@@ -15,7 +15,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// Nodes must not send their logs anywhere.
+	// Nodes must not send their logs.
 	if err := os.Setenv("TS_NO_LOGS_NO_SUPPORT", "true"); err != nil {
 		panic(err)
 	}
@@ -92,8 +92,8 @@ func TestCaddyfile(t *testing.T) {
 	}
 }
 
-// Every token that is not understood is an error that names it.
-func TestCaddyfileErrors(t *testing.T) {
+// Every unknown token is an error that names it.
+func TestCaddyfile_Errors(t *testing.T) {
 	for _, tt := range []struct {
 		options, want string
 	}{
@@ -186,7 +186,7 @@ func TestSettings(t *testing.T) {
 		})
 	}
 
-	// As with caddy-tailscale, what is asked for has to be there.
+	// As with caddy-tailscale, placeholders have to be set.
 	for placeholder, app := range map[string]App{
 		"no.such.placeholder":    {ControlURL: "{no.such.placeholder}"},
 		"env.STANDIN_TEST_UNSET": {ControlURL: "{env.STANDIN_TEST_UNSET}"},
@@ -198,7 +198,7 @@ func TestSettings(t *testing.T) {
 	}
 }
 
-func TestNodeUnknown(t *testing.T) {
+func TestNode_Unknown(t *testing.T) {
 	if s, ok := Node("nobody"); ok || s != nil {
 		t.Errorf("Node(nobody) = %v, %v; want nil, false", s, ok)
 	}

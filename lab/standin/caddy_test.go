@@ -27,10 +27,10 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/tempdir"
 )
 
-// A real Caddy on a real tailnet: it answers on the node, over HTTP/1.1 and
-// HTTP/3, keeps the node through reloads, and leaves nothing behind.
-func TestCaddyOnTailnet(t *testing.T) {
-	// CertMagic looks after a lock file for up to five seconds after it is gone.
+// Caddy answers on a tailnet node over HTTP/1.1, HTTP/2 and HTTP/3, keeps the node
+// through reloads, and leaves nothing behind.
+func TestCaddy_OnTailnet(t *testing.T) {
+	// CertMagic watches a lock file for up to five seconds after it was removed.
 	ended := goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.keepLockfileFresh")
 	current := goleak.IgnoreCurrent()
 	defer func() { goleak.VerifyNone(t, current, ended) }()
@@ -65,7 +65,7 @@ func TestCaddyOnTailnet(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// load runs Caddy with a config that says which one it is.
+	// load runs Caddy with a config whose answers name the generation.
 	load := func(generation string, linger bool) {
 		t.Helper()
 		config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt(fmt.Appendf(nil, `{
@@ -110,14 +110,14 @@ func TestCaddyOnTailnet(t *testing.T) {
 				break
 			}
 			if time.Now().After(until) {
-				t.Fatal("Caddy has stopped, its tailnet node still runs")
+				t.Fatal("Caddy has stopped, but its tailnet node still runs")
 			}
 		}
 	}()
 
 	node, ok := Node("k8s")
 	if !ok {
-		t.Fatal("Node(k8s) finds nothing while Caddy listens on it")
+		t.Fatal("Node(k8s) = false while Caddy listens on it")
 	}
 	status, err := node.Up(ctx)
 	if err != nil {
@@ -135,7 +135,7 @@ func TestCaddyOnTailnet(t *testing.T) {
 	}
 	defer client.Close()
 
-	// Every answer of these comes over a connection of its own.
+	// Each of these uses a new connection.
 	const siteURL = "https://k8s.tailnet.example"
 	overHTTP1 := func() (string, error) {
 		return fetch(ctx, &http.Transport{DialContext: client.Dial, DisableKeepAlives: true}, "http://"+nodeIP.String())
@@ -143,7 +143,7 @@ func TestCaddyOnTailnet(t *testing.T) {
 	dialNode := func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return client.Dial(ctx, network, netip.AddrPortFrom(nodeIP, 443).String())
 	}
-	anyCert := &tls.Config{InsecureSkipVerify: true} // the tailnet address says who answers
+	anyCert := &tls.Config{InsecureSkipVerify: true} // WireGuard authenticates the server
 	overHTTP2 := func() (string, error) {
 		rt := &http.Transport{DialContext: dialNode, TLSClientConfig: anyCert, ForceAttemptHTTP2: true}
 		defer rt.CloseIdleConnections()
@@ -180,7 +180,7 @@ func TestCaddyOnTailnet(t *testing.T) {
 	expect(overHTTP2, "first HTTP/2.0")
 	expect(overHTTP3, "first HTTP/3.0")
 	load("second", false)
-	// At once, as a closed handle takes nothing.
+	// The new config answers at once, as a closed handle accepts nothing.
 	expect(overHTTP1, "second HTTP/1.1")
 	expect(overHTTP2, "second HTTP/2.0")
 	expect(overHTTP3, "second HTTP/3.0")
@@ -189,21 +189,21 @@ func TestCaddyOnTailnet(t *testing.T) {
 	expect(overHTTP1, "third HTTP/1.1")
 	expect(overHTTP2, "third HTTP/2.0")
 	load("fourth", true)
-	// Once more, as the real plugin may: net/http then serves HTTP/2, while it
-	// hangs up on HTTP/1.1 without an answer.
+	// An old handle accepts once more, as the real plugin's may: net/http then
+	// serves HTTP/2, and closes HTTP/1.1 without an answer.
 	expect(overHTTP2, "third HTTP/2.0")
 	expect(overHTTP2, "fourth HTTP/2.0")
 	if got, err := overHTTP1(); !errors.Is(err, io.EOF) {
-		t.Errorf("got answer %q, error %v; want an EOF from the config that was replaced", got, err)
+		t.Errorf("got answer %q, error %v; want EOF from the replaced config", got, err)
 	}
 	expect(overHTTP1, "fourth HTTP/1.1")
 
 	if again, _ := Node("k8s"); again != node {
-		t.Error("a reload has replaced the node")
+		t.Error("a reload replaced the node")
 	}
 }
 
-// fetch returns the body of a GET request that was answered with 200.
+// fetch sends a GET request and returns the body if the status is 200.
 func fetch(ctx context.Context, rt http.RoundTripper, url string) (string, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -225,7 +225,7 @@ func fetch(ctx context.Context, rt http.RoundTripper, url string) (string, error
 }
 
 // Validating a config must not start its nodes.
-func TestValidateStartsNoNode(t *testing.T) {
+func TestValidate_StartsNoNode(t *testing.T) {
 	adapted, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte("{\ntailscale {\nk8s {\n}\n}\n}\nhttp://:80 {\nbind tailscale/k8s\n}\n"), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -238,6 +238,6 @@ func TestValidateStartsNoNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, ok := Node("k8s"); ok {
-		t.Error("validating a config has started its node")
+		t.Error("validating a config started its node")
 	}
 }

@@ -26,7 +26,7 @@ func init() {
 	caddyhttp.RegisterNetworkHTTP3("tailscale", "tailscale/udp")
 }
 
-// listeners holds what the process shares between configs, by listenerKey.
+// listeners holds the listeners that configs share, by listenerKey.
 var listeners = caddy.NewUsagePool()
 
 type listenerKey struct {
@@ -35,7 +35,7 @@ type listenerKey struct {
 }
 
 // listenTCP opens "tailscale/<node>:<port>". Like the real plugin, it starts the
-// node but does not wait until the node has joined its tailnet.
+// node but does not wait until it has joined its tailnet.
 func listenTCP(ctx context.Context, _, host, portRange string, portOffset uint, _ net.ListenConfig) (any, error) {
 	app, key, err := resolve(ctx, host, portRange, portOffset)
 	if err != nil {
@@ -43,14 +43,14 @@ func listenTCP(ctx context.Context, _, host, portRange string, portOffset uint, 
 	}
 	h, err := openHandle(app, key)
 	if err != nil {
-		return nil, err // and not a nil *handle in an any that is not nil
+		return nil, err // not a nil *handle in a non-nil any
 	}
 	return h, nil
 }
 
-// listenTLS opens "tailscale+tls/<node>:<port>": TLS ends here, with the
-// certificate that the control server gives the node. Headscale gives none, so
-// in the lab no handshake succeeds.
+// listenTLS opens "tailscale+tls/<node>:<port>", with TLS that uses the certificate
+// from the control server. Headscale issues none, so in the lab no handshake
+// succeeds.
 func listenTLS(ctx context.Context, _, host, portRange string, portOffset uint, _ net.ListenConfig) (any, error) {
 	app, key, err := resolve(ctx, host, portRange, portOffset)
 	if err != nil {
@@ -75,9 +75,9 @@ func listenTLS(ctx context.Context, _, host, portRange string, portOffset uint, 
 	}), nil
 }
 
-// listenUDP opens "tailscale/udp", which Caddy uses for the HTTP/3 of a
-// "tailscale" site. It listens on the node's IPv4 address only, and has to wait
-// for it. Caddy shares the result between configs by itself.
+// listenUDP opens "tailscale/udp", which Caddy uses for HTTP/3 of a "tailscale"
+// site. It listens only on the node's IPv4 address, for which it has to wait. Caddy
+// itself shares the result between configs.
 func listenUDP(ctx context.Context, _, host, portRange string, portOffset uint, _ net.ListenConfig) (any, error) {
 	app, key, err := resolve(ctx, host, portRange, portOffset)
 	if err != nil {
@@ -115,9 +115,9 @@ func (c *packetConn) Close() error {
 	return errors.Join(c.PacketConn.Close(), c.release())
 }
 
-// resolve returns the config's app, and what the parts of a network address mean.
+// resolve returns the config's app, and the node and port of a network address.
 func resolve(ctx context.Context, host, portRange string, portOffset uint) (*App, listenerKey, error) {
-	// "bind tailscale/" names no node; it is then called like the program.
+	// "bind tailscale/" names no node. The node then has the program's name.
 	if host == "" {
 		host = filepath.Base(os.Args[0])
 	}
@@ -141,8 +141,8 @@ func resolve(ctx context.Context, host, portRange string, portOffset uint) (*App
 	return app.(*App), listenerKey{node: host, port: uint16(port)}, nil
 }
 
-// openHandle returns a new handle on the listener, which it opens first if no
-// other config has.
+// openHandle returns a new handle on the listener. It opens the listener if no other
+// config has.
 func openHandle(app *App, key listenerKey) (*handle, error) {
 	lifecycle.Lock()
 	defer lifecycle.Unlock()
@@ -171,11 +171,11 @@ func openHandle(app *App, key listenerKey) (*handle, error) {
 // sharedListener accepts from one listener on behalf of several handles.
 type sharedListener struct {
 	inner   net.Listener
-	release func() error   // gives back what inner needs
+	release func() error   // releases what inner uses
 	conns   chan net.Conn  // unbuffered
-	done    chan struct{}  // closed when inner accepts no more
+	done    chan struct{}  // closed when inner stops accepting
 	err     error          // why; written before done is closed
-	running sync.WaitGroup // the goroutines that accept and deliver
+	running sync.WaitGroup // goroutines of accept and deliver
 }
 
 func share(inner net.Listener, release func() error) *sharedListener {
@@ -189,7 +189,7 @@ func share(inner net.Listener, release func() error) *sharedListener {
 	return s
 }
 
-// accept hands inner's connections to whichever handle waits for one.
+// accept passes inner's connections to any handle that waits for one.
 func (s *sharedListener) accept() {
 	for {
 		conn, err := s.inner.Accept()
@@ -198,7 +198,7 @@ func (s *sharedListener) accept() {
 			close(s.done)
 			return
 		}
-		// Apart from this loop, since inner has to be listened to for its end even
+		// In a goroutine of its own, as this loop has to notice inner's end even
 		// while no handle wants a connection.
 		s.running.Go(func() { s.deliver(conn) })
 	}
@@ -213,7 +213,7 @@ func (s *sharedListener) deliver(conn net.Conn) {
 	}
 }
 
-// Destruct closes the listener; the last handle's Close ends here.
+// Destruct closes the listener. The last handle's Close calls it.
 func (s *sharedListener) Destruct() error {
 	err := s.inner.Close()
 	s.running.Wait()
@@ -225,7 +225,7 @@ type handle struct {
 	shared *sharedListener
 	linger bool // see App.LingerOnClose
 	closed chan struct{}
-	close  func() error // once: closes closed, and gives back this use of shared
+	close  func() error // once: closes closed and releases this use of shared
 }
 
 func newHandle(shared *sharedListener, linger bool, release func() error) *handle {
@@ -237,8 +237,8 @@ func newHandle(shared *sharedListener, linger bool, release func() error) *handl
 	return h
 }
 
-// Accept returns the next connection, or an error once the handle is closed. With
-// LingerOnClose, a call that waits already when the handle is closed still gets
+// Accept returns the next connection, or an error if the handle is closed. With
+// LingerOnClose, a call that is already waiting when the handle is closed still gets
 // the next connection.
 func (h *handle) Accept() (net.Conn, error) {
 	select {
@@ -252,7 +252,7 @@ func (h *handle) Accept() (net.Conn, error) {
 	}
 	select {
 	case conn := <-h.shared.conns:
-		// Both cases can be ready at once, and select picks either.
+		// If both cases are ready, select picks either.
 		select {
 		case <-closed:
 			h.shared.deliver(conn) // to another handle
@@ -277,7 +277,7 @@ func (h *handle) Close() error { return h.close() }
 // Addr returns the listener's address.
 func (h *handle) Addr() net.Addr { return h.shared.inner.Addr() }
 
-// Unwrap returns the node's own listener, whose Server method leads to the node.
+// Unwrap returns the node's own listener, whose Server method returns the node.
 func (h *handle) Unwrap() net.Listener { return h.shared.inner }
 
 // Interface guards

@@ -11,7 +11,7 @@ import (
 	"testing/synctest"
 )
 
-// fakeListener is a net.Listener whose connections the test hands out.
+// fakeListener is a net.Listener whose connections come from the test.
 type fakeListener struct {
 	conns  chan net.Conn
 	closed chan struct{}
@@ -33,13 +33,13 @@ func (l *fakeListener) Accept() (net.Conn, error) {
 }
 
 func (l *fakeListener) Close() error {
-	close(l.closed) // panics the second time, on purpose
+	close(l.closed) // panics the second time, intentionally
 	return nil
 }
 
 func (l *fakeListener) Addr() net.Addr { return &net.TCPAddr{Port: 443} }
 
-// connect hands a connection to the listener and returns it.
+// connect makes the listener accept a new connection, and returns it.
 func (l *fakeListener) connect() *fakeConn {
 	conn := new(fakeConn)
 	l.conns <- conn
@@ -71,9 +71,9 @@ func accept(h *handle) <-chan accepted {
 	return result
 }
 
-// reload runs test with two handles on one listener, as the old and the new
-// config have during a reload. Once test returns and both are closed, nothing of
-// the listener may run any more, which synctest sees to.
+// reload runs test with two handles on one listener, as the old and the new config
+// have during a reload. When test has returned and both are closed, no goroutine of
+// the listener may run, which synctest checks.
 func reload(t *testing.T, linger bool, test func(t *testing.T, inner *fakeListener, old, current *handle)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -94,12 +94,12 @@ func reload(t *testing.T, linger bool, test func(t *testing.T, inner *fakeListen
 			t.Errorf("closing the handles: %v", err)
 		}
 		if !released {
-			t.Error("both handles are closed, but the node was not released")
+			t.Error("both handles are closed, but the node is not released")
 		}
 	})
 }
 
-func TestClosedHandleTakesNothing(t *testing.T) {
+func TestHandle_ClosedAcceptsNothing(t *testing.T) {
 	reload(t, false, func(t *testing.T, inner *fakeListener, old, current *handle) {
 		waits := accept(old)
 		synctest.Wait()
@@ -111,7 +111,7 @@ func TestClosedHandleTakesNothing(t *testing.T) {
 		}
 
 		conn := inner.connect()
-		synctest.Wait() // until the connection is there to be taken
+		synctest.Wait() // until the connection can be accepted
 		for range 20 {  // a select between both would pick either
 			if got, err := old.Accept(); !errors.Is(err, net.ErrClosed) {
 				t.Fatalf("Accept after Close = %v, %v; want net.ErrClosed", got, err)
@@ -123,9 +123,9 @@ func TestClosedHandleTakesNothing(t *testing.T) {
 	})
 }
 
-// Close and a connection can come at the same moment: whichever is seen first,
-// exactly one handle gets the connection.
-func TestCloseAndConnectAtOnce(t *testing.T) {
+// If Close and a connection come at the same time, exactly one handle gets the
+// connection.
+func TestHandle_CloseAndConnectAtOnce(t *testing.T) {
 	for range 500 {
 		reload(t, false, func(t *testing.T, inner *fakeListener, old, current *handle) {
 			first := accept(old)
@@ -142,7 +142,7 @@ func TestCloseAndConnectAtOnce(t *testing.T) {
 				synctest.Wait()
 				select {
 				case got := <-second:
-					t.Fatalf("new handle got %v, %v; want it to wait, as the old one has the connection", got.conn, got.err)
+					t.Fatalf("new handle got %v, %v; want it to wait, as the old handle has the connection", got.conn, got.err)
 				default:
 				}
 				if err := current.Close(); err != nil {
@@ -160,7 +160,7 @@ func TestCloseAndConnectAtOnce(t *testing.T) {
 	}
 }
 
-func TestLingeringHandleTakesOneMore(t *testing.T) {
+func TestHandle_LingeringAcceptsOneMore(t *testing.T) {
 	reload(t, true, func(t *testing.T, inner *fakeListener, old, current *handle) {
 		waits := accept(old)
 		synctest.Wait()
@@ -184,7 +184,7 @@ func TestLingeringHandleTakesOneMore(t *testing.T) {
 	})
 }
 
-func TestLingeringHandleEndsWithListener(t *testing.T) {
+func TestHandle_LingeringEndsWithListener(t *testing.T) {
 	reload(t, true, func(t *testing.T, _ *fakeListener, old, current *handle) {
 		waits := accept(old)
 		synctest.Wait()
@@ -197,7 +197,7 @@ func TestLingeringHandleEndsWithListener(t *testing.T) {
 	})
 }
 
-func TestConnectionNobodyTookIsClosed(t *testing.T) {
+func TestListener_CloseClosesWaitingConnection(t *testing.T) {
 	reload(t, false, func(t *testing.T, inner *fakeListener, old, current *handle) {
 		conn := inner.connect()
 		if err := errors.Join(old.Close(), current.Close()); err != nil {
@@ -209,7 +209,7 @@ func TestConnectionNobodyTookIsClosed(t *testing.T) {
 	})
 }
 
-func TestFailureReachesEveryHandle(t *testing.T) {
+func TestListener_FailureReachesEveryHandle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		inner := newFakeListener()
 		shared := share(inner, func() error { return nil })
@@ -225,7 +225,7 @@ func TestFailureReachesEveryHandle(t *testing.T) {
 	})
 }
 
-func TestUnwrap(t *testing.T) {
+func TestHandle_Unwrap(t *testing.T) {
 	reload(t, false, func(t *testing.T, inner *fakeListener, old, _ *handle) {
 		if got := old.Unwrap(); got != net.Listener(inner) {
 			t.Errorf("Unwrap() = %v; want the inner listener", got)

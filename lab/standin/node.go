@@ -20,14 +20,14 @@ import (
 	"tailscale.com/tsnet"
 )
 
-// upTimeout bounds how long a listener that needs the node's address waits for it.
+// upTimeout is how long a listener waits for the node's address.
 const upTimeout = time.Minute
 
-// What is shared outlives any one config, so it belongs to the process.
+// Configs share these, so they belong to the process.
 var (
-	// lifecycle makes taking and giving back of nodes and listeners one at a time:
-	// while the last user of a listener closes it, nobody may open it anew, or tsnet
-	// would find it still open.
+	// lifecycle serialises acquiring and releasing nodes and listeners: while the
+	// last user of a listener closes it, no config may open it again, as tsnet would
+	// find it still open.
 	lifecycle sync.Mutex
 	nodes     = caddy.NewUsagePool() // name -> *node
 )
@@ -45,9 +45,9 @@ func Node(name string) (*tsnet.Server, bool) {
 	return found, found != nil
 }
 
-// node is a started tsnet node. Its settings are those of the config that
-// started it: a reload that changes them has no effect before its last listener
-// is closed.
+// node is a running tsnet node. Its settings are those of the config that started
+// it: a reload that changes them takes effect only after its last listener was
+// closed.
 type node struct {
 	name   string
 	server *tsnet.Server
@@ -67,28 +67,28 @@ func acquireNode(app *App, name string) (*node, error) {
 	return n, nil
 }
 
-// release gives back one use of the node and stops it if that was the last.
-// lifecycle must be held.
+// release releases one use of the node and stops it if that was the last. lifecycle
+// must be held.
 func (n *node) release() error {
 	_, err := nodes.Delete(n.name)
 	return err
 }
 
-// closeTimeout is how long a node may take to leave the tailnet. It takes a tenth of
-// a second.
+// closeTimeout is how long a node may take to leave the tailnet. It usually takes a
+// tenth of a second.
 const closeTimeout = 10 * time.Second
 
 // Destruct stops the node.
 //
-// A node with some hundred connections that are not quite closed never ends (tsnet
-// 1.102): it resets each of them into a queue that nobody empties any more. So it is
-// disconnected first, and goes with the process then. The plugin that this stands in
-// for would wait.
+// Closing a node that has some hundred half-closed connections never returns (tsnet
+// 1.102): it resets each of them into a queue that has no reader left. So the node
+// is disconnected first, and then ends with the process. The plugin that this
+// replaces would wait.
 func (n *node) Destruct() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
 	if client, err := n.server.LocalClient(); err == nil {
-		// Should that fail, Close does it as well.
+		// If this fails, Close disconnects the node too.
 		_, _ = client.EditPrefs(ctx, &ipn.MaskedPrefs{WantRunningSet: true})
 	}
 	closed := make(chan error, 1)
@@ -142,7 +142,7 @@ func (n *node) ipv4(ctx context.Context) (netip.Addr, error) {
 	return netip.Addr{}, fmt.Errorf("tailnet node %q has no IPv4 address, only %v", n.name, status.TailscaleIPs)
 }
 
-// server returns the node of that name as configured, not started.
+// server returns the configured node of that name, not started.
 func (a *App) server(name string) (*tsnet.Server, error) {
 	settings := a.Nodes[name]
 	if settings == nil {

@@ -46,21 +46,21 @@ const policy = `{
 	],
 }`
 
-// port is where Caddy listens, in a namespace with nothing else in it.
+// port is Caddy's port, in a namespace without other servers.
 const port = "8080"
 
-func TestADaemonWithAnInterfaceIsAsked(t *testing.T) {
+func TestTailscaled_IdentifiesPeers(t *testing.T) {
 	if netns.Inside() {
 		inNamespace(t)
 		return
 	}
 	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
 	if err != nil {
-		t.Skipf("tailscaled needs a network interface of its own: %v", err)
+		t.Skipf("tailscaled needs a network interface: %v", err)
 	}
 	_ = tun.Close()
 	if err := netns.Command("-test.run=^$").Run(); err != nil {
-		t.Skipf("no network namespace is to be had: %v", err)
+		t.Skipf("cannot create a network namespace: %v", err)
 	}
 	out, err := netns.Command("-test.run=^"+t.Name()+"$", "-test.v").CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
@@ -149,33 +149,33 @@ func inNamespace(t *testing.T) {
 		own, _ := tt.node.TailscaleIPs()
 		tt.want["from"] = []string{own.String()}
 		if diff := cmp.Diff(tt.want, got); diff != "" {
-			t.Errorf("what the API server is told of %s (-want +got):\n%s", tt.login, diff)
+			t.Errorf("headers for %s at the API server (-want +got):\n%s", tt.login, diff)
 		}
 	}
 
-	// The command asks this Caddy, which asks the daemon.
+	// The command asks Caddy, which asks the daemon.
 	said, err := explain("alice")
 	if err != nil {
 		t.Errorf("explain --peer alice: %v", err)
 	}
 	for _, want := range []string{"alice@example.com on alice", "tailnet-readers", "from grant 1", `tailscale.com/cap/kubernetes: {"impersonate":{"groups":["tailnet-readers"]}}`} {
 		if !strings.Contains(said, want) {
-			t.Errorf("explain --peer alice prints, without %q:\n%s", want, said)
+			t.Errorf("explain --peer alice lacks %q:\n%s", want, said)
 		}
 	}
 	if said, err := explain("nobody"); err == nil || !strings.Contains(err.Error(), "nobody") {
-		t.Errorf("explain --peer nobody: %v, and it printed %q; want an error that names it", err, said)
+		t.Errorf("explain --peer nobody: %v, and it printed %q; want an error that names the peer", err, said)
 	}
 
-	// What runs on the host itself has the daemon's own address.
+	// Requests from the host itself come from the daemon's own address.
 	status, body := get(ctx, t, site, (&net.Dialer{}).DialContext)
 	var refused metav1.Status
 	if err := json.Unmarshal(body, &refused); err != nil || status != http.StatusForbidden || !strings.Contains(refused.Message, "itself") {
-		t.Errorf("the host itself is answered with status %d: %s", status, body)
+		t.Errorf("a request from the host is answered with status %d: %s", status, body)
 	}
 }
 
-// explain runs `caddy tailscale-impersonate explain` and returns what it prints.
+// explain runs `caddy tailscale-impersonate explain` and returns its output.
 func explain(peer string) (string, error) {
 	const name = "tailscale-impersonate"
 	cmd := &cobra.Command{Use: name, SilenceUsage: true, SilenceErrors: true}
@@ -201,7 +201,7 @@ func startDaemon(t *testing.T) (socket string) {
 	}
 	socket = filepath.Join(dir, "socket")
 	cmd := exec.Command(path, "--statedir="+dir, "--socket="+socket, "--tun=tailscale0", "--port=0")
-	cmd.Env = append(os.Environ(), "TS_LOGS_DIR="+dir) // or it keeps something in the host's folders
+	cmd.Env = append(os.Environ(), "TS_LOGS_DIR="+dir) // otherwise it writes to the host's folders
 	cmd.Stdout, cmd.Stderr = log, log
 	daemon, err := process.Start(cmd)
 	if err != nil {
@@ -240,7 +240,7 @@ func join(ctx context.Context, t *testing.T, socket string, control *headscale.S
 	}
 	prefs := ipn.NewPrefs()
 	prefs.ControlURL, prefs.Hostname, prefs.WantRunning = control.URL(), "server", true
-	prefs.CorpDNS = false // it would write to the host's files
+	prefs.CorpDNS = false // otherwise it changes the host's DNS settings
 	if err := client.Start(ctx, ipn.Options{AuthKey: key, UpdatePrefs: prefs}); err != nil {
 		t.Fatal(err)
 	}
@@ -253,7 +253,7 @@ func join(ctx context.Context, t *testing.T, socket string, control *headscale.S
 			return status.TailscaleIPs[0]
 		}
 		if ctx.Err() != nil {
-			t.Fatalf("tailscaled does not join the tailnet: %v, %+v", err, status)
+			t.Fatalf("tailscaled did not join the tailnet: %v, %+v", err, status)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
@@ -276,7 +276,7 @@ func startNode(ctx context.Context, t *testing.T, control *headscale.Server, log
 	return node
 }
 
-// get sends a request that says it comes from somewhere else.
+// get sends a request with a forged X-Forwarded-For.
 func get(ctx context.Context, t *testing.T, site string, dial func(context.Context, string, string) (net.Conn, error)) (status int, body []byte) {
 	t.Helper()
 	client := &http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}

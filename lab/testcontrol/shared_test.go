@@ -31,9 +31,9 @@ import (
 
 const domain = "tail-scale.ts.net"
 
-// A device that was shared in brings tags that were given to it elsewhere. They are
-// no groups here, and its grants are.
-func TestASharedNodesTagsAreNoGroups(t *testing.T) {
+// A device that was shared in has tags from another tailnet. They do not become
+// groups, but its grants do.
+func TestSharedNode_TagsAreNoGroups(t *testing.T) {
 	t.Setenv("TS_NO_LOGS_NO_SUPPORT", "true")
 	control := &tailscalecontrol.Server{
 		DERPMap:        relay(t),
@@ -60,8 +60,8 @@ func TestASharedNodesTagsAreNoGroups(t *testing.T) {
 		}},
 		Timeout: 20 * time.Second,
 	}
-	// groupsOnceUser asks until the upstream sees user, and returns the groups that
-	// it sees then.
+	// groupsOnceUser sends requests until the upstream sees user, and returns the
+	// groups that it then sees.
 	groupsOnceUser := func(user string) (groups []string) {
 		t.Helper()
 		var last string
@@ -82,11 +82,11 @@ func TestASharedNodesTagsAreNoGroups(t *testing.T) {
 			}
 			last = h.Get("Impersonate-User")
 		}
-		t.Fatalf("the upstream does not see %s; at last: %s", user, last)
+		t.Fatalf("the upstream does not see %s; last answer: %s", user, last)
 		return nil
 	}
 
-	// change has the control server say something else about the caller.
+	// change makes the control server change the caller's node.
 	lc, err := caller.LocalClient()
 	if err != nil {
 		t.Fatal(err)
@@ -103,7 +103,7 @@ func TestASharedNodesTagsAreNoGroups(t *testing.T) {
 	name := func(i int) string { return fmt.Sprintf("guest-%d.%s", i, domain) }
 	rename := func(i int) func(*tailcfg.Node) { return func(n *tailcfg.Node) { n.Name = name(i) + "." } }
 
-	// Of this tailnet, or the rest shows nothing.
+	// As a control, a device of this tailnet.
 	change(func(n *tailcfg.Node) { rename(1)(n); n.Tags = []string{"tag:k8s-admins"} })
 	if got, want := groupsOnceUser(name(1)), []string{"tag:k8s-admins"}; !slices.Equal(got, want) {
 		t.Errorf("a tagged device: got groups %q; want %q", got, want)
@@ -119,8 +119,8 @@ func TestASharedNodesTagsAreNoGroups(t *testing.T) {
 	}
 }
 
-// relay starts a DERP relay, by which nodes find one another, and returns the map
-// that leads to it.
+// relay starts a DERP relay, through which nodes find each other, and returns its
+// map.
 func relay(t *testing.T) *tailcfg.DERPMap {
 	t.Helper()
 	derp := derpserver.New(key.NewNode(), logger.Discard)
@@ -138,8 +138,8 @@ func relay(t *testing.T) *tailcfg.DERPMap {
 	}}}}}
 }
 
-// startCaddy runs Caddy on a node of the tailnet that control is for, in front of
-// an upstream, and returns the node.
+// startCaddy runs Caddy in front of an upstream, on a node of control's tailnet, and
+// returns the node.
 func startCaddy(t *testing.T, control, upstream string) *tsnet.Server {
 	t.Helper()
 	config, err := lab.Adapt(fmt.Sprintf(`{
@@ -176,7 +176,7 @@ http:// {
 	})
 	node, ok := standin.Node("k8s")
 	if !ok {
-		t.Fatal("Caddy listens on no node")
+		t.Fatal("Caddy has no tailnet node")
 	}
 	if _, err := node.Up(t.Context()); err != nil {
 		t.Fatal(err)
@@ -184,7 +184,7 @@ http:// {
 	return node
 }
 
-// join returns a node of the tailnet that control is for.
+// join returns a node of control's tailnet.
 func join(t *testing.T, control, name string) *tsnet.Server {
 	t.Helper()
 	node := &tsnet.Server{

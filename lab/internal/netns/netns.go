@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package netns runs programs in a network namespace of their own: no traffic of
-// theirs leaves it, and none from outside disturbs them.
+// Package netns runs programs in a network namespace of their own, isolated from all
+// other traffic.
 package netns
 
 import (
@@ -14,14 +14,15 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// inside says, to the process that is started in it, that the namespace is there.
+// inside tells the started process that it runs in the namespace.
 const inside = "LAB_IN_NETWORK_NAMESPACE"
 
 // Inside reports whether this process was started by a [Command].
 func Inside() bool { return os.Getenv(inside) != "" }
 
-// Command returns the running program again, with other arguments and in a namespace
-// that ends with it. Who is not root is root in there, of nothing else.
+// Command returns a command that runs this program again, with other arguments, in a
+// network namespace that ends with it. Without root, the process is root in a user
+// namespace of its own.
 func Command(args ...string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), inside+"=1")
@@ -34,8 +35,8 @@ func Command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// SetUp gives the namespace what tailnet nodes need: loopback, and one interface more
-// that is up and has a default route. It leads nowhere.
+// SetUp gives the namespace what tailnet nodes need: loopback, and another interface
+// that is up and has a default route, which leads nowhere.
 func SetUp() error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
@@ -61,6 +62,6 @@ func SetUp() error {
 			return fmt.Errorf("bringing up %s: %w", link.Attrs().Name, err)
 		}
 	}
-	// By way of a neighbour that is not there.
+	// The gateway does not exist.
 	return netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: net.IPv4(192, 0, 2, 254)})
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package pki makes the short-lived certificates the lab's components use to
-// know each other.
+// Package pki issues short-lived certificates with which the lab's components
+// authenticate each other.
 package pki
 
 import (
@@ -39,7 +39,7 @@ func NewCA(name string) (*CA, error) {
 	return &CA{cert: cert, key: key}, nil
 }
 
-// Pool returns a pool that holds the authority alone.
+// Pool returns a pool with only this authority.
 func (ca *CA) Pool() *x509.CertPool {
 	pool := x509.NewCertPool()
 	pool.AddCert(ca.cert)
@@ -67,8 +67,8 @@ func (ca *CA) Server() (tls.Certificate, error) {
 	return tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key, Leaf: cert}, nil
 }
 
-// Client issues a certificate for the client with the given common name and
-// returns it and its key, each as PEM.
+// Client issues a certificate for the client with the given common name and returns
+// the certificate and its key as PEM.
 func (ca *CA) Client(name string) (certPEM, keyPEM []byte, err error) {
 	template := &x509.Certificate{
 		Subject:     pkix.Name{CommonName: name},
@@ -88,8 +88,8 @@ func (ca *CA) Client(name string) (certPEM, keyPEM []byte, err error) {
 	return certPEM, keyPEM, nil
 }
 
-// issue fills in the template's serial number and validity and signs it with
-// ca, or with its own new key if ca is nil.
+// issue sets the template's serial number and validity and signs it with ca, or with
+// its own new key if ca is nil.
 func issue(template *x509.Certificate, ca *CA) (*x509.Certificate, *ecdsa.PrivateKey, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

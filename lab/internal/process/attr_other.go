@@ -6,5 +6,5 @@ package process
 
 import "syscall"
 
-// dieWithParent does nothing: only Linux can tie a child to its parent.
+// dieWithParent does nothing: only Linux can kill a child when its parent ends.
 func dieWithParent(*syscall.SysProcAttr) {}

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package process runs child processes that leave nothing behind. Each is the
-// leader of a session of its own, so that a Ctrl-C in the terminal reaches the
-// lab alone and the lab decides what stops when. When the leader ends, whatever
-// is left of its session is killed, and on Linux the kernel kills the leader
-// when the lab itself is killed.
+// Package process runs child processes that leave nothing behind. Each is the leader
+// of a new session, so a Ctrl-C in the terminal reaches only the lab, which decides
+// in which order things stop. When the leader ends, the rest of its session is
+// killed. On Linux, the kernel kills the leader when the lab itself is killed.
 package process
 
 import (
@@ -26,12 +25,12 @@ type Process struct {
 	cmd     *exec.Cmd
 	done    chan struct{}
 	err     error       // how the process ended; set before done is closed
-	stopped atomic.Bool // whether it was told to end
+	stopped atomic.Bool // whether Stop or Kill was called
 }
 
-// Start starts cmd, which has to be new. Its standard streams should be nil or
-// files: anything else makes the end of the process wait for all of its
-// children to close them.
+// Start starts cmd, which must not have been started. Its standard streams should be
+// nil or files: otherwise the end of the process waits until all of its children
+// have closed them.
 func Start(cmd *exec.Cmd) (*Process, error) {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
@@ -42,8 +41,8 @@ func Start(cmd *exec.Cmd) (*Process, error) {
 	p := &Process{cmd: cmd, done: make(chan struct{})}
 	started := make(chan error, 1)
 	go func() {
-		// To the kernel the parent is the thread that forked, not the process.
-		// This goroutine keeps its thread for as long as the child lives.
+		// The kernel considers the thread that forked the parent, not the process.
+		// So this goroutine keeps its thread as long as the child runs.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 
@@ -68,28 +67,28 @@ func (p *Process) Pid() int { return p.cmd.Process.Pid }
 // Done is closed when the process has ended and its session is empty.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
-// Err returns how the process ended, as [exec.Cmd.Wait] does. It may only be
-// called once Done is closed.
+// Err returns how the process ended, as [exec.Cmd.Wait] does. Call it only after
+// Done is closed.
 func (p *Process) Err() error { return p.err }
 
 // Signal sends sig to the process, but not to its children.
 func (p *Process) Signal(sig os.Signal) error { return p.cmd.Process.Signal(sig) }
 
-// Kill ends the process and its session at once and waits until they are gone.
+// Kill kills the process and its session at once and waits until they have ended.
 func (p *Process) Kill() {
 	p.stopped.Store(true)
 	select {
 	case <-p.done:
 	default:
-		// An error means that the process has ended in the meantime.
+		// An error means that the process has already ended.
 		_ = p.cmd.Process.Kill()
 		<-p.done
 	}
 }
 
-// Stop asks the process to terminate, kills it when it has not done so within
-// grace, and waits until it is gone. It returns an error if the process had to
-// be killed or had ended by itself with an error.
+// Stop asks the process to terminate, kills it if it has not done so within grace,
+// and waits until it has ended. It returns an error if the process had to be killed
+// or had failed before.
 func (p *Process) Stop(grace time.Duration) error {
 	select {
 	case <-p.done:
@@ -114,9 +113,9 @@ func (p *Process) Stop(grace time.Duration) error {
 	}
 }
 
-// killSession kills what is left of the session sid after its leader has ended,
-// and returns once all of it is gone. The process group of the leader is not
-// enough: an interactive shell puts every job in a group of its own.
+// killSession kills the rest of session sid after its leader has ended, and returns
+// when all of it has ended. Killing the leader's process group is not enough: an
+// interactive shell puts every job in a group of its own.
 func killSession(sid int) {
 	for range 1000 {
 		_ = syscall.Kill(-sid, syscall.SIGKILL) // fails if the group is empty
@@ -125,14 +124,14 @@ func killSession(sid int) {
 			return
 		}
 		for _, pid := range pids {
-			_ = syscall.Kill(pid, syscall.SIGKILL) // fails if it is gone by now
+			_ = syscall.Kill(pid, syscall.SIGKILL) // fails if it has already ended
 		}
 		time.Sleep(time.Millisecond)
 	}
 }
 
-// session returns the processes of the session sid that have not ended. Where
-// there is no /proc it returns none.
+// session returns the running processes of session sid. Without /proc it returns
+// none.
 func session(sid int) []int {
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
@@ -144,7 +143,7 @@ func session(sid int) []int {
 		if err != nil {
 			continue // it has just ended
 		}
-		// The name in parentheses may hold anything, so count from its end:
+		// The name in parentheses may contain anything, so parse after its end:
 		// state, parent, process group, session.
 		fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
 		if len(fields) < 4 || string(fields[0]) == "Z" || string(fields[0]) == "X" {

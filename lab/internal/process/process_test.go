@@ -18,7 +18,7 @@ import (
 	"time"
 )
 
-// start starts a shell script and returns the process and what it prints.
+// start starts a shell script and returns the process and its output.
 func start(t *testing.T, script string) (*Process, *bufio.Reader) {
 	t.Helper()
 	r, w, err := os.Pipe()
@@ -55,7 +55,7 @@ func wait(t *testing.T, p *Process) {
 	}
 }
 
-func TestStopTerminates(t *testing.T) {
+func TestStop_Terminates(t *testing.T) {
 	p, out := start(t, `trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.01; done`)
 	ready(t, out)
 	if err := p.Stop(10 * time.Second); err != nil {
@@ -69,16 +69,16 @@ func TestStopTerminates(t *testing.T) {
 	}
 }
 
-func TestStopKillsWhatDoesNotListen(t *testing.T) {
+func TestStop_KillsProcessThatIgnoresSignal(t *testing.T) {
 	p, out := start(t, `trap '' TERM; echo ready; while :; do sleep 0.01; done`)
 	ready(t, out)
 	if err := p.Stop(20 * time.Millisecond); err == nil || !strings.Contains(err.Error(), "was killed") {
-		t.Errorf("Stop: error %v; want that it was killed", err)
+		t.Errorf("Stop: error %v; want an error: was killed", err)
 	}
 	wait(t, p)
 }
 
-func TestStopReportsAnEarlyEnd(t *testing.T) {
+func TestStop_ReportsEarlyEnd(t *testing.T) {
 	p, _ := start(t, `exit 3`)
 	wait(t, p)
 	var exit *exec.ExitError
@@ -87,9 +87,9 @@ func TestStopReportsAnEarlyEnd(t *testing.T) {
 	}
 }
 
-func TestTheSessionEndsWithItsLeader(t *testing.T) {
+func TestProcess_SessionEndsWithLeader(t *testing.T) {
 	if _, err := os.Stat("/proc/self/stat"); err != nil {
-		t.Skip("other process groups are found through /proc")
+		t.Skip("needs /proc to find other process groups")
 	}
 	// set -m gives the job a process group of its own, as interactive shells do.
 	p, out := start(t, `set -m; sleep 1000 & echo ready`)
@@ -98,7 +98,7 @@ func TestTheSessionEndsWithItsLeader(t *testing.T) {
 	if pids := session(p.Pid()); len(pids) > 0 {
 		t.Errorf("left behind: %v", pids)
 	}
-	// The job held the pipe; it is closed now.
+	// The job had the pipe open; it is closed now.
 	if rest, err := io.ReadAll(out); err != nil || len(rest) > 0 {
 		t.Errorf("read %q, %v; want the end of the output", rest, err)
 	}
@@ -119,9 +119,9 @@ func TestMain(m *testing.M) {
 	select {}
 }
 
-func TestAProcessDiesWithItsParent(t *testing.T) {
+func TestProcess_DiesWithParent(t *testing.T) {
 	if runtime.GOOS != "linux" {
-		t.Skip("only Linux can tie a process to its parent")
+		t.Skip("only Linux can kill a process when its parent ends")
 	}
 	helper := exec.Command(os.Args[0])
 	helper.Env = append(os.Environ(), envHelper+"=1")
@@ -141,13 +141,13 @@ func TestAProcessDiesWithItsParent(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := session(pid); !slices.Equal(got, []int{pid}) {
-		t.Fatalf("the process is not there: %v", got)
+		t.Fatalf("the process does not run: %v", got)
 	}
 	if err := helper.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	if err := helper.Wait(); err == nil {
-		t.Error("the helper has ended by itself")
+		t.Error("the helper ended by itself")
 	}
 	deadline := time.Now().Add(10 * time.Second)
 	for len(session(pid)) > 0 {
@@ -158,7 +158,7 @@ func TestAProcessDiesWithItsParent(t *testing.T) {
 	}
 }
 
-func TestStartFails(t *testing.T) {
+func TestStart_MissingBinaryIsError(t *testing.T) {
 	if _, err := Start(exec.Command("/does/not/exist")); !errors.Is(err, syscall.ENOENT) {
 		t.Errorf("Start: error %v; want %v", err, syscall.ENOENT)
 	}

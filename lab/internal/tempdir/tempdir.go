@@ -9,12 +9,12 @@ import (
 	"time"
 )
 
-// patience is how long a node may go on writing after it was closed.
+// patience is how long a node may keep writing after it was closed.
 const patience = 10 * time.Second
 
-// New returns a folder that is removed when the test has ended. Unlike one of
-// [testing.T.TempDir], it may still be written to for a moment by then: a node's Close
-// does not wait for all that the node is about.
+// New returns a folder that is removed when the test has ended. Unlike
+// [testing.T.TempDir], it tolerates writes for a short time after that: a node's
+// Close does not wait for all of its goroutines.
 func New(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "node-")

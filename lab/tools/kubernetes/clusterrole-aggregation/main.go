@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command clusterrole-aggregation runs one controller of kube-controller-manager:
-// the one that fills the cluster roles admin, edit and view with rules. Without
-// it a cluster has these roles, and they allow nothing.
+// the one that fills the cluster roles admin, edit and view with rules. Without it
+// these roles allow nothing.
 //
-// It is the real controller, from Kubernetes' own package. The whole of
-// kube-controller-manager would take as long to build as the API server.
+// It is the real controller, from Kubernetes' own package. Building all of
+// kube-controller-manager would take as long as building the API server.
 package main
 
 import (

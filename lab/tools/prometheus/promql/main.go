@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command promql answers queries as Prometheus does, with its storage and its query
-// engine, about what a server exposed.
+// Command promql answers queries with Prometheus's own storage and query engine,
+// about the metrics of a server.
 //
-// Its arguments are files in Prometheus's text format, each scraped half a minute
-// after the one before. It reads queries from standard input, one per line, and
-// writes one line for each: how many series the answer has, or what is wrong. It ends
-// with status 1 if it cannot read the files.
+// Its arguments are files in Prometheus's text format, scraped half a minute apart.
+// It reads queries from standard input, one per line, and writes one line for each:
+// the number of series in the answer, or an error. It exits with status 1 if it
+// cannot read the files.
 package main
 
 import (
@@ -69,7 +69,7 @@ func run(scrapes []string, queries io.Reader, out io.Writer) (err error) {
 	return lines.Err()
 }
 
-// store stores what a server exposed at a time. Prometheus adds which server it was.
+// store stores one scrape. Like Prometheus, it adds labels for the server.
 func store(db *tsdb.DB, text []byte, at time.Time) error {
 	samples, err := textparse.New(text, "text/plain", labels.NewSymbolTable(), textparse.ParserOptions{})
 	if err != nil {
@@ -97,7 +97,7 @@ func store(db *tsdb.DB, text []byte, at time.Time) error {
 	}
 }
 
-// ask returns how many series the answer to a query has.
+// ask returns the number of series in the answer to a query.
 func ask(engine *promql.Engine, db *tsdb.DB, query string, at time.Time) (series int, err error) {
 	ctx := context.Background()
 	q, err := engine.NewInstantQuery(ctx, db, nil, query, at)
@@ -111,7 +111,7 @@ func ask(engine *promql.Engine, db *tsdb.DB, query string, at time.Time) (series
 	}
 	vector, err := answer.Vector()
 	if err != nil {
-		return 0, fmt.Errorf("the answer is a %s: %w", answer.Value.Type(), err)
+		return 0, fmt.Errorf("the answer has type %s: %w", answer.Value.Type(), err)
 	}
 	return len(vector), nil
 }

@@ -17,13 +17,13 @@ func TestLimits_ApplyToGrants(t *testing.T) {
 		want              string // user and groups
 		refused           string // kubectl's error, if refused
 	}{
-		{"other groups are removed, and names get prefixes", "erin", portGroupRails, `tailnet:erin@example.com ["tailnet:a","system:authenticated"]`, ""},
-		{"system:masters is denied", "alice", portGroupRails, `tailnet:alice@example.com ["system:authenticated"]`, ""},
-		{"tags are removed as groups", "ci", portGroupRails, `tailnet:ci.` + lab.Domain + ` ["system:authenticated"]`, ""},
-		{"a required group is granted", "bob", portDeviceRails, `bob@example.com ["tailnet-readers","system:authenticated"]`, ""},
-		{"a required group is missing", "carol", portDeviceRails, "", "carol@example.com on carol.tailnet.example may not use this server: require_groups is on, and no group is granted"},
-		{"an allowed tag", "ci", portDeviceRails, `ci.` + lab.Domain + ` ["tag:k8s-readers","system:authenticated"]`, ""},
-		{"a denied tag", "ops", portDeviceRails, "", "may not use this server: the device has the tag tag:k8s-ops, which deny_tags names"},
+		{"other groups are removed, and names get prefixes", "erin", portGroupLimits, `tailnet:erin@example.com ["tailnet:a","system:authenticated"]`, ""},
+		{"system:masters is denied", "alice", portGroupLimits, `tailnet:alice@example.com ["system:authenticated"]`, ""},
+		{"tags are removed as groups", "ci", portGroupLimits, `tailnet:ci.` + lab.Domain + ` ["system:authenticated"]`, ""},
+		{"a required group is granted", "bob", portDeviceLimits, `bob@example.com ["tailnet-readers","system:authenticated"]`, ""},
+		{"a required group is missing", "carol", portDeviceLimits, "", "carol@example.com on carol.tailnet.example may not use this server: require_groups is on, and no group is granted"},
+		{"an allowed tag", "ci", portDeviceLimits, `ci.` + lab.Domain + ` ["tag:k8s-readers","system:authenticated"]`, ""},
+		{"a denied tag", "ops", portDeviceLimits, "", "may not use this server: the device has the tag tag:k8s-ops, which deny_tags names"},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			caller := theLab.Callers[tt.caller]

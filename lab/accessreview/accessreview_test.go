@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package review
+package accessreview
 
 import (
 	"context"
@@ -27,15 +27,15 @@ import (
 	"k8s.io/apiserver/pkg/endpoints/filters/impersonation"
 	"k8s.io/apiserver/pkg/endpoints/request"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/accessreview"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
 var caller = &impersonate.Identity{User: "alice@example.com", Groups: []string{"readers"}, Node: "laptop.example.ts.net"}
 
-// rights are what somebody may do: what nobody has asked about yet is decided by
-// chance.
+// rights are a caller's rights. A right that has not been asked about before is
+// decided at random.
 type rights struct {
 	random *rand.Rand
 	likely float64
@@ -51,7 +51,7 @@ func (r *rights) allow(permission string) bool {
 	return allowed
 }
 
-// authorizer has the API server's code go by them.
+// authorizer returns them as an authorizer for the API server's code.
 func (r *rights) authorizer(t *testing.T) authorizer.UnconditionalAuthorizer {
 	return authorizer.AuthorizerFunc(func(_ context.Context, a authorizer.Attributes) (authorizer.Decision, string, error) {
 		if a.GetUser().GetName() != caller.User {
@@ -68,12 +68,12 @@ func (r *rights) authorizer(t *testing.T) authorizer.UnconditionalAuthorizer {
 	})
 }
 
-// ask has subject access reviews go by them.
+// ask returns them as answers to SubjectAccessReviews.
 func (r *rights) ask(t *testing.T) accessreview.Ask {
 	return func(_ context.Context, sar *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
 		spec := sar.Spec
 		if spec.User != caller.User || !slices.Equal(spec.Groups, []string{"system:authenticated", "readers"}) {
-			t.Errorf("a review is about %s in %q", spec.User, spec.Groups)
+			t.Errorf("got a review of %s in %q", spec.User, spec.Groups)
 		}
 		var asked string
 		if a := spec.ResourceAttributes; a != nil {
@@ -96,8 +96,8 @@ var codecs = func() serializer.CodecFactory {
 
 var resolver = request.RequestInfoFactory{APIPrefixes: sets.NewString("api", "apis"), GrouplessAPIPrefixes: sets.NewString("api")}
 
-// filter returns who the API server takes the sender of r for, or the message with
-// which it refuses r.
+// filter returns the user that the API server sees for r, or the message with which
+// it refuses r.
 func filter(t *testing.T, r *http.Request, from user.Info, a authorizer.UnconditionalAuthorizer) (user.Info, string) {
 	t.Helper()
 	info, err := resolver.NewRequestInfo(r)
@@ -121,7 +121,7 @@ func filter(t *testing.T, r *http.Request, from user.Info, a authorizer.Uncondit
 	return nil, status.Message
 }
 
-// everything lets the proxy's account do what the examples let it, and more: all
+// everything lets the proxy's account do what the examples let it do, and more, all
 // by the verb impersonate.
 var everything = authorizer.AuthorizerFunc(func(_ context.Context, a authorizer.Attributes) (authorizer.Decision, string, error) {
 	if a.GetVerb() == "impersonate" {
@@ -130,7 +130,7 @@ var everything = authorizer.AuthorizerFunc(func(_ context.Context, a authorizer.
 	return authorizer.DecisionNoOpinion, "", nil
 })
 
-// info is a user as it can be compared.
+// info returns a user in comparable form.
 func info(u user.Info) user.DefaultInfo {
 	extra := maps.Clone(u.GetExtra())
 	for key := range extra {
@@ -144,10 +144,10 @@ func info(u user.Info) user.DefaultInfo {
 	return user.DefaultInfo{Name: u.GetName(), UID: u.GetUID(), Groups: u.GetGroups(), Extra: extra}
 }
 
-// Whatever somebody asks for and whatever rights they have, what is found out by
-// reviews is what the API server's own filter decides: who is sent, or that it is
-// refused and why.
-func TestDecisionsAreThoseOfTheAPIServer(t *testing.T) {
+// For any request and any rights, SubjectAccessReviews lead to the same decision as
+// the API server's own filter: the same identity is sent, or the request is refused
+// with the same message.
+func TestReview_DecidesLikeAPIServer(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	pick := func(of ...string) string { return of[random.IntN(len(of))] }
 	some := func(most int, of ...string) []string {
@@ -190,13 +190,13 @@ func TestDecisionsAreThoseOfTheAPIServer(t *testing.T) {
 		}
 		id, refusal := reviewer.Authorize(t.Context(), rights.ask(t), accessreview.Question{Caller: caller, Target: target, Request: requestinfo.Parse(r), Since: time.Now()})
 		if (refusal == nil) != (wantWho != nil) {
-			t.Fatalf("%s %s as %v with %v: got %v; the API server says %v %q", r.Method, r.URL, r.Header, rights.known, refusal, wantWho, wantMessage)
+			t.Fatalf("%s %s as %v with %v: got %v; the API server decides %v %q", r.Method, r.URL, r.Header, rights.known, refusal, wantWho, wantMessage)
 		}
 		if refusal != nil {
 			refused++
-			// In which order extra fields are asked about is left to chance.
+			// The order in which extra fields are checked is random.
 			if len(target.Extra) < 2 && !strings.Contains(refusal.Error(), wantMessage) {
-				t.Fatalf("%s %s as %v: got %q; want it to say %q", r.Method, r.URL, r.Header, refusal, wantMessage)
+				t.Fatalf("%s %s as %v: got %q; want %q", r.Method, r.URL, r.Header, refusal, wantMessage)
 			}
 			continue
 		}
@@ -206,7 +206,7 @@ func TestDecisionsAreThoseOfTheAPIServer(t *testing.T) {
 		id.SetHeaders(sent.Header)
 		gotWho, message := filter(t, sent, &user.DefaultInfo{Name: "proxy"}, everything)
 		if gotWho == nil {
-			t.Fatalf("the API server refuses what is sent, %v: %s", sent.Header, message)
+			t.Fatalf("the API server refuses the request that was sent, %v: %s", sent.Header, message)
 		}
 		if diff := cmp.Diff(info(wantWho), info(gotWho)); diff != "" {
 			t.Fatalf("%s %s as %v with %v (-API server +sent):\n%s", r.Method, r.URL, r.Header, rights.known, diff)
@@ -215,8 +215,8 @@ func TestDecisionsAreThoseOfTheAPIServer(t *testing.T) {
 			t.Fatalf("the original user is %q; want %s", got, caller.User)
 		}
 	}
-	t.Logf("%d were let through, %d refused", let, refused)
+	t.Logf("%d allowed, %d refused", let, refused)
 	if let < 1000 || refused < 1000 {
-		t.Errorf("%d were let through and %d refused; that shows little", let, refused)
+		t.Errorf("%d allowed and %d refused; want more of both", let, refused)
 	}
 }
