@@ -16,33 +16,33 @@ type pitfall struct {
 var pitfalls = []pitfall{
 	{id: honestID, title: "honest requests"},
 	{id: "1", title: "Connection names identity headers"},
-	{id: "2", title: "the config changes the headers again", tests: []string{".:TestHeaderOperationsDoNotChangeIdentity"}},
-	{id: "3", title: "an error about identity is ignored", tests: []string{".:TestNoIdentityNoRequest", ".:TestSilentNodeIsAnError", "impersonate:TestAnswerThatNamesNobodyIsAnError", "impersonate:TestGrantThatCannotBeReadIsNoIdentity"}},
+	{id: "2", title: "the config changes the headers again", tests: []string{".:TestHeaderOperations_DoNotChangeIdentity"}},
+	{id: "3", title: "an error about identity is ignored", tests: []string{".:TestServeHTTP_NoIdentityIsRefused", ".:TestServeHTTP_SilentNodeIsUnavailable", "impersonate:TestPeerFrom_RejectsIncompleteAnswers", "impersonate:TestIdentity_RejectsMalformedGrants"}},
 	{id: "4", title: "Impersonate-* headers that do not exist yet"},
 	{id: "5", title: "the client's groups added to the caller's"},
 	{id: "6", title: "extra keys"},
-	{id: "7", title: "values that are cut, folded or split", tests: []string{"impersonate:TestUserThatAHeaderCannotCarryIsNoIdentity", "impersonate:TestGroupThatAHeaderCannotCarryIsNoIdentity"}},
+	{id: "7", title: "values that are cut, folded or split", tests: []string{"impersonate:TestIdentity_RejectsUserThatHeadersAlter", "impersonate:TestIdentity_RejectsGroupThatHeadersAlter"}},
 	{id: "8", title: "underscores and dots for hyphens"},
 	{id: "9", title: "X-Remote-*"},
 	{id: "10", title: "the client's own credentials"},
 	{id: "11", title: "forged client addresses"},
-	{id: "12", title: "placeholders are expanded", tests: []string{".:TestGroupsAreNotExpanded"}},
+	{id: "12", title: "placeholders are expanded", tests: []string{".:TestPlaceholders_GroupsAreNotExpanded"}},
 	{id: "13", title: "framing, trailers, targets and hosts"},
 	{id: "14", title: "a socket of the host"},
 	{id: "15", title: "two nodes, or two tailnets", tests: []string{"lab/e2e:TestListener_TwoNodesAskTheOneThatAccepted", "lab/e2e:TestListener_TwoNodesWithSameAddressAreRefused"}},
 	{id: "16", title: "the PROXY protocol"},
 	{id: "17", title: "IPv6, mapped addresses, Tailscale Services", tests: []string{
-		"tailnet:TestMappedAddressesAreUnmapped",
-		".:TestServicesOfTailscaleAreRefused", // not in Headscale: an injected node
+		"internal/tailnet:TestMappedAddressesAreUnmapped",
+		".:TestServeHTTP_TailscaleServiceIsRefused", // not in Headscale: an injected node
 	}},
 	{id: "18", title: "nodes shared in from another tailnet", tests: []string{
 		"lab/testcontrol:TestSharedNode_TagsAreNoGroups", // not in Headscale: Tailscale's own test control server
-		"impersonate:TestMapping",
+		"impersonate:TestIdentity_UserAndGroups",
 	}},
-	{id: "19", title: "reserved user names", tests: []string{"impersonate:TestUserOfTheClusterItselfIsNoIdentity"}},
+	{id: "19", title: "reserved user names", tests: []string{"impersonate:TestIdentity_RejectsUsersOfTheCluster"}},
 	{id: "20", title: "Funnel", tests: []string{
-		"tailnet:TestFunnelIsRefused",       // not in Headscale: the connection type of Funnel's listener
-		".:TestFunnelHasNoPeerAndIsRefused", // an injected WhoIs
+		"internal/tailnet:TestFunnelIsRefused", // not in Headscale: the connection type of Funnel's listener
+		".:TestServeHTTP_FunnelIsRefused",      // an injected WhoIs
 	}},
 	{id: "20a", title: "web pages"},
 	{id: "20b", title: "the proxy's own node"},
@@ -51,7 +51,7 @@ var pitfalls = []pitfall{
 	{id: "22", title: "silent streams, slow answers", tests: []string{"lab/e2e:TestLong_SilentStreamsContinue", "lab/e2e:TestLong_LateAnswersArrive"}},
 	{id: "23", title: "half-close", tests: []string{"lab/e2e:TestStream_PipeLosesNoByte"}},
 	{id: "24", title: "config reloads", tests: []string{"lab/e2e:TestReload_EndsNoStream", "lab/e2e:TestReload_ConnectionAcceptedByOldConfigKeepsIdentity"}},
-	{id: "25", title: "buffered watches", tests: []string{".:TestBuffersInTheWayOfStreamsAreWarnedAbout"}},
+	{id: "25", title: "buffered watches", tests: []string{".:TestBuffers_WarningIsLoggedOnLoad"}},
 	{id: "26", title: "bodies held in memory", tests: []string{"lab/e2e:TestStream_PipeLosesNoByte"}},
 	{id: "27", title: "access withdrawn from open sessions", tests: []string{"lab/e2e:TestRevocation_WithdrawnGrantEndsOpenStreams", "lab/e2e:TestRevocation_LeavingDeviceEndsStreams"}},
 	{id: "28", title: "paths spelled differently"},
@@ -59,7 +59,7 @@ var pitfalls = []pitfall{
 	{id: "33", title: "a token that cannot be read", tests: []string{"internal/transport:TestToken_MissingRefusesRequests"}},
 	{id: "34", title: "health checks have no caller", tests: []string{"internal/transport:TestHealthCheck_HasNoCredentials", "internal/transport:TestHealthCheck_IsNeverReceived"}},
 	{id: "35", title: "a certificate beside a token", tests: []string{"internal/transport:TestKubeconfig_Errors", "internal/transport:TestCredentialsClient_SendsNoneOfTheProxys"}},
-	{id: "36", title: "a reverse_proxy without the handler", tests: []string{".:TestNestedReverseProxies", ".:TestForgottenHandler"}},
+	{id: "36", title: "a reverse_proxy without the handler", tests: []string{".:TestRoutes_NestedReverseProxySendsIdentity", ".:TestRoutes_ProxyWithoutHandlerSendsNothing"}},
 	{id: all, title: "several of these at once"},
 }
 

@@ -125,7 +125,7 @@ func TestIdentity_KubectlAsIsRefusedWithReason(t *testing.T) {
 	if err == nil {
 		t.Fatal("kubectl --as succeeded; want a refusal")
 	}
-	for _, want := range []string{"Forbidden", "alice@example.com may not act as somebody else", "kubectl --as"} {
+	for _, want := range []string{"Forbidden", "alice@example.com may not act as another user", "kubectl --as"} {
 		if !strings.Contains(stderr, want) {
 			t.Errorf("kubectl printed %q; want %q", stderr, want)
 		}
