@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.uber.org/zap"
@@ -63,69 +62,6 @@ func TestActAs_RequestIsPassedOnWithoutSendableHeaders(t *testing.T) {
 	}
 	if diff := cmp.Diff(proxytest.AliceHeaders, proxytest.Protected(got.Header)); diff != "" {
 		t.Errorf("headers of a request that does not act as another user (-want +got):\n%s", diff)
-	}
-}
-
-func TestActAs_InvalidRequestIsRefused(t *testing.T) {
-	denying := impersonate.Limits{DenyGroups: []string{"system:masters"}}
-	for _, tt := range []struct {
-		name    string
-		rails   impersonate.Limits
-		headers []string
-		want    proxytest.Refusal
-		words   []string
-	}{
-		{"no user", impersonate.Limits{}, []string{"Impersonate-Group", "a"}, proxytest.BadRequest, []string{"without a user"}},
-		{"a header that does not exist", impersonate.Limits{}, []string{"Impersonate-User", "bob", "Impersonate-Future", "a"}, proxytest.BadRequest, []string{"Impersonate-Future"}},
-		{"an alias", impersonate.Limits{}, []string{"Impersonate_User", "bob"}, proxytest.BadRequest, []string{"Impersonate_user"}},
-		{"a denied group", denying, []string{"Impersonate-User", "bob", "Impersonate-Group", "system:masters"}, proxytest.Forbidden, []string{"bob", "system:masters", "deny_groups"}},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			r := proxytest.NewRequest("GET", "http://k8s/api", tt.headers...)
-			resp, got := proxytest.Serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize, Limits: tt.rails}, proxytest.AliceNode()), r)
-			if got != nil {
-				t.Errorf("the next handler was called, with %v", got.Header)
-			}
-			proxytest.CheckRefused(t, resp, tt.want, tt.words...)
-			if left := proxytest.Protected(r.Header); len(left) > 0 {
-				t.Errorf("the refused request still holds %v", left)
-			}
-		})
-	}
-}
-
-func TestActAs_NeedsIdentity(t *testing.T) {
-	r := proxytest.NewRequest("GET", "http://k8s/api", "Impersonate-User", "bob")
-	resp, got := proxytest.Serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: caddyfile.Authorize}, proxytest.NewNode(nil, nil)), r)
-	if got != nil {
-		t.Errorf("the next handler was called, with %v", got.Header)
-	}
-	proxytest.CheckRefused(t, resp, proxytest.Forbidden, proxytest.AliceAddr)
-}
-
-// After an error or an unwanted answer, Caddy can pass the request to another route,
-// without the headers that the first handler has removed and without its context. A
-// caller that asked to act as another user must not be sent as itself then.
-func TestActAs_IsRememberedInOtherRoutes(t *testing.T) {
-	for _, first := range []string{caddyfile.Authorize, caddyfile.Reject} {
-		for _, second := range []string{caddyfile.Authorize, caddyfile.Reject} {
-			for _, headers := range [][]string{{"Impersonate-User", "bob"}, nil} {
-				r := proxytest.NewRequest("GET", "http://k8s/api", headers...)
-				r = r.WithContext(context.WithValue(r.Context(), caddyhttp.VarsCtxKey, make(map[string]any)))
-				proxytest.Serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: first}, proxytest.AliceNode()), r)
-				resp, got := proxytest.Serve(t, newHandler(t, caddyfile.Config{ClientImpersonation: second}, proxytest.AliceNode()), r)
-				if headers == nil {
-					if got == nil {
-						t.Errorf("%s, then %s: a request that asks for nothing is answered %s", first, second, resp.Status)
-					}
-					continue
-				}
-				if got != nil {
-					t.Errorf("%s, then %s: sent with %v", first, second, proxytest.Protected(got.Header))
-				}
-				proxytest.CheckRefused(t, resp, proxytest.Forbidden, "another tailscale_impersonate", "Impersonate-User")
-			}
-		}
 	}
 }
 

@@ -227,23 +227,6 @@ func TestPlaceholders_GroupsAreNotExpanded(t *testing.T) {
 	}
 }
 
-// Placeholders that another authentication handler has set are replaced: the access log
-// must name the user that the API server is told of.
-func TestPlaceholders_ReplaceOtherAuthentication(t *testing.T) {
-	h := newHandler(t, caddyfile.Config{Capability: "example.com/cap/none"}, proxytest.NewChangingNode().Node)
-	r := proxytest.NewConn()()
-	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
-	repl.Set("http.auth.user.id", "another user")
-	if err := h.ServeHTTP(proxytest.NoAnswer{}, r, proxytest.NextFunc(func(*http.Request) {})); err != nil {
-		t.Fatal(err)
-	}
-	for name, want := range map[string]string{"http.auth.user.id": "alice@example.com", "http.tailscale_impersonate.groups": "", "http.tailscale_impersonate.source": "none"} {
-		if got, _ := repl.GetString(name); got != want {
-			t.Errorf("{%s} is %q; want %q", name, got, want)
-		}
-	}
-}
-
 // knownNode returns a node that also knows the IDs of alice and her laptop.
 func knownNode() *tailnet.Node {
 	who := proxytest.WhoIs(proxytest.Readers)

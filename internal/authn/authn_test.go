@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package authn
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"tailscale.com/client/tailscale/apitype"
+	"tailscale.com/tailcfg"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+)
+
+// A request does not wait long for a node that does not answer.
+func TestAuthenticate_SilentNodeIsUnavailable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		node := proxytest.AliceNode()
+		node.Ask = func(ctx context.Context, _, _ netip.Addr) (*apitype.WhoIsResponse, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+		start := time.Now()
+		resp, got := proxytest.Serve(t, newServer(t, Options{}, node), proxytest.NewRequest("GET", "http://k8s/api"))
+		if got != nil {
+			t.Error("the next handler was called")
+		}
+		proxytest.CheckRefused(t, resp, proxytest.TryAgain, `"k8s"`, proxytest.AliceAddr, "deadline exceeded")
+		if d := time.Since(start); d != tailnet.WhoIsTimeout {
+			t.Errorf("refused after %v; want %v", d, tailnet.WhoIsTimeout)
+		}
+	})
+}
+
+// A tailnet may give the address of a device that left to another one.
+func TestCache_ReassignedAddressIsAskedAnew(t *testing.T) {
+	node := proxytest.NewChangingNode()
+	h := newServer(t, Options{CacheTTL: time.Hour}, node.Node)
+	proxytest.CheckUser(t, h, proxytest.NewConn()(), "alice@example.com")
+	node.Says(proxytest.WhoIsMallory(), nil)
+	proxytest.CheckUser(t, h, proxytest.NewConn()(), "mallory@example.com")
+	node.Says(nil, tailnet.ErrPeerNotFound)
+	proxytest.CheckUser(t, h, proxytest.NewConn()(), "")
+}
+
+func TestCache_ConnectionSharesAnswerForTTL(t *testing.T) {
+	const ttl = 10 * time.Second
+	synctest.Test(t, func(t *testing.T) {
+		node := proxytest.NewChangingNode()
+		h := newServer(t, Options{CacheTTL: ttl}, node.Node)
+		request := proxytest.NewConn()
+		for range 3 {
+			proxytest.CheckUser(t, h, request(), "alice@example.com")
+		}
+		if node.Asked() != 1 {
+			t.Errorf("three requests asked %d times; want once", node.Asked())
+		}
+		node.Says(proxytest.WhoIsMallory(), nil)
+		time.Sleep(ttl - time.Nanosecond)
+		proxytest.CheckUser(t, h, request(), "alice@example.com")
+		time.Sleep(time.Nanosecond)
+		proxytest.CheckUser(t, h, request(), "mallory@example.com")
+		node.Says(nil, errors.New("no answer"))
+		time.Sleep(ttl)
+		proxytest.CheckUser(t, h, request(), "")
+	})
+}
+
+func TestCache_DisabledAsksForEachRequest(t *testing.T) {
+	node := proxytest.NewChangingNode()
+	h := newServer(t, Options{CacheTTL: 0}, node.Node)
+	request := proxytest.NewConn()
+	proxytest.CheckUser(t, h, request(), "alice@example.com")
+	node.Says(proxytest.WhoIsMallory(), nil)
+	proxytest.CheckUser(t, h, request(), "mallory@example.com")
+}
+
+// Handlers with other options decide separately about requests on the same connection.
+func TestCache_HandlersOnOneConnectionDecideSeparately(t *testing.T) {
+	node := proxytest.NewChangingNode()
+	who := proxytest.WhoIs(proxytest.Readers)
+	who.CapMap["example.com/cap/staging"] = []tailcfg.RawMessage{`{"impersonate":{"groups":["staging"]}}`}
+	node.Says(who, nil)
+	production := newServer(t, Options{CacheTTL: time.Hour}, node.Node)
+	staging := newServer(t, Options{CacheTTL: time.Hour, Capabilities: []tailcfg.PeerCapability{"example.com/cap/staging"}}, node.Node)
+	request := proxytest.NewConn()
+	for range 2 {
+		for h, group := range map[server]string{production: "tailnet-readers", staging: "staging"} {
+			_, got := proxytest.Serve(t, h, request())
+			if got == nil || !slices.Equal(got.Header["Impersonate-Group"], []string{group}) {
+				t.Errorf("passed on in the wrong groups; want %s: %+v", group, got)
+			}
+		}
+	}
+}
+
+var (
+	nodeAddr  = netip.MustParseAddr(proxytest.NodeAddr)
+	aliceAddr = netip.MustParseAddr(proxytest.AliceAddr)
+)
+
+// What changes while a node answers may be missing from its answer.
+func TestResolve_DecisionIsAsOldAsItsQuestion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		node := proxytest.AliceNode()
+		answer := node.Ask
+		node.Ask = func(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
+			time.Sleep(time.Second) // of the bubble's clock
+			return answer(ctx, remote, local)
+		}
+		began := time.Now()
+		caller, err := newServer(t, Options{}, node).resolve(t.Context(), peerKey{node, aliceAddr, nodeAddr}).caller()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !caller.Asked.Equal(began) {
+			t.Errorf("asked %v after the question; want no difference", caller.Asked.Sub(began))
+		}
+	})
+}
+
+// Open requests end at once if their caller is unknown, and late if that cannot be
+// found out. Only the first is forbidden.
+func TestIdentify_UnknownPeerIsAnError(t *testing.T) {
+	elsewhere := proxytest.AliceNode()
+	elsewhere.Addrs = func() (ip4, ip6 netip.Addr) { return netip.MustParseAddr("100.64.0.9"), netip.Addr{} }
+	offline := proxytest.AliceNode()
+	offline.Addrs = func() (ip4, ip6 netip.Addr) { return }
+	for _, tt := range []struct {
+		name  string
+		node  *tailnet.Node
+		final bool
+	}{
+		{"the node has another address now", elsewhere, true},
+		{"the node is not connected", offline, false},
+		{"the peer is gone", proxytest.NewNode(nil, tailnet.ErrPeerNotFound), true},
+		{"the node does not answer", proxytest.NewNode(nil, errors.New("no LocalAPI")), false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			id, err := newServer(t, Options{}, tt.node).Identify(t.Context(), aliceAddr, nodeAddr, time.Now())
+			if id != nil || err == nil || apierrors.IsForbidden(err) != tt.final {
+				t.Errorf("got %+v and error %v; want an error, forbidden: %v", id, err, tt.final)
+			}
+		})
+	}
+}
+
+// A cached answer from before the recheck would hold a grant that was withdrawn since.
+func TestIdentify_AsksAgain(t *testing.T) {
+	node := proxytest.NewChangingNode()
+	a := newServer(t, Options{CacheTTL: time.Hour}, node.Node)
+	groups := func() []string {
+		t.Helper()
+		id, err := a.Identify(t.Context(), aliceAddr, nodeAddr, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return id.Groups
+	}
+	if diff := cmp.Diff([]string{"tailnet-readers"}, groups()); diff != "" {
+		t.Errorf("groups (-want +got):\n%s", diff)
+	}
+	node.Says(proxytest.WhoIs(), nil)
+	if diff := cmp.Diff([]string(nil), groups()); diff != "" {
+		t.Errorf("groups after the grant was withdrawn (-want +got):\n%s", diff)
+	}
+}
