@@ -173,3 +173,20 @@ func TestIdentify_AsksAgain(t *testing.T) {
 		t.Errorf("groups after the grant was withdrawn (-want +got):\n%s", diff)
 	}
 }
+
+// An answer that was asked for before a caller was dropped is not cached.
+func TestForget_DuringLookupIsNotCached(t *testing.T) {
+	n := proxytest.NewChangingNode()
+	h := newServer(t, Options{CacheTTL: time.Hour}, n.Node)
+	answer := n.Ask
+	n.Ask = func(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
+		who, err := answer(ctx, remote, local)
+		n.Ask = answer
+		h.Forget(remote, local)
+		n.Says(proxytest.WhoIsMallory(), nil)
+		return who, err
+	}
+	request := proxytest.NewConn()
+	proxytest.CheckUser(t, h, request(), "alice@example.com")
+	proxytest.CheckUser(t, h, request(), "mallory@example.com")
+}
