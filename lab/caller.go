@@ -88,7 +88,7 @@ func (c *Caller) serveProxy(logf func(string, ...any)) (err error) {
 	}
 	password := rand.Text()
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
-		return dialPatiently(ctx, c.Server, network, address, logf)
+		return c.dialPatiently(ctx, network, address, logf)
 	}
 	proxy := &socks5.Server{Logf: logf, Dialer: dial, Username: c.Name, Password: password}
 	go func() { _ = proxy.Serve(c.socks) }() // until the listener is closed
@@ -177,11 +177,11 @@ func peersOf(ctx context.Context, node *tsnet.Server) string {
 const patience = 20 * time.Second
 
 // dialPatiently is [Dial] for kubectl, which does not retry. It logs failures.
-func dialPatiently(ctx context.Context, node *tsnet.Server, network, address string, logf func(string, ...any)) (net.Conn, error) {
+func (c *Caller) dialPatiently(ctx context.Context, network, address string, logf func(string, ...any)) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 	defer cancel()
 	began := time.Now()
-	conn, err := Dial(ctx, node, network, address)
+	conn, err := c.Dial(ctx, network, address)
 	if took := time.Since(began); err != nil || took > dialAttempt {
 		logf("%s: for kubectl: dialing %s took %v: %v", time.Now().Format(time.RFC3339Nano), address, took, err)
 	}

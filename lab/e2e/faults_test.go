@@ -97,7 +97,12 @@ func TestFaults_ChangedTagsChangeIdentity(t *testing.T) {
 		if err := theLab.Headscale.SetTags(t.Context(), "tagger", "tag:k8s-ops"); err != nil {
 			t.Fatal(err)
 		}
-		wantEnded(t, watch, log, name, "is no longer in group tag:k8s-readers")
+		select {
+		case <-watch.ended:
+		case <-time.After(revokedWithin):
+			t.Errorf("the watch of %s is still open after %v", name, revokedWithin)
+		}
+		wantLogged(t, log, name, "is no longer in group tag:k8s-readers")
 		wantIdentity(t, device, name, "ops")
 		l.wantProgress(t, "tagger", "bob", "carol")
 		l.wantOnlyOK(t, "bob", "carol")
@@ -206,17 +211,6 @@ func leave(t *testing.T, device *lab.Caller) {
 	if err := device.Stop(); err != nil {
 		t.Fatal(err)
 	}
-}
-
-// wantEnded waits until a watch has ended, for a reason that the log names.
-func wantEnded(t *testing.T, watch *session, log *tailed, user, reason string) {
-	t.Helper()
-	select {
-	case <-watch.ended:
-	case <-time.After(revokedWithin):
-		t.Errorf("the watch of %s is still open after %v", user, revokedWithin)
-	}
-	wantLogged(t, log, user, reason)
 }
 
 // wantLogged waits until the log says that open requests of a user were ended, and why.

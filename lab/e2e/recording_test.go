@@ -42,16 +42,13 @@ func startSessionRecorder(ctx context.Context) error {
 	if sessions, err = sessionrecorder.Start(ctx, theLab); err != nil {
 		return err
 	}
-	for _, grant := range []struct {
-		login, recorder string
-		enforce         bool
-	}{
-		{"fay@example.com", sessions.Addr.String(), false},
-		{"gus@example.com", sessions.Addr.String(), true},
-		{"hal@example.com", absentRecorder, true},
-		{"ida@example.com", absentRecorder, false},
+	for _, grant := range []sessionrecorder.Grant{
+		{Login: "fay@example.com", Group: masters(), Recorder: sessions.Addr.String()},
+		{Login: "gus@example.com", Group: masters(), Recorder: sessions.Addr.String(), Enforce: true},
+		{Login: "hal@example.com", Group: masters(), Recorder: absentRecorder, Enforce: true},
+		{Login: "ida@example.com", Group: masters(), Recorder: absentRecorder},
 	} {
-		if theLab.Policy, err = sessionrecorder.Grant(theLab.Policy, grant.login, masters(), grant.recorder, grant.enforce); err != nil {
+		if theLab.Policy, err = grant.AddTo(theLab.Policy); err != nil {
 			return err
 		}
 	}
@@ -143,8 +140,11 @@ func recorded(t *testing.T) (*recordertest.Recording, cast) {
 	return taken[0], parseCast(t, taken[0].Bytes())
 }
 
+// recordedSession describes a session in the header of its recording.
+type recordedSession struct{ pod, kind, command string }
+
 // checkHeader checks the caller and the session that a recording's header names.
-func checkHeader(t *testing.T, got sessionrecording.CastHeader, caller, pod, kind, command string) {
+func checkHeader(t *testing.T, got sessionrecording.CastHeader, caller string, s recordedSession) {
 	t.Helper()
 	if age := time.Since(time.Unix(got.Timestamp, 0)); age < 0 || age > time.Minute {
 		t.Errorf("the recording's timestamp is %v ago", age)
@@ -153,10 +153,10 @@ func checkHeader(t *testing.T, got sessionrecording.CastHeader, caller, pod, kin
 		t.Errorf("the recording lacks the node's or the user's ID: %+v", got)
 	}
 	want := sessionrecording.CastHeader{
-		Version: 2, Width: got.Width, Height: got.Height, Timestamp: got.Timestamp, Command: command,
+		Version: 2, Width: got.Width, Height: got.Height, Timestamp: got.Timestamp, Command: s.command,
 		SrcNode: caller + "." + lab.Domain, SrcNodeID: got.SrcNodeID, SrcNodeUser: caller + "@example.com", SrcNodeUserID: got.SrcNodeUserID,
 		Env:        map[string]string{},
-		Kubernetes: &sessionrecording.Kubernetes{PodName: pod, Namespace: "default", Container: got.Kubernetes.Container, SessionType: kind},
+		Kubernetes: &sessionrecording.Kubernetes{PodName: s.pod, Namespace: "default", Container: got.Kubernetes.Container, SessionType: s.kind},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("the recording's header (-want +got):\n%s", diff)
@@ -242,7 +242,7 @@ func TestRecording_MatchesTerminal(t *testing.T) {
 				if recording.Version != v.version {
 					t.Errorf("the recorder's protocol version was %d; want %d", recording.Version, v.version)
 				}
-				checkHeader(t, got.header, "gus", lab.Pod, "exec", "sh -c "+script)
+				checkHeader(t, got.header, "gus", recordedSession{lab.Pod, "exec", "sh -c " + script})
 				if got.header.Width != 100 || got.header.Height != 30 {
 					t.Errorf("the recording starts with %dx%d; want 100x30", got.header.Width, got.header.Height)
 				}
@@ -272,7 +272,7 @@ func TestRecording_OfSessionWithoutTerminal(t *testing.T) {
 				t.Errorf("%s: exit code %d, output %q, error output %q", caller, code, out.String(), errOut.String())
 			}
 			_, got := recorded(t)
-			checkHeader(t, got.header, caller, lab.Pod, "exec", "sh -c cat; echo problem >&2; exit 42")
+			checkHeader(t, got.header, caller, recordedSession{lab.Pod, "exec", "sh -c cat; echo problem >&2; exit 42"})
 			if got.output != "what is read\nproblem\n" && got.output != "problem\nwhat is read\n" {
 				t.Errorf("%s: recorded %q", caller, got.output)
 			}
@@ -294,7 +294,7 @@ func TestRecording_OfAttach(t *testing.T) {
 		}
 		s.stop()
 		_, got := recorded(t)
-		checkHeader(t, got.header, "gus", pod, "attach", "")
+		checkHeader(t, got.header, "gus", recordedSession{pod, "attach", ""})
 		if want := "heard one\nheard two\n"; got.output != want {
 			t.Errorf("recorded %q; want %q", got.output, want)
 		}
@@ -590,7 +590,7 @@ func TestRecording_ToFiles(t *testing.T) {
 				return err
 			}
 			got := parseCast(t, b)
-			checkHeader(t, got.header, "alice", lab.Pod, "exec", "echo kept")
+			checkHeader(t, got.header, "alice", recordedSession{lab.Pod, "exec", "echo kept"})
 			if got.output != "kept\n" {
 				t.Errorf("recorded %q", got.output)
 			}

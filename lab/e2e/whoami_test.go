@@ -102,11 +102,18 @@ func (b *browser) open(t *testing.T, url string, args ...string) string {
 	return out.String()
 }
 
+// screenshot describes a screenshot of a page.
+type screenshot struct {
+	name string // of the file
+	size image.Point
+	args []string // for the browser
+}
+
 // shoot takes a screenshot of a page.
-func (b *browser) shoot(t *testing.T, url, name string, width, height int, args ...string) image.Image {
+func (b *browser) shoot(t *testing.T, url string, s screenshot) image.Image {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "page.png")
-	b.open(t, url, append(args, fmt.Sprintf("--window-size=%d,%d", width, height), "--screenshot="+file)...)
+	b.open(t, url, append(s.args, fmt.Sprintf("--window-size=%d,%d", s.size.X, s.size.Y), "--screenshot="+file)...)
 	if *screenshots != "" {
 		root, err := lab.Root()
 		if err != nil {
@@ -116,7 +123,7 @@ func (b *browser) shoot(t *testing.T, url, name string, width, height int, args 
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(root, *screenshots, name+".png"), picture, 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(root, *screenshots, s.name+".png"), picture, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -153,17 +160,15 @@ func TestWhoami_BrowserShowsUser(t *testing.T) {
 	// The corner has the page's background colour, so the browser has applied the
 	// page's style, both light and dark.
 	for _, tt := range []struct {
-		name          string
-		width, height int
-		args          []string
-		want          color.NRGBA
+		screenshot
+		want color.NRGBA
 	}{
-		{"whoami-light", 900, 1450, nil, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
-		{"whoami-dark", 900, 1450, []string{"--blink-settings=preferredColorScheme=0"}, color.NRGBA{0x11, 0x14, 0x1b, 0xff}},
-		{"whoami-phone", 390, 1600, nil, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
+		{screenshot{"whoami-light", image.Pt(900, 1450), nil}, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
+		{screenshot{"whoami-dark", image.Pt(900, 1450), []string{"--blink-settings=preferredColorScheme=0"}}, color.NRGBA{0x11, 0x14, 0x1b, 0xff}},
+		{screenshot{"whoami-phone", image.Pt(390, 1600), nil}, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
 	} {
-		picture := b.shoot(t, whoamiURL, tt.name, tt.width, tt.height, tt.args...)
-		for _, corner := range []image.Point{{1, 1}, {tt.width - 2, tt.height / 2}} {
+		picture := b.shoot(t, whoamiURL, tt.screenshot)
+		for _, corner := range []image.Point{{1, 1}, {tt.size.X - 2, tt.size.Y / 2}} {
 			if got := color.NRGBAModel.Convert(picture.At(corner.X, corner.Y)); got != tt.want {
 				t.Errorf("%s: the page is %v at %v; want %v", tt.name, got, corner, tt.want)
 			}
@@ -179,7 +184,7 @@ func TestWhoami_BrowserShowsRefusal(t *testing.T) {
 			t.Errorf("the page does not say %q", want)
 		}
 	}
-	b.shoot(t, whoamiNarrowURL, "whoami-refused", 900, 990)
+	b.shoot(t, whoamiNarrowURL, screenshot{name: "whoami-refused", size: image.Pt(900, 990)})
 }
 
 // kubectl works with the kubeconfig of the page.

@@ -87,22 +87,16 @@ func start(ctx context.Context, t *testing.T, policy []byte) *Server {
 	return s
 }
 
-// join adds a node to the tailnet.
-func join(ctx context.Context, t *testing.T, s *Server, name, key string) (*tsnet.Server, netip.Addr, error) {
-	node := &tsnet.Server{
-		Dir:        tempdir.New(t),
-		Hostname:   name,
-		ControlURL: s.URL(),
-		AuthKey:    key,
-		Logf:       logger.Discard,
-		UserLogf:   logger.Discard,
-	}
+// join adds a node to the tailnet and returns its address.
+func join(ctx context.Context, t *testing.T, s *Server, node *tsnet.Server) (netip.Addr, error) {
+	node.Dir, node.ControlURL = tempdir.New(t), s.URL()
+	node.Logf, node.UserLogf = logger.Discard, logger.Discard
 	t.Cleanup(func() { node.Close() })
 	if _, err := node.Up(ctx); err != nil {
-		return nil, netip.Addr{}, fmt.Errorf("join as %s: %w", name, err)
+		return netip.Addr{}, fmt.Errorf("join as %s: %w", node.Hostname, err)
 	}
 	ip4, _ := node.TailscaleIPs()
-	return node, ip4, nil
+	return ip4, nil
 }
 
 // whois returns what node knows about the peer with the given address.
@@ -157,7 +151,8 @@ func TestWhoIs_FollowsPolicy(t *testing.T) {
 	var wg sync.WaitGroup
 	for name, key := range map[string]string{"proxy": proxyKey, "laptop": aliceKey, "runner": runnerKey} {
 		wg.Go(func() {
-			server, ip, err := join(ctx, t, s, name, key)
+			server := &tsnet.Server{Hostname: name, AuthKey: key}
+			ip, err := join(ctx, t, s, server)
 			if err != nil {
 				t.Error(err)
 			}
@@ -272,7 +267,7 @@ func TestTailnets_SideBySideShareAddresses(t *testing.T) {
 			t.Fatal(err)
 		}
 		wg.Go(func() {
-			if _, addrs[i], err = join(ctx, t, s, "proxy", key); err != nil {
+			if addrs[i], err = join(ctx, t, s, &tsnet.Server{Hostname: "proxy", AuthKey: key}); err != nil {
 				t.Error(err)
 			}
 		})

@@ -35,14 +35,21 @@ func (e executor) ExecInContainer(ctx context.Context, _, _, _ string, command [
 	}
 	defer e.pod.work.Done()
 	cmd := e.pod.command(command)
+	s := streams{stdin, stdout, stderr}
 	if tty {
-		return exitError(runTTY(ctx, cmd, stdin, stdout, resize))
+		return exitError(runTTY(ctx, cmd, s, resize))
 	}
-	return exitError(run(ctx, cmd, stdin, stdout, stderr))
+	return exitError(run(ctx, cmd, s))
 }
 
-// run runs cmd with pipes for its standard streams, each of which may be nil.
-func run(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout, stderr io.Writer) error {
+// streams are the standard streams of a command. Each may be nil.
+type streams struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+}
+
+// run runs cmd with pipes for its standard streams.
+func run(ctx context.Context, cmd *exec.Cmd, s streams) error {
 	var (
 		theirs []io.Closer // the command's ends of the pipes
 		output sync.WaitGroup
@@ -55,7 +62,7 @@ func run(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout, stderr io.
 	defer closeTheirs()
 
 	var stdinPipe *os.File
-	if stdin != nil {
+	if s.stdin != nil {
 		r, w, err := os.Pipe()
 		if err != nil {
 			return err
@@ -68,7 +75,7 @@ func run(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout, stderr io.
 	for _, stream := range []struct {
 		file *io.Writer
 		to   io.Writer
-	}{{&cmd.Stdout, stdout}, {&cmd.Stderr, stderr}} {
+	}{{&cmd.Stdout, s.stdout}, {&cmd.Stderr, s.stderr}} {
 		if stream.to == nil {
 			continue
 		}
@@ -95,7 +102,7 @@ func run(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout, stderr io.
 		// Do not wait for this: it ends only when the caller closes the stream.
 		go func() {
 			defer stdinPipe.Close()
-			_, _ = io.Copy(stdinPipe, stdin) // fails when the command stops reading
+			_, _ = io.Copy(stdinPipe, s.stdin) // fails when the command stops reading
 		}()
 	}
 	defer output.Wait()
@@ -103,7 +110,7 @@ func run(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout, stderr io.
 }
 
 // runTTY runs cmd on a new terminal.
-func runTTY(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout io.Writer, resize <-chan remotecommand.TerminalSize) error {
+func runTTY(ctx context.Context, cmd *exec.Cmd, s streams, resize <-chan remotecommand.TerminalSize) error {
 	terminal, tty, err := openTerminal()
 	if err != nil {
 		return err
@@ -123,15 +130,16 @@ func runTTY(ctx context.Context, cmd *exec.Cmd, stdin io.Reader, stdout io.Write
 			_ = resizeTerminal(terminal, size) // fails when the command has ended
 		}
 	}()
-	if stdin != nil {
-		go func() { _, _ = io.Copy(terminal, stdin) }() // fails when the command has ended
+	if s.stdin != nil {
+		go func() { _, _ = io.Copy(terminal, s.stdin) }() // fails when the command has ended
 	}
 	var output sync.WaitGroup
 	output.Go(func() {
-		if stdout == nil {
-			stdout = io.Discard
+		out := s.stdout
+		if out == nil {
+			out = io.Discard
 		}
-		copyOutput(ctx, stdout, terminal)
+		copyOutput(ctx, out, terminal)
 	})
 	defer output.Wait()
 	return waitOrKill(ctx, p)

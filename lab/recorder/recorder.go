@@ -97,16 +97,22 @@ func Admit(policy []byte) ([]byte, error) {
 	})
 }
 
-// Grant returns the policy file with another grant: login is in group, and its
-// sessions are recorded at address. If enforce is set, they have to be.
-func Grant(policy []byte, login, group, address string, enforce bool) ([]byte, error) {
+// Grant puts the user Login into Group and has the user's sessions recorded.
+type Grant struct {
+	Login, Group string
+	Recorder     string // host:port
+	Enforce      bool   // whether sessions have to be recorded
+}
+
+// AddTo returns the policy file with the grant added.
+func (g Grant) AddTo(policy []byte) ([]byte, error) {
 	return change(policy, func(p map[string]any) {
 		p["grants"] = append(p["grants"].([]any), map[string]any{
-			"src": []string{login}, "dst": []string{lab.ProxyTag},
+			"src": []string{g.Login}, "dst": []string{lab.ProxyTag},
 			"app": map[string]any{"tailscale.com/cap/kubernetes": []any{map[string]any{
-				"impersonate":     map[string]any{"groups": []string{group}},
-				"recorderAddrs":   []string{address}, // Headscale does not resolve recorder tags
-				"enforceRecorder": enforce,
+				"impersonate":     map[string]any{"groups": []string{g.Group}},
+				"recorderAddrs":   []string{g.Recorder}, // Headscale does not resolve recorder tags
+				"enforceRecorder": g.Enforce,
 			}}},
 		})
 	})

@@ -84,30 +84,41 @@ func run() error {
 			return conn, address, err
 		}
 	}
-	return attackOther(ctx, other, *listen, *ca, options)
+	other.Seen = new(conformance.Recorder)
+	server, err := serve(other.Seen, *listen, *ca)
+	if err != nil {
+		return err
+	}
+	defer closeServer(server)
+	return attackOther(ctx, other, options)
+}
+
+// serve starts a server in place of the API server and writes its certificate to the
+// file ca.
+func serve(seen *conformance.Recorder, listen, ca string) (*httptest.Server, error) {
+	ln, err := net.Listen("tcp", listen)
+	if err != nil {
+		return nil, err
+	}
+	server := httptest.NewUnstartedServer(seen)
+	server.Listener = ln
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	if err := os.WriteFile(ca, certificate(server), 0o600); err != nil {
+		closeServer(server)
+		return nil, err
+	}
+	fmt.Printf("Listening in place of the API server at %s, with the certificate in %s\n\n", server.URL, ca)
+	return server, nil
 }
 
 // attackOther attacks a proxy outside of the lab.
-func attackOther(ctx context.Context, p conformance.Proxy, listen, ca string, options conformance.Options) error {
+func attackOther(ctx context.Context, p conformance.Proxy, options conformance.Options) error {
 	p.Name = p.Address
 	if p.Host == "" {
 		p.Host = p.Address
 	}
 	p.Dial = new(net.Dialer).DialContext
-	p.Seen = new(conformance.Recorder)
-	ln, err := net.Listen("tcp", listen)
-	if err != nil {
-		return err
-	}
-	server := httptest.NewUnstartedServer(p.Seen)
-	server.Listener = ln
-	server.EnableHTTP2 = true
-	server.StartTLS()
-	defer closeServer(server)
-	if err := os.WriteFile(ca, certificate(server), 0o600); err != nil {
-		return err
-	}
-	fmt.Printf("Listening in place of the API server at %s, with the certificate in %s\n\n", server.URL, ca)
 	table := conformance.NewTable(os.Stdout)
 	failures, err := table.Attack(ctx, p, options)
 	if err != nil {

@@ -33,7 +33,7 @@ func showRecording(ctx context.Context, l *lab.Lab) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, r.Stop()) }()
-	policy, err := recorder.Grant(l.Policy, "alice@example.com", "system:masters", r.Addr.String(), true)
+	policy, err := recorder.Grant{Login: "alice@example.com", Group: "system:masters", Recorder: r.Addr.String(), Enforce: true}.AddTo(l.Policy)
 	if err != nil {
 		return err
 	}
