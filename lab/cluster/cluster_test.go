@@ -58,7 +58,7 @@ func start(ctx context.Context, t *testing.T) *Cluster {
 		checkGone(t, pids)
 		for _, name := range []string{dataDir, certsDir} {
 			if _, err := os.Stat(c.path(name)); !errors.Is(err, os.ErrNotExist) {
-				t.Errorf("%s is still there (%v)", c.path(name), err)
+				t.Errorf("%s still exists (%v)", c.path(name), err)
 			}
 		}
 	})

@@ -136,7 +136,7 @@ func TestRun_UnansweredHonestRequestIsError(t *testing.T) {
 		p.Nobody = nobody
 		p.Dial = func(context.Context, string, string) (net.Conn, error) { return nil, io.EOF }
 		if _, err := Run(t.Context(), p, Options{}); err == nil {
-			t.Errorf("an unreachable proxy (nobody: %v): got no error", nobody)
+			t.Errorf("an unreachable proxy (Nobody: %v): got no error", nobody)
 		}
 	}
 }

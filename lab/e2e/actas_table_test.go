@@ -127,7 +127,7 @@ func giveErinRights(t *testing.T) {
 	}
 	t.Cleanup(func() { // the other tests need a proxy without unnecessary rights
 		if _, stderr, err := runKubectl(t, theLab.AdminKubeconfig(), nil, "delete", "clusterrolebinding", "e2e-act-as-proxy", "--ignore-not-found"); err != nil {
-			t.Errorf("taking the proxy's rights away: %v: %s", err, stderr)
+			t.Errorf("removing the proxy's rights: %v: %s", err, stderr)
 		}
 	})
 	direct := erinDirectly(t)

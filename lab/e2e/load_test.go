@@ -72,7 +72,7 @@ func underLoad(t *testing.T, f func(l *load)) {
 	for _, c := range l.callers {
 		t.Logf("%s: answers by status: %v", c.name, c.answers)
 	}
-	eventually(t, "nothing is left of the requests", func() error {
+	eventually(t, "the goroutines of requests have ended", func() error {
 		if after := theFootprint(t); after.module > before.module {
 			return fmt.Errorf("%d goroutines of the module; want at most %d", after.module, before.module)
 		}
@@ -81,7 +81,7 @@ func underLoad(t *testing.T, f func(l *load)) {
 	if !*long {
 		return
 	}
-	within(t, idleFor+30*time.Second, "nothing is left of the connections", func() error {
+	within(t, idleFor+30*time.Second, "the connections of requests are closed", func() error {
 		after := theFootprint(t)
 		if after.caddy > before.caddy || after.upstream > before.upstream {
 			return fmt.Errorf("%d goroutines of Caddy's and %d connections to the upstream; want at most %d and %d", after.caddy, after.upstream, before.caddy, before.upstream)

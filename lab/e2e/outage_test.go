@@ -38,7 +38,7 @@ func TestOutage_ReplacedTokenFailsNoRequest(t *testing.T) {
 
 func TestOutage_ReplacedTokenIsUsedWithinMinute(t *testing.T) {
 	if !*long {
-		t.Skip("it takes more than a minute: run with -long")
+		t.Skip("takes more than a minute: run with -long")
 	}
 	testReplacedToken(t, func(*asking) {})
 }

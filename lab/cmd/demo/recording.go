@@ -60,7 +60,7 @@ func showRecording(ctx context.Context, l *lab.Lab) (err error) {
 	output, err := execAs(ctx, l, "alice", "echo 'this does not run'")
 	var failed *exec.ExitError
 	if !errors.As(err, &failed) {
-		return fmt.Errorf("kubectl exec went through without the recorder: %w", err)
+		return fmt.Errorf("kubectl exec succeeded without the recorder: %w", err)
 	}
 	fmt.Printf("\nWhen the recorder fails, nothing runs, and kubectl says:\n\n\t%s\n", strings.TrimSpace(output))
 	return nil
