@@ -22,19 +22,19 @@ type Conn struct {
 	Remote netip.AddrPort
 	// Local is the address that the peer dialled: one of the accepting node's.
 	Local netip.Addr
-	// Accepted is when the connection was accepted. What was known about Remote
-	// before may be about another peer.
+	// Accepted is when the connection was accepted. An answer about Remote from before
+	// that may be about another peer.
 	Accepted time.Time
-	// Note is for whoever decides about the requests on the connection, to find
-	// again what it decided. It always holds values of one type.
+	// Note caches what was decided about requests on the connection. It only ever holds
+	// values of one type.
 	Note atomic.Value
 
-	// end is what End does.
+	// end implements End.
 	end func(cause error)
 }
 
-// End ends every request on the connection, whose contexts say cause, and closes
-// it. It does not wait.
+// End cancels the contexts of all requests on the connection, with cause, and closes the
+// connection. It does not wait.
 func (c *Conn) End(cause error) {
 	if c.end != nil {
 		c.end(cause)
@@ -46,8 +46,8 @@ type connKey struct{}
 // connOrError is what [ConnContext] leaves in a connection's context.
 type connOrError struct {
 	conn *Conn
-	// err is why the connection is no tsnet node's, nil if it is. conn is then
-	// nil, or the socket of the host that the connection ends in.
+	// err says why the connection is not a tsnet node's. conn is then nil, or the
+	// socket of the host at the bottom of the connection.
 	err error
 }
 
@@ -63,28 +63,27 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 		return context.WithValue(ctx, connKey{}, connOrError{err: err})
 	}
 	conn.Accepted = time.Now()
-	// Nobody has to call cancel for a connection that ends by itself: the
-	// server's context, which ctx comes from, is never done and so keeps no list
-	// of those that wait for it.
+	// A connection that ends by itself does not call cancel. That leaks nothing: the
+	// server's context, the parent, is never done and keeps no list of its children.
 	ctx, cancel := context.WithCancelCause(ctx)
 	conn.end = func(cause error) {
 		cancel(cause)
-		// TLS takes leave of its peer, who may not be reading.
+		// Closing TLS writes to the peer, which may not be reading.
 		go func() { _ = c.Close() }()
 	}
 	return context.WithValue(ctx, connKey{}, connOrError{conn, err})
 }
 
-// WithConn returns a copy of ctx in which a connection was accepted now, from remote
-// to local. It is ended by the connection's End.
+// WithConn returns a copy of ctx with a connection from remote to local that is accepted
+// now. The connection's End cancels it.
 func WithConn(ctx context.Context, remote netip.AddrPort, local netip.Addr) context.Context {
 	conn := &Conn{Remote: remote, Local: local, Accepted: time.Now()}
 	ctx, conn.end = context.WithCancelCause(ctx)
 	return context.WithValue(ctx, connKey{}, connOrError{conn: conn})
 }
 
-// ConnFrom returns the tailnet connection that a request with this context came
-// on. It is an error if the connection came in any other way.
+// ConnFrom returns the tailnet connection that a request with this context came on. It is
+// an error if the request came in any other way.
 func ConnFrom(ctx context.Context) (*Conn, error) {
 	v, ok := ctx.Value(connKey{}).(connOrError)
 	if !ok {
@@ -97,9 +96,9 @@ func ConnFrom(ctx context.Context) (*Conn, error) {
 }
 
 // HostConnFrom returns the socket of the host that a request with this context
-// came on, for a server that listens on the tailnet address which the host's own
-// Tailscale daemon has given to the host. It is an error if the connection is a
-// tsnet node's, or came through a wrapper that may have rewritten addresses.
+// came on, for a server that listens on the tailnet address of the host, which the host's
+// own Tailscale daemon manages. It is an error if the connection is a tsnet node's, or
+// came through a wrapper that may have rewritten addresses.
 func HostConnFrom(ctx context.Context) (*Conn, error) {
 	v, ok := ctx.Value(connKey{}).(connOrError)
 	switch {
@@ -115,13 +114,12 @@ func HostConnFrom(ctx context.Context) (*Conn, error) {
 
 var errNotRecorded = errors.New("the connection was accepted by a server that does not record where connections come from")
 
-// accepted returns the tailnet connection at the bottom of c. If that is a socket
-// of the host, it returns that together with an error.
+// accepted returns the tailnet connection at the bottom of c. If that is a socket of the
+// host, it returns the socket together with an error.
 //
-// The layers that it takes off are crypto/tls's and Caddy's own, which pass the
-// addresses on as they are. Any other layer might not: the PROXY protocol's
-// reports the remote address that its client wrote. Such a connection is
-// refused, as is one that ends in a socket of the host.
+// It removes the layers of crypto/tls and of Caddy, which do not change addresses. Any
+// other layer may: that of the PROXY protocol reports the remote address that the client
+// wrote. Such a connection is refused, as is one that ends in a socket of the host.
 func accepted(c net.Conn) (*Conn, error) {
 	for {
 		switch layer := c.(type) {
@@ -141,9 +139,9 @@ func accepted(c net.Conn) (*Conn, error) {
 				inner, _ = embedded(c, "Conn").(net.Conn)
 			}
 			if inner == nil {
-				// Not even its address is asked for: with the PROXY protocol, the
-				// answer waits for the client, and the server accepts nobody else
-				// meanwhile.
+				// Do not ask for its address either: the PROXY protocol's layer
+				// waits until the client sends one, and the server accepts no
+				// other connection meanwhile.
 				return nil, fmt.Errorf("the connection was not accepted by a tailnet node (it is a %T)", c)
 			}
 			c = inner
@@ -160,17 +158,16 @@ func tailnetConn(c net.Conn) (*Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("local address of a tailnet connection: %w", err)
 	}
-	// An IPv4-mapped IPv6 address is the IPv4 address: nodes and WhoIs know
-	// only that form.
+	// Nodes and WhoIs know an IPv4-mapped IPv6 address only as IPv4.
 	return &Conn{
 		Remote: netip.AddrPortFrom(remote.Addr().Unmap(), remote.Port()),
 		Local:  local.Addr().Unmap(),
 	}, nil
 }
 
-// addrPort returns the address and port that a is. It is an error if there is
-// none: a connection that its peer has reset by now no longer has a remote
-// address, and a panic here, in the server's accept loop, would end Caddy.
+// addrPort parses a. It is an error if a is nil: a connection that its peer has reset
+// has no remote address any more. A panic here, in the server's accept loop, would end
+// Caddy.
 func addrPort(a net.Addr) (netip.AddrPort, error) {
 	if a == nil {
 		return netip.AddrPort{}, errors.New("the connection has ended already")
@@ -188,9 +185,8 @@ func isCaddys(v any) bool {
 	return t.PkgPath() == "github.com/caddyserver/caddy/v2/modules/caddyhttp"
 }
 
-// embedded returns the value of v's embedded field of that name, or nil. It is
-// how a wrapper without an Unwrap method is looked into, and the only place
-// that looks into other packages' types.
+// embedded returns the value of v's embedded field of that name, or nil. It unwraps what
+// has no Unwrap method, and is the only function that looks into types of other packages.
 func embedded(v any, name string) any {
 	s := reflect.Indirect(reflect.ValueOf(v))
 	if s.Kind() != reflect.Struct {

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package tailnet
+package tailnet_test
 
 import (
 	"context"
 	"crypto/tls"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,21 +12,35 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	_ "github.com/caddyserver/caddy/v2/modules/filestorage"
 	"github.com/google/go-cmp/cmp"
 	"github.com/pires/go-proxyproto"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"tailscale.com/ipn"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+)
+
+var (
+	node4 = netip.MustParseAddr(proxytest.NodeAddr)
+	node6 = netip.MustParseAddr(proxytest.NodeAddr6)
+	peer4 = netip.MustParseAddr(proxytest.AliceAddr)
+	peer6 = netip.MustParseAddr(proxytest.AliceAddr6)
+
+	// All of 127.0.0.0/8 is the host's.
+	hostAddr  = netip.MustParseAddr("127.0.0.2")
+	guestAddr = netip.MustParseAddr("127.0.0.3")
 )
 
 // equateConns compares where connections come from, not when.
-var equateConns = cmp.Comparer(func(a, b *Conn) bool {
+var equateConns = cmp.Comparer(func(a, b *tailnet.Conn) bool {
 	if a == nil || b == nil {
 		return a == b
 	}
@@ -37,8 +50,8 @@ var equateConns = cmp.Comparer(func(a, b *Conn) bool {
 // refusedConn fails t unless c is refused with an error that mentions mention.
 func refusedConn(t *testing.T, c net.Conn, mention string) {
 	t.Helper()
-	got, err := ConnFrom(ConnContext(t.Context(), c))
-	if diff := cmp.Diff((*Conn)(nil), got, equateConns); diff != "" {
+	got, err := tailnet.ConnFrom(tailnet.ConnContext(t.Context(), c))
+	if diff := cmp.Diff((*tailnet.Conn)(nil), got, equateConns); diff != "" {
 		t.Errorf("got a tailnet connection; want the zero one (-want +got):\n%s", diff)
 	}
 	if err == nil {
@@ -48,7 +61,7 @@ func refusedConn(t *testing.T, c net.Conn, mention string) {
 	}
 }
 
-func TestTailnetConnectionIsAccepted(t *testing.T) {
+func TestConnFrom_TailnetConnection(t *testing.T) {
 	for _, tt := range []struct {
 		name       string
 		peer, node netip.Addr
@@ -57,8 +70,8 @@ func TestTailnetConnectionIsAccepted(t *testing.T) {
 		{"IPv6", peer6, node6},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			dialled, accepted := connect(t, tt.peer, tt.node)
-			want := &Conn{
+			dialled, accepted := proxytest.Connect(t, tt.peer.String(), tt.node.String())
+			want := &tailnet.Conn{
 				Remote: netip.MustParseAddrPort(dialled.LocalAddr().String()),
 				Local:  tt.node,
 			}
@@ -70,7 +83,7 @@ func TestTailnetConnectionIsAccepted(t *testing.T) {
 				"in TLS":        tls.Server(accepted, nil),
 				"in TLS in TLS": tls.Server(tls.Server(accepted, nil), nil),
 			} {
-				got, err := ConnFrom(ConnContext(t.Context(), c))
+				got, err := tailnet.ConnFrom(tailnet.ConnContext(t.Context(), c))
 				if err != nil {
 					t.Errorf("%s: %v", name, err)
 				}
@@ -82,20 +95,20 @@ func TestTailnetConnectionIsAccepted(t *testing.T) {
 	}
 }
 
-// embedding is a wrapper as listener wrappers of other Caddy plugins return them.
+// embedding is a wrapper such as listener wrappers of other Caddy plugins return.
 type embedding struct{ net.Conn }
 
-// embeddingNode looks as if it were a tailnet connection.
+// embeddingNode looks like a tailnet connection.
 type embeddingNode struct{ *gonet.TCPConn }
 
-// unwrapping is a wrapper that shows what is in it, by the methods in use.
+// unwrapping is a wrapper that shows what it wraps, by the usual methods.
 type unwrapping struct{ net.Conn }
 
 func (u unwrapping) Unwrap() net.Conn                         { return u.Conn }
 func (u unwrapping) NetConn() net.Conn                        { return u.Conn }
 func (u unwrapping) ConnectionState() (s tls.ConnectionState) { return s }
 
-// claiming says of a connection that its addresses are others.
+// claiming is a wrapper that claims other addresses.
 type claiming struct {
 	net.Conn
 	remote, local string
@@ -109,8 +122,8 @@ func (a address) String() string { return string(a) }
 func (c claiming) RemoteAddr() net.Addr { return address(c.remote) }
 func (c claiming) LocalAddr() net.Addr  { return address(c.local) }
 
-func TestUnknownWrapperIsRefused(t *testing.T) {
-	_, accepted := connect(t, peer4, node4)
+func TestConnFrom_UnknownWrapperIsRefused(t *testing.T) {
+	_, accepted := proxytest.Connect(t, proxytest.AliceAddr, proxytest.NodeAddr)
 	for name, c := range map[string]net.Conn{
 		"embedded":                 embedding{accepted},
 		"embedded, by pointer":     &embedding{accepted},
@@ -130,9 +143,9 @@ func TestUnknownWrapperIsRefused(t *testing.T) {
 	}
 }
 
-// A listener wrapper for the PROXY protocol has the client write who it is.
-func TestProxyProtocolIsRefused(t *testing.T) {
-	dialled, accepted := connect(t, peer4, node4)
+// With the PROXY protocol, the client writes its own address.
+func TestConnFrom_ProxyProtocolIsRefused(t *testing.T) {
+	dialled, accepted := proxytest.Connect(t, proxytest.AliceAddr, proxytest.NodeAddr)
 	if _, err := dialled.Write([]byte("PROXY TCP4 100.64.0.3 100.64.0.1 1 443\r\n")); err != nil {
 		t.Fatal(err)
 	}
@@ -160,24 +173,24 @@ func (c addressless) LocalAddr() net.Addr {
 	return nil
 }
 
-// The PROXY protocol's wrapper knows no address before its client has sent one, and
-// whoever asks waits for that: here, the loop in which the server accepts everybody.
-func TestAClientThatSaysNothingDoesNotHoldUpTheServer(t *testing.T) {
-	_, accepted := connect(t, peer4, node4)
+// The PROXY protocol's wrapper waits for its client before it returns an address. A call
+// would block the loop in which the server accepts all connections.
+func TestConnContext_DoesNotAskWrapperForAddresses(t *testing.T) {
+	_, accepted := proxytest.Connect(t, proxytest.AliceAddr, proxytest.NodeAddr)
 	c := addressless{accepted, t}
 	refusedConn(t, c, "addressless")
 	refusedConn(t, tls.Server(c, nil), "addressless")
 }
 
-// Funnel's traffic comes from the internet, relayed by a node of Tailscale's.
-func TestFunnelIsRefused(t *testing.T) {
-	_, accepted := connect(t, peer4, node4)
+// Traffic of Funnel comes from the internet, relayed by a node of Tailscale's.
+func TestConnFrom_FunnelIsRefused(t *testing.T) {
+	_, accepted := proxytest.Connect(t, proxytest.AliceAddr, proxytest.NodeAddr)
 	funnel := &ipn.FunnelConn{Conn: accepted, Src: netip.MustParseAddrPort("192.0.2.1:1")}
 	refusedConn(t, funnel, "ipn.FunnelConn")
 	refusedConn(t, tls.Server(funnel, nil), "ipn.FunnelConn")
 }
 
-func TestSocketOfTheHostIsRefused(t *testing.T) {
+func TestConnFrom_HostSocketIsRefused(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -210,19 +223,29 @@ func TestSocketOfTheHostIsRefused(t *testing.T) {
 	}
 }
 
-func TestConnectionThatWasNotLookedAtIsRefused(t *testing.T) {
-	got, err := ConnFrom(t.Context())
+// A peer can reset a connection before the server accepts it. gonet then knows no remote
+// address. ConnContext runs in the server's accept loop, where a panic would end Caddy.
+func TestConnContext_ResetConnectionIsAnError(t *testing.T) {
+	c := proxytest.ResetByPeer(t)
+	if addr := c.RemoteAddr(); addr != nil {
+		t.Fatalf("the connection still has the remote address %v, so that the test proves nothing", addr)
+	}
+	refusedConn(t, c, "ended already")
+}
+
+func TestConnFrom_UnrecordedConnectionIsRefused(t *testing.T) {
+	got, err := tailnet.ConnFrom(t.Context())
 	if err == nil {
 		t.Error("got no error; want one")
 	}
-	if diff := cmp.Diff((*Conn)(nil), got, equateConns); diff != "" {
+	if diff := cmp.Diff((*tailnet.Conn)(nil), got, equateConns); diff != "" {
 		t.Errorf("connection (-want +got):\n%s", diff)
 	}
 }
 
 func TestWithConn(t *testing.T) {
-	want := &Conn{Remote: netip.MustParseAddrPort("100.64.0.2:1"), Local: node4}
-	got, err := ConnFrom(WithConn(t.Context(), want.Remote, want.Local))
+	want := &tailnet.Conn{Remote: netip.MustParseAddrPort("100.64.0.2:1"), Local: node4}
+	got, err := tailnet.ConnFrom(tailnet.WithConn(t.Context(), want.Remote, want.Local))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -231,15 +254,15 @@ func TestWithConn(t *testing.T) {
 	}
 }
 
-// WhoIs and the node's own addresses know an IPv4-mapped address as IPv4 only.
-func TestMappedAddressesAreUnmapped(t *testing.T) {
+// WhoIs and the node's own addresses know an IPv4-mapped address only as IPv4.
+func TestConn_MappedAddressesAreUnmapped(t *testing.T) {
 	for _, remote := range []string{"100.64.0.2:1", "[::ffff:100.64.0.2]:1", "[::ffff:6440:2]:1"} {
 		for _, local := range []string{"100.64.0.1:443", "[::ffff:100.64.0.1]:443"} {
-			got, err := tailnetConn(claiming{nil, remote, local})
+			got, err := tailnet.TailnetConn(claiming{nil, remote, local})
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := &Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4}
+			want := &tailnet.Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4}
 			if diff := cmp.Diff(want, got, equateConns); diff != "" {
 				t.Errorf("from %s to %s: connection (-want +got):\n%s", remote, local, diff)
 			}
@@ -247,26 +270,25 @@ func TestMappedAddressesAreUnmapped(t *testing.T) {
 	}
 }
 
-func TestConnectionWithoutUsableAddressIsRefused(t *testing.T) {
+func TestConn_UnusableAddressIsAnError(t *testing.T) {
 	for _, c := range []claiming{
 		{nil, "", "100.64.0.1:443"},
 		{nil, "100.64.0.2", "100.64.0.1:443"},
 		{nil, "100.64.0.2:1", ""},
 		{nil, "100.64.0.2:1", "pipe"},
 	} {
-		got, err := tailnetConn(c)
+		got, err := tailnet.TailnetConn(c)
 		if err == nil {
 			t.Errorf("from %q to %q: got no error; want one", c.remote, c.local)
 		}
-		if diff := cmp.Diff((*Conn)(nil), got, equateConns); diff != "" {
+		if diff := cmp.Diff((*tailnet.Conn)(nil), got, equateConns); diff != "" {
 			t.Errorf("from %q to %q: connection (-want +got):\n%s", c.remote, c.local, diff)
 		}
 	}
 }
 
-// Ending a connection ends the requests on it, and the connection, of a peer that
-// does not read as well.
-func TestEndClosesTheConnectionAndItsRequests(t *testing.T) {
+// End also closes connections whose peer does not read.
+func TestEnd_ClosesConnectionAndRequests(t *testing.T) {
 	for _, layer := range []struct {
 		name string
 		of   func(net.Conn) net.Conn
@@ -275,12 +297,12 @@ func TestEndClosesTheConnectionAndItsRequests(t *testing.T) {
 		{"TLS", func(c net.Conn) net.Conn { return tls.Server(c, nil) }},
 	} {
 		t.Run(layer.name, func(t *testing.T) {
-			dialled, accepted := connect(t, peer4, node4)
-			ctx := ConnContext(t.Context(), layer.of(accepted))
-			if again := ConnContext(ctx, layer.of(accepted)); again != ctx {
-				t.Error("a second handler of the server has the connection looked at again")
+			dialled, accepted := proxytest.Connect(t, proxytest.AliceAddr, proxytest.NodeAddr)
+			ctx := tailnet.ConnContext(t.Context(), layer.of(accepted))
+			if again := tailnet.ConnContext(ctx, layer.of(accepted)); again != ctx {
+				t.Error("a second handler of the server records the connection again")
 			}
-			conn, err := ConnFrom(ctx)
+			conn, err := tailnet.ConnFrom(ctx)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -304,8 +326,8 @@ func TestEndClosesTheConnectionAndItsRequests(t *testing.T) {
 	}
 }
 
-// What embedded must not do: panic on values that it cannot look into.
-func TestEmbeddedFindsNothingWhereNothingIsEmbedded(t *testing.T) {
+// It must not panic on values that it cannot look into.
+func TestEmbedded_FindsNothing(t *testing.T) {
 	type named struct{ Conn net.Conn }
 	type hidden struct{ conn net.Conn }
 	var none *embedding
@@ -318,7 +340,7 @@ func TestEmbeddedFindsNothingWhereNothingIsEmbedded(t *testing.T) {
 		"nothing in it":   embedding{},
 		"other embedding": struct{ error }{errors.New("x")},
 	} {
-		if got := embedded(v, "Conn"); got != nil {
+		if got := tailnet.Embedded(v, "Conn"); got != nil {
 			t.Errorf("%s: got %v; want nothing", name, got)
 		}
 	}
@@ -326,113 +348,129 @@ func TestEmbeddedFindsNothingWhereNothingIsEmbedded(t *testing.T) {
 
 type errConn struct{ net.Conn }
 
-// The layers that Caddy's HTTP server puts around a connection are of types that
-// cannot be named here, so a real server has to make them.
-func TestConnectionInCaddysOwnLayers(t *testing.T) {
+// Caddy's HTTP server wraps connections in types that cannot be named here, so that a
+// real server has to make them.
+func TestConnFrom_CaddysLayers(t *testing.T) {
 	for _, tt := range []struct {
 		name, protocols string
 		layer           string // type of the connection that Caddy hands over
 	}{
-		{"HTTP/1.1 only", `"h1"`, "*caddyhttp.http2Conn"},
-		{"HTTP/2 without TLS only", `"h2c"`, "*caddyhttp.http2Conn"},
-		{"HTTP/1.1 and HTTP/2", `"h1", "h2"`, "*gonet.TCPConn"},
+		{"HTTP/1.1 only", "h1", "*caddyhttp.http2Conn"},
+		{"HTTP/2 without TLS only", "h2c", "*caddyhttp.http2Conn"},
+		{"HTTP/1.1 and HTTP/2", "h1 h2", "*gonet.TCPConn"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			s := newStack(t)
-			seen := serve(t, listen(t, s, node4), tt.protocols)
-			dialled := dial(t, s, peer4, node4)
-			c := <-seen
+			s := proxytest.Config{Server: "protocols " + tt.protocols, Body: "watch"}.Start(t)
+			dialled := s.Dial(t, proxytest.AliceAddr)
+			c := <-watched
 			if got := fmt.Sprintf("%T", c); got != tt.layer {
 				t.Errorf("Caddy handed over a %s; want a %s", got, tt.layer)
 			}
-			got, err := ConnFrom(ConnContext(t.Context(), c))
+			got, err := tailnet.ConnFrom(tailnet.ConnContext(t.Context(), c))
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := &Conn{Remote: netip.MustParseAddrPort(dialled.LocalAddr().String()), Local: node4}
+			want := &tailnet.Conn{Remote: netip.MustParseAddrPort(dialled.LocalAddr().String()), Local: node4}
 			if diff := cmp.Diff(want, got, equateConns); diff != "" {
 				t.Errorf("connection (-want +got):\n%s", diff)
 			}
 		})
 		t.Run(tt.name+"/socket of the host", func(t *testing.T) {
-			ln, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			seen := serve(t, ln, tt.protocols)
-			dialled, err := net.Dial("tcp", ln.Addr().String())
+			s := proxytest.Config{Server: "protocols " + tt.protocols, Bind: "127.0.0.1", Body: "watch"}.Start(t)
+			dialled, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", s.Port))
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer dialled.Close()
-			refusedConn(t, <-seen, "*net.TCPConn")
+			refusedConn(t, <-watched, "*net.TCPConn")
 		})
 	}
 }
 
-// serve has a Caddy server accept from ln and returns the connections that it
-// hands to ConnContext functions.
-func serve(t *testing.T, ln net.Listener, protocols string) <-chan net.Conn {
-	t.Helper()
-	w := &watched{listener: ln, conns: make(chan net.Conn, 1)}
-	current.Store(w)
-	var config caddy.Config
-	err := json.Unmarshal(fmt.Appendf(nil, `{
-		"admin": {"disabled": true, "config": {"persist": false}},
-		"storage": {"module": "file_system", "root": %q},
-		"logging": {"logs": {"default": {"level": "ERROR"}}},
-		"apps": {"http": {"servers": {"test": {
-			"listen": ["watched/test:1"],
-			"protocols": [%s],
-			"automatic_https": {"disable": true},
-			"routes": [{"handle": [{"handler": "watch"}]}]
-		}}}}
-	}`, t.TempDir(), protocols), &config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := caddy.Run(&config); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := caddy.Stop(); err != nil {
-			t.Errorf("stopping Caddy: %v", err)
-		}
-	})
-	return w.conns
-}
+// watch is a handler that hands the connections of its server to watched.
+type watch struct{}
 
-// watched is a server under test: what it accepts from, and where to put the
-// connections that it accepts.
-type watched struct {
-	listener net.Listener
-	conns    chan net.Conn
-}
-
-// current is the server under test; Caddy runs one config at a time.
-var current atomic.Pointer[watched]
+var watched = make(chan net.Conn, 1)
 
 func init() {
-	caddy.RegisterNetwork("watched", func(context.Context, string, string, string, uint, net.ListenConfig) (any, error) {
-		return current.Load().listener, nil
-	})
 	caddy.RegisterModule(new(watch))
+	httpcaddyfile.RegisterHandlerDirective("watch", func(httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+		return new(watch), nil
+	})
+	httpcaddyfile.RegisterDirectiveOrder("watch", httpcaddyfile.Before, "tracing")
 }
-
-// watch is an HTTP handler that looks at connections as ours does.
-type watch struct{}
 
 func (*watch) CaddyModule() caddy.ModuleInfo {
 	return caddy.ModuleInfo{ID: "http.handlers.watch", New: func() caddy.Module { return new(watch) }}
 }
 
 func (*watch) Provision(ctx caddy.Context) error {
-	conns := current.Load().conns
 	ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server).RegisterConnContext(func(ctx context.Context, c net.Conn) context.Context {
-		conns <- c
+		watched <- c
 		return ctx
 	})
 	return nil
 }
 
 func (*watch) ServeHTTP(http.ResponseWriter, *http.Request, caddyhttp.Handler) error { return nil }
+
+// hostConn returns both ends of a connection from guestAddr to hostAddr.
+func hostConn(t *testing.T) (server, client net.Conn) {
+	t.Helper()
+	ln, err := net.Listen("tcp", netip.AddrPortFrom(hostAddr, 0).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	client, err = (&net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(guestAddr, 0))}).DialContext(t.Context(), "tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	server, err = ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { server.Close() })
+	return server, client
+}
+
+func TestHostConnFrom_HostSocket(t *testing.T) {
+	server, client := hostConn(t)
+	ctx := tailnet.ConnContext(t.Context(), server)
+	conn, err := tailnet.HostConnFrom(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if conn.Remote.String() != client.LocalAddr().String() || conn.Local != hostAddr || conn.Accepted.IsZero() {
+		t.Errorf("got %+v; want a connection from %v to %v", conn, client.LocalAddr(), hostAddr)
+	}
+	if got, err := tailnet.ConnFrom(ctx); got != nil || err == nil {
+		t.Errorf("as a tailnet node's connection: got %v, %v; want an error", got, err)
+	}
+
+	conn.End(errors.New("test"))
+	<-ctx.Done()
+	if _, err := client.Read(make([]byte, 1)); err == nil {
+		t.Error("the connection can still be read from after its end")
+	}
+}
+
+func TestHostConnFrom_WrapperIsRefused(t *testing.T) {
+	server, client := hostConn(t)
+	if _, err := client.Write([]byte("PROXY TCP4 127.0.0.9 127.0.0.2 1 443\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]net.Conn{"PROXY protocol": proxyproto.NewConn(server), "unknown": struct{ net.Conn }{server}} {
+		if conn, err := tailnet.HostConnFrom(tailnet.ConnContext(t.Context(), c)); conn != nil || err == nil {
+			t.Errorf("%s: got %v, %v; want an error", name, conn, err)
+		}
+	}
+	if conn, err := tailnet.HostConnFrom(t.Context()); conn != nil || err == nil {
+		t.Errorf("a server that records nothing: got %v, %v; want an error", conn, err)
+	}
+	ctx := tailnet.WithConn(t.Context(), netip.AddrPortFrom(guestAddr, 1), hostAddr)
+	if conn, err := tailnet.HostConnFrom(ctx); conn != nil || err == nil {
+		t.Errorf("a tailnet node's connection: got %v, %v; want an error", conn, err)
+	}
+}

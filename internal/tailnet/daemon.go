@@ -12,18 +12,18 @@ import (
 	"tailscale.com/client/local"
 )
 
-// addrsPeriod is how long the daemon's addresses are used before it is asked for
-// them again. They change when the host joins another tailnet.
+// addrsPeriod is how long the daemon's addresses are cached. They change when the host
+// joins another tailnet.
 const addrsPeriod = time.Second
 
-// FromDaemon returns the node that the host itself is, through the Tailscale daemon
-// that listens on the Unix socket at that path. Its connections are sockets of the
-// host: see [HostConnFrom].
+// FromDaemon returns the host itself as a node, as the Tailscale daemon knows it that
+// listens on the Unix socket at that path. Its connections are sockets of the host: see
+// [HostConnFrom].
 func FromDaemon(socket string) *Node {
 	client := &local.Client{Socket: socket, UseSocketOnly: true}
 	a := &daemonAddrs{client: client}
 	n := fromClient("tailscaled", a.get, func() (*local.Client, error) { return client, nil })
-	// Not over the host's network, which takes another way while the daemon is down.
+	// While the daemon is down, the host's network would route this elsewhere, unencrypted.
 	n.DialPeer = func(ctx context.Context, network, address string) (net.Conn, error) {
 		peer, err := netip.ParseAddrPort(address)
 		if err != nil {
@@ -44,8 +44,7 @@ type daemonAddrs struct {
 	next time.Time
 }
 
-// get returns the addresses: none if the daemon does not name any by now, or does
-// not answer.
+// get returns the addresses: none if the daemon has none or does not answer.
 func (a *daemonAddrs) get() (ip4, ip6 netip.Addr) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

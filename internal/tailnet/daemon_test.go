@@ -3,7 +3,6 @@
 package tailnet
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -18,27 +17,25 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-	"github.com/pires/go-proxyproto"
 	"tailscale.com/client/tailscale/apitype"
 	"tailscale.com/ipn/ipnstate"
 	"tailscale.com/tailcfg"
 	"tailscale.com/types/key"
 )
 
-// The addresses of a daemon's host and of its peer in these tests: those of the
-// loopback interface, all of which are the host's.
+// The addresses of the daemon's host and of its peer. The host owns all of 127.0.0.0/8.
 var (
 	hostAddr  = netip.MustParseAddr("127.0.0.2")
 	guestAddr = netip.MustParseAddr("127.0.0.3")
 )
 
-// daemon is a Tailscale daemon's LocalAPI, as far as it is needed.
+// daemon is a fake of a Tailscale daemon's LocalAPI.
 type daemon struct {
 	socket string
-	// silent has it answer nothing but errors.
+	// silent makes it answer only errors.
 	silent atomic.Bool
-	asked  atomic.Pointer[string] // the last question of whois
-	dialed atomic.Pointer[string] // whom it was to dial last
+	asked  atomic.Pointer[string] // the last whois question
+	dialed atomic.Pointer[string] // the last address that it was to dial
 }
 
 func newDaemon(t *testing.T) *daemon {
@@ -102,14 +99,14 @@ func newDaemon(t *testing.T) *daemon {
 	return d
 }
 
-func TestADaemonSaysWhoItsPeersAre(t *testing.T) {
+func TestFromDaemon_KnowsPeers(t *testing.T) {
 	d := newDaemon(t)
 	node := FromDaemon(d.socket)
 	if owner, err := (Nodes{node}).Accepting(hostAddr); err != nil || owner != node {
 		t.Fatalf("who owns %v: got %v, %v", hostAddr, owner, err)
 	}
 	if _, err := (Nodes{node}).Accepting(netip.MustParseAddr("127.0.0.1")); err == nil || errors.Is(err, ErrNotConnected) {
-		t.Errorf("an address of the host that is not the daemon's: got error %v; want that nobody owns it", err)
+		t.Errorf("an address of the host that is not the daemon's: got error %v; want that no node owns it", err)
 	}
 	who, err := node.WhoIs(t.Context(), guestAddr, hostAddr)
 	if err != nil {
@@ -132,26 +129,13 @@ func TestADaemonSaysWhoItsPeersAre(t *testing.T) {
 	}
 }
 
-// A daemon that does not say what its addresses are may still say who has one.
-func TestTheHostIsNoCallerWhileItsDaemonStalls(t *testing.T) {
-	node := &Node{
-		Addrs: func() (ip4, ip6 netip.Addr) { return },
-		Ask: func(context.Context, netip.Addr, netip.Addr) (*apitype.WhoIsResponse, error) {
-			return &apitype.WhoIsResponse{}, nil
-		},
-	}
-	if _, err := node.WhoIs(t.Context(), hostAddr, hostAddr); !errors.Is(err, ErrSelf) {
-		t.Errorf("got error %v; want %v", err, ErrSelf)
-	}
-}
-
-func TestPeersAreFoundByWhatTheyAreCalled(t *testing.T) {
+func TestLookup_ByNameAndID(t *testing.T) {
 	node := FromDaemon(newDaemon(t).socket)
 	for name, want := range map[string][]netip.Addr{
 		"laptop.example.ts.net": {guestAddr},
 		"Laptop":                {guestAddr},
 		"nodeid1":               {guestAddr},
-		"nobody":                nil,
+		"unknown":               nil,
 		"":                      nil,
 	} {
 		got, err := node.Lookup(t.Context(), name)
@@ -164,9 +148,8 @@ func TestPeersAreFoundByWhatTheyAreCalled(t *testing.T) {
 	}
 }
 
-// A daemon that does not answer has no addresses, so that nothing counts as its
-// own.
-func TestADaemonThatIsAwayOwnsNothing(t *testing.T) {
+// A daemon that does not answer has no addresses.
+func TestFromDaemon_UnreachableOwnsNothing(t *testing.T) {
 	d := newDaemon(t)
 	for name, node := range map[string]*Node{"silent": FromDaemon(d.socket), "gone": FromDaemon(d.socket + ".gone")} {
 		d.silent.Store(true)
@@ -176,8 +159,8 @@ func TestADaemonThatIsAwayOwnsNothing(t *testing.T) {
 	}
 }
 
-// It may be in another tailnet by now, where another host has its addresses.
-func TestADaemonThatGoesAwayOwnsNothingAnyMore(t *testing.T) {
+// Meanwhile it may have joined another tailnet, where its addresses are another host's.
+func TestFromDaemon_LostOwnsNothing(t *testing.T) {
 	d := newDaemon(t)
 	nodes := Nodes{FromDaemon(d.socket)}
 	if _, err := nodes.Accepting(hostAddr); err != nil {
@@ -195,8 +178,8 @@ func TestADaemonThatGoesAwayOwnsNothingAnyMore(t *testing.T) {
 	}
 }
 
-// Every request of a server asks whose the address is that it came to.
-func TestADaemonThatHangsDoesNotHoldRequestsUp(t *testing.T) {
+// Every request of the server asks for the daemon's addresses.
+func TestFromDaemon_HangingIsBounded(t *testing.T) {
 	socket := filepath.Join(t.TempDir(), "tailscaled.sock")
 	ln, err := net.Listen("unix", socket) // which accepts nothing
 	if err != nil {
@@ -219,8 +202,8 @@ func TestADaemonThatHangsDoesNotHoldRequestsUp(t *testing.T) {
 	}
 }
 
-// The network of the host leads elsewhere, unencrypted, while the daemon is down.
-func TestPeersAreDialledByTheDaemon(t *testing.T) {
+// While the daemon is down, the host's network would route this elsewhere, unencrypted.
+func TestFromDaemon_DialsPeers(t *testing.T) {
 	d := newDaemon(t)
 	c, err := FromDaemon(d.socket).DialPeer(t.Context(), "tcp", netip.AddrPortFrom(guestAddr, 80).String())
 	if err != nil {
@@ -235,67 +218,5 @@ func TestPeersAreDialledByTheDaemon(t *testing.T) {
 	}
 	if c, err := FromDaemon(d.socket).DialPeer(t.Context(), "tcp", "laptop:80"); err == nil {
 		t.Errorf("by name: got a connection to %v; want an error", c.RemoteAddr())
-	}
-}
-
-// hostConn returns both ends of a connection from guestAddr to hostAddr.
-func hostConn(t *testing.T) (server, client net.Conn) {
-	t.Helper()
-	ln, err := net.Listen("tcp", netip.AddrPortFrom(hostAddr, 0).String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	client, err = (&net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(guestAddr, 0))}).DialContext(t.Context(), "tcp", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { client.Close() })
-	server, err = ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { server.Close() })
-	return server, client
-}
-
-func TestSocketsOfTheHostCountOnlyWhereAskedFor(t *testing.T) {
-	server, client := hostConn(t)
-	ctx := ConnContext(t.Context(), server)
-	conn, err := HostConnFrom(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if conn.Remote.String() != client.LocalAddr().String() || conn.Local != hostAddr || conn.Accepted.IsZero() {
-		t.Errorf("got %+v; want a connection from %v to %v", conn, client.LocalAddr(), hostAddr)
-	}
-	if got, err := ConnFrom(ctx); got != nil || err == nil {
-		t.Errorf("taken for a tailnet node's connection: %v, %v", got, err)
-	}
-
-	conn.End(errors.New("test"))
-	<-ctx.Done()
-	if _, err := client.Read(make([]byte, 1)); err == nil {
-		t.Error("the connection can still be read from after its end")
-	}
-}
-
-// What the PROXY protocol reports as the remote address is what a client wrote.
-func TestWrappedSocketsOfTheHostAreRefused(t *testing.T) {
-	server, client := hostConn(t)
-	if _, err := client.Write([]byte("PROXY TCP4 127.0.0.9 127.0.0.2 1 443\r\n")); err != nil {
-		t.Fatal(err)
-	}
-	for name, c := range map[string]net.Conn{"PROXY protocol": proxyproto.NewConn(server), "unknown": struct{ net.Conn }{server}} {
-		if conn, err := HostConnFrom(ConnContext(t.Context(), c)); conn != nil || err == nil {
-			t.Errorf("%s: got %v, %v; want an error", name, conn, err)
-		}
-	}
-	if conn, err := HostConnFrom(t.Context()); conn != nil || err == nil {
-		t.Errorf("a server that records nothing: got %v, %v; want an error", conn, err)
-	}
-	ctx := WithConn(t.Context(), netip.AddrPortFrom(guestAddr, 1), hostAddr)
-	if conn, err := HostConnFrom(ctx); conn != nil || err == nil {
-		t.Errorf("a tailnet node's connection: got %v, %v; want an error", conn, err)
 	}
 }

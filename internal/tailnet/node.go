@@ -24,50 +24,48 @@ import (
 const WhoIsTimeout = 250 * time.Millisecond
 
 var (
-	// ErrPeerNotFound is returned by [Node.WhoIs] for an address that is no
-	// peer's.
+	// ErrPeerNotFound is returned by [Node.WhoIs] for an address of no peer.
 	ErrPeerNotFound = local.ErrPeerNotFound
-	// ErrSelf is returned by [Node.WhoIs] if the peer is the node itself: to
-	// WhoIs it is a peer like any other, but whoever can dial from the proxy's
-	// own host must not be taken for the proxy.
+	// ErrSelf is returned by [Node.WhoIs] if the peer is the node itself. To WhoIs,
+	// that is a peer like any other. But other processes can dial from the proxy's host,
+	// and must not get the identity of its node.
 	ErrSelf = errors.New("the peer is the answering node itself")
 
-	// ErrNotConnected is returned by [Nodes.Accepting] while a node does not
-	// know its own addresses.
+	// ErrNotConnected is returned by [Nodes.Accepting] while a node does not know its
+	// own addresses.
 	ErrNotConnected = errors.New("the node is not connected to its tailnet")
 )
 
 // Node is a tailnet node that a server listens on.
 type Node struct {
-	// Name is the hostname the node was configured with. It is for messages
-	// only: the name the tailnet gives it can differ (see [Node.Owns]).
+	// Name is the configured hostname of the node. It is for messages only: the name
+	// that the tailnet gives the node can differ (see [Node.Owns]).
 	Name string
 
 	// Addrs returns the node's current tailnet addresses, each the zero Addr if
 	// the node has none.
 	Addrs func() (ip4, ip6 netip.Addr)
 
-	// Ask returns who the peer at remote is, with the capabilities that it was
-	// granted on local. It returns [ErrPeerNotFound] if there is no such peer.
+	// Ask returns who the peer at remote is, with the capabilities that it is granted on
+	// local. It returns [ErrPeerNotFound] if there is no such peer.
 	Ask func(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error)
 
-	// Lookup returns the addresses of the peers that are called that: by their
-	// tailnet name, its first label, or their node ID.
+	// Lookup returns the addresses of the peers with this tailnet name, first label of
+	// one, or node ID.
 	Lookup func(ctx context.Context, name string) ([]netip.Addr, error)
 
-	// DNSName returns the name that the tailnet gives to the node
-	// ("k8s.example.ts.net"), empty if it gives none.
+	// DNSName returns the tailnet name of the node ("k8s.example.ts.net"), empty if it
+	// has none.
 	DNSName func(ctx context.Context) (string, error)
 
-	// DialPeer connects to an address of the tailnet, as the node. Use
-	// [Node.Dial].
+	// DialPeer connects to an address of the tailnet, as the node. Use [Node.Dial].
 	DialPeer func(ctx context.Context, network, address string) (net.Conn, error)
 
 	// lastName is the last result of DNSName.
 	lastName atomic.Pointer[string]
 }
 
-// FromServer returns the node that s is.
+// FromServer returns the node of s.
 func FromServer(s *tsnet.Server) *Node {
 	n := fromClient(s.Hostname, s.TailscaleIPs, s.LocalClient)
 	n.DialPeer = s.Dial
@@ -113,16 +111,15 @@ func fromClient(name string, addrs func() (ip4, ip6 netip.Addr), client func() (
 				return "", err
 			}
 			if status.Self == nil {
-				return "", errors.New("the node does not know itself yet")
+				return "", errors.New("the node does not know its own name yet")
 			}
 			return strings.TrimSuffix(status.Self.DNSName, "."), nil
 		},
 	}
 }
 
-// Dial connects to the peer at address, an IP address and a port, as this node.
-// Any other address is refused: the node would dial it over the network of its
-// host, and what is meant for a peer is not encrypted there.
+// Dial connects to the peer at address, an IP address and a port, as this node. It refuses
+// any other address: the node would dial that over the network of its host, unencrypted.
 func (n *Node) Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	peer, err := netip.ParseAddrPort(address)
 	if err != nil {
@@ -137,12 +134,12 @@ func (n *Node) Dial(ctx context.Context, network, address string) (net.Conn, err
 	return n.DialPeer(ctx, network, address)
 }
 
-// WhoIs returns who the peer at remote is, with the capabilities that it was
-// granted on local, the node's address that it dialled. Errors are
+// WhoIs returns who the peer at remote is, with the capabilities that it is granted on
+// local, the node's address that it dialled. Errors are
 // [ErrPeerNotFound], [ErrSelf], or a failure of the node to answer within
 // [WhoIsTimeout].
 func (n *Node) WhoIs(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
-	// The first comparison holds also while a daemon does not say what its addresses are.
+	// The first comparison also works while a daemon does not tell its addresses.
 	if remote == local || n.Is(remote) {
 		return nil, ErrSelf
 	}
@@ -157,15 +154,14 @@ func (n *Node) Is(addr netip.Addr) bool {
 	return addr.IsValid() && (addr == ip4 || addr == ip6)
 }
 
-// connected reports whether the node has been told who it is.
+// connected reports whether the node knows its own addresses.
 func (n *Node) connected() bool {
 	ip4, ip6 := n.Addrs()
 	return ip4.IsValid() || ip6.IsValid()
 }
 
-// Owns reports whether host, as it stands in a request's Host header, names this
-// node: its tailnet name, the first label of that, or one of its addresses, each
-// with or without a port.
+// Owns reports whether host, the Host header of a request, is this node's tailnet name,
+// the first label of that, or one of its addresses, each with or without a port.
 func (n *Node) Owns(ctx context.Context, host string) (bool, error) {
 	host = Hostname(host)
 	if addr, err := netip.ParseAddr(host); err == nil {
@@ -192,8 +188,8 @@ func names(fqdn, host string) bool {
 }
 
 // Hostname returns the host part of a Host header or host:port, in lower case,
-// without brackets and without a final dot. What stands behind the colon is a port
-// only if it is a number: "k8s:80.example.com" is all of it.
+// without brackets and without a final dot. Only a number after the colon is a port:
+// "k8s:80.example.com" stays as it is.
 func Hostname(host string) string {
 	if h, port, err := net.SplitHostPort(host); err == nil && strings.Trim(port, "0123456789") == "" {
 		host = h

@@ -15,6 +15,13 @@ import (
 	"tailscale.com/tailcfg"
 )
 
+var (
+	node4 = netip.MustParseAddr("100.64.0.1")
+	node6 = netip.MustParseAddr("fd7a:115c:a1e0::1")
+	peer4 = netip.MustParseAddr("100.64.0.2")
+	peer6 = netip.MustParseAddr("fd7a:115c:a1e0::2")
+)
+
 // asked is a question to a node.
 type asked struct {
 	remote, local netip.Addr
@@ -34,7 +41,7 @@ func answering(who *apitype.WhoIsResponse, err error) (*Node, *[]asked) {
 	}, questions
 }
 
-func TestWhoIsAsksForThePeerOnTheAddressItDialled(t *testing.T) {
+func TestWhoIs_AsksOnDialledAddress(t *testing.T) {
 	alice := &apitype.WhoIsResponse{UserProfile: &tailcfg.UserProfile{LoginName: "alice@example.com"}}
 	node, questions := answering(alice, nil)
 	got, err := node.WhoIs(t.Context(), peer4, node4)
@@ -49,7 +56,7 @@ func TestWhoIsAsksForThePeerOnTheAddressItDialled(t *testing.T) {
 	}
 }
 
-func TestWhoIsRefusesTheNodeItselfWithoutAsking(t *testing.T) {
+func TestWhoIs_SelfIsNotAsked(t *testing.T) {
 	for _, self := range []netip.Addr{node4, node6} {
 		node, questions := answering(&apitype.WhoIsResponse{}, nil)
 		got, err := node.WhoIs(t.Context(), self, node4)
@@ -65,7 +72,7 @@ func TestWhoIsRefusesTheNodeItselfWithoutAsking(t *testing.T) {
 	}
 }
 
-func TestWhoIsPassesErrorsOn(t *testing.T) {
+func TestWhoIs_ReturnsErrors(t *testing.T) {
 	gone := errors.New("LocalAPI is gone")
 	for _, want := range []error{ErrPeerNotFound, gone} {
 		node, _ := answering(nil, want)
@@ -100,7 +107,7 @@ func bounded(ctx context.Context, t *testing.T) {
 	}
 }
 
-func TestStuckNodeDoesNotHoldRequestsUp(t *testing.T) {
+func TestNode_StuckIsBounded(t *testing.T) {
 	const hangs = 20 * time.Second // if the bound is lost
 	node := &Node{
 		Name:  "k8s",
@@ -134,15 +141,15 @@ func TestStuckNodeDoesNotHoldRequestsUp(t *testing.T) {
 	})
 }
 
-// client-go makes eleven tries, a second apart, before it prints the reason, and
-// its user is to read that within 15 seconds.
-func TestElevenTriesEndWithin15Seconds(t *testing.T) {
+// client-go tries eleven times, a second apart, before it prints the reason. Its user
+// should read that within 15 seconds.
+func TestWhoIsTimeout_ElevenTriesTakeUnder15Seconds(t *testing.T) {
 	if got, want := 11*WhoIsTimeout+10*time.Second, 15*time.Second; got > want {
 		t.Errorf("got %v with a timeout of %v; want at most %v", got, WhoIsTimeout, want)
 	}
 }
 
-func TestCancelledRequestCancelsTheQuestion(t *testing.T) {
+func TestNode_CancelledRequestCancelsQuestion(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	node := &Node{
@@ -170,7 +177,7 @@ func TestIs(t *testing.T) {
 		{peer4, false},
 		{node6, false},
 		{netip.MustParseAddr("::ffff:100.64.0.1"), false},
-		// A node without an IPv6 address has the zero Addr in its place.
+		// A node without an IPv6 address has the zero Addr instead.
 		{netip.Addr{}, false},
 	} {
 		if got := node.Is(tt.addr); got != tt.want {
@@ -179,8 +186,8 @@ func TestIs(t *testing.T) {
 	}
 }
 
-// named returns a node with the addresses node4 and node6 and the tailnet name
-// that name points to, and a counter of the times it was asked for it.
+// named returns a node with the addresses node4 and node6 and the tailnet name that name
+// points to, and how often it was asked for the name.
 func named(name *string) (*Node, *int) {
 	asked := new(int)
 	return &Node{
@@ -242,7 +249,7 @@ func TestOwns(t *testing.T) {
 	} {
 		name := "k8s.example.ts.net"
 		node, _ := named(&name)
-		// The first time the node is asked for its name, the second it need not be.
+		// The node is asked for its name the first time only.
 		for range 2 {
 			got, err := node.Owns(t.Context(), tt.host)
 			if err != nil || got != tt.want {
@@ -252,7 +259,7 @@ func TestOwns(t *testing.T) {
 	}
 }
 
-func TestNodeWithoutNameOwnsItsAddressesOnly(t *testing.T) {
+func TestOwns_WithoutNameAddressesOnly(t *testing.T) {
 	for _, host := range []string{"", ".", ":80", "k8s", "configured-name", "evil.example"} {
 		name := ""
 		node, _ := named(&name)
@@ -267,7 +274,7 @@ func TestNodeWithoutNameOwnsItsAddressesOnly(t *testing.T) {
 	}
 }
 
-func TestNameInUpperCaseIsOwned(t *testing.T) {
+func TestOwns_IgnoresCase(t *testing.T) {
 	name := "K8s.Example.TS.net"
 	node, _ := named(&name)
 	for _, host := range []string{"k8s.example.ts.net", "K8S"} {
@@ -277,7 +284,7 @@ func TestNameInUpperCaseIsOwned(t *testing.T) {
 	}
 }
 
-func TestOwnsWithoutKnowingTheNameIsAnError(t *testing.T) {
+func TestOwns_UnknownNameIsAnError(t *testing.T) {
 	gone := errors.New("LocalAPI is gone")
 	node := &Node{
 		Name:    "k8s",
@@ -296,7 +303,7 @@ func TestOwnsWithoutKnowingTheNameIsAnError(t *testing.T) {
 	}
 }
 
-func TestNameIsAskedForAgainWhenItDoesNotMatch(t *testing.T) {
+func TestOwns_AsksAgainOnMismatch(t *testing.T) {
 	name := "k8s.example.ts.net"
 	node, asked := named(&name)
 	owns := func(host string, want bool) {
@@ -331,7 +338,7 @@ func TestHostname(t *testing.T) {
 		"[fd7a:115c:a1e0::1]":      "fd7a:115c:a1e0::1",
 		"[FD7A:115C:a1e0::1]:80":   "fd7a:115c:a1e0::1",
 		":80":                      "",
-		"k8s:80.evil.example":      "k8s:80.evil.example", // that is no port
+		"k8s:80.evil.example":      "k8s:80.evil.example", // not a port
 	} {
 		if got := Hostname(host); got != want {
 			t.Errorf("Hostname(%q): got %q; want %q", host, got, want)
@@ -339,8 +346,8 @@ func TestHostname(t *testing.T) {
 	}
 }
 
-// What a node sends to a peer is encrypted by the tailnet alone.
-func TestDialIsForPeersOnly(t *testing.T) {
+// Only the tailnet encrypts what a node sends to a recorder.
+func TestDial_PeersOnly(t *testing.T) {
 	dialled := ""
 	n := &Node{
 		Addrs: func() (ip4, ip6 netip.Addr) { return node4, node6 },
@@ -367,5 +374,18 @@ func TestDialIsForPeersOnly(t *testing.T) {
 		if want := "tcp " + address; dialled != want {
 			t.Errorf("dialled %q; want %q", dialled, want)
 		}
+	}
+}
+
+// A daemon that does not tell its addresses may still answer WhoIs.
+func TestWhoIs_SelfWithoutAddresses(t *testing.T) {
+	node := &Node{
+		Addrs: func() (ip4, ip6 netip.Addr) { return },
+		Ask: func(context.Context, netip.Addr, netip.Addr) (*apitype.WhoIsResponse, error) {
+			return &apitype.WhoIsResponse{}, nil
+		},
+	}
+	if _, err := node.WhoIs(t.Context(), hostAddr, hostAddr); !errors.Is(err, ErrSelf) {
+		t.Errorf("got error %v; want %v", err, ErrSelf)
 	}
 }

@@ -13,8 +13,8 @@ import (
 // Nodes are the tailnet nodes that one server listens on.
 type Nodes []*Node
 
-// FromListeners returns the tsnet nodes at the bottom of a server's listeners,
-// each once. Listeners that end in anything else contribute none.
+// FromListeners returns the tsnet nodes at the bottom of a server's listeners, each once.
+// It skips listeners that end in anything else.
 func FromListeners(listeners []net.Listener) Nodes {
 	var nodes Nodes
 	seen := make(map[*tsnet.Server]bool)
@@ -31,10 +31,9 @@ func FromListeners(listeners []net.Listener) Nodes {
 
 // server returns the tsnet node that ln listens on, or nil.
 //
-// Listeners come wrapped: by Caddy, by crypto/tls, by the plugin that opened
-// them, by listener wrappers from the config. Every layer is looked through,
-// since what a listener leads to only proposes nodes; that a connection was
-// handed over unaltered is for [ConnContext] to establish.
+// Caddy, crypto/tls, the plugin that opened a listener and the config may all wrap it.
+// This looks through every layer, which is safe because listeners only propose nodes:
+// [ConnContext] decides whether a connection is a node's and unaltered.
 func server(ln any) *tsnet.Server {
 	for ln != nil {
 		if s, ok := ln.(interface{ Server() *tsnet.Server }); ok {
@@ -51,10 +50,10 @@ func server(ln any) *tsnet.Server {
 
 // Accepting returns the node that owns the address local.
 //
-// It is an error if no node does, or more than one: every Headscale tailnet
-// starts at 100.64.0.1, so two nodes of one server can own the same address, and
-// a connection does not tell which of the two accepted it. It is [ErrNotConnected]
-// if a node that is not connected might be the one.
+// It is an error if no node does, or more than one: every Headscale tailnet starts at
+// 100.64.0.1, so two nodes of one server can own the same address, and a connection does
+// not tell which of them accepted it. The error is [ErrNotConnected] if the owner may be a
+// node that is not connected.
 func (nodes Nodes) Accepting(local netip.Addr) (*Node, error) {
 	var owner *Node
 	for _, n := range nodes {

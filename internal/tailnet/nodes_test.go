@@ -116,7 +116,7 @@ func TestFromListeners(t *testing.T) {
 		{"embedded", []net.Listener{embeddingListener{a}}, []string{"a"}},
 		{"embedded by pointer", []net.Listener{&embeddingListener{&a}}, []string{"a"}},
 		{"in crypto/tls's layer", []net.Listener{tls.NewListener(a, nil)}, []string{"a"}},
-		{"many layers, as Caddy and a plugin pile them up", []net.Listener{embeddingListener{tls.NewListener(unwrappingListener{&embeddingListener{a}}, nil)}}, []string{"a"}},
+		{"many layers, as Caddy and a plugin add them", []net.Listener{embeddingListener{tls.NewListener(unwrappingListener{&embeddingListener{a}}, nil)}}, []string{"a"}},
 		{"Unwrap goes before what is embedded", []net.Listener{bothListener{plain, a}}, []string{"a"}},
 		{"Unwrap goes before what is embedded, and finds nothing", []net.Listener{bothListener{a, plain}}, nil},
 
