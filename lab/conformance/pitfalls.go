@@ -17,7 +17,7 @@ var pitfalls = []pitfall{
 	{id: honestID, title: "honest requests"},
 	{id: "1", title: "Connection names identity headers"},
 	{id: "2", title: "the config changes the headers again", tests: []string{".:TestHeaderOperations_DoNotChangeIdentity"}},
-	{id: "3", title: "an error about identity is ignored", tests: []string{".:TestServeHTTP_NoIdentityIsRefused", ".:TestServeHTTP_SilentNodeIsUnavailable", "impersonate:TestPeerFrom_RejectsIncompleteAnswers", "impersonate:TestIdentity_RejectsMalformedGrants"}},
+	{id: "3", title: "an error about identity is ignored", tests: []string{".:TestServeHTTP_NoIdentityIsRefused", "internal/authn:TestAuthenticate_SilentNodeIsUnavailable", "impersonate:TestPeerFrom_RejectsIncompleteAnswers", "impersonate:TestIdentity_RejectsMalformedGrants"}},
 	{id: "4", title: "Impersonate-* headers that do not exist yet"},
 	{id: "5", title: "the client's groups added to the caller's"},
 	{id: "6", title: "extra keys"},
@@ -32,7 +32,7 @@ var pitfalls = []pitfall{
 	{id: "15", title: "two nodes, or two tailnets", tests: []string{"lab/e2e:TestListener_TwoNodesAskTheOneThatAccepted", "lab/e2e:TestListener_TwoNodesWithSameAddressAreRefused"}},
 	{id: "16", title: "the PROXY protocol"},
 	{id: "17", title: "IPv6, mapped addresses, Tailscale Services", tests: []string{
-		"internal/tailnet:TestMappedAddressesAreUnmapped",
+		"internal/tailnet:TestConn_MappedAddressesAreUnmapped",
 		".:TestServeHTTP_TailscaleServiceIsRefused", // not in Headscale: an injected node
 	}},
 	{id: "18", title: "nodes shared in from another tailnet", tests: []string{
@@ -41,7 +41,7 @@ var pitfalls = []pitfall{
 	}},
 	{id: "19", title: "reserved user names", tests: []string{"impersonate:TestIdentity_RejectsUsersOfTheCluster"}},
 	{id: "20", title: "Funnel", tests: []string{
-		"internal/tailnet:TestFunnelIsRefused", // not in Headscale: the connection type of Funnel's listener
+		"internal/tailnet:TestConnFrom_FunnelIsRefused", // not in Headscale: the connection type of Funnel's listener
 		".:TestServeHTTP_FunnelIsRefused",      // an injected WhoIs
 	}},
 	{id: "20a", title: "web pages"},
