@@ -42,7 +42,7 @@ var pitfalls = []pitfall{
 	{id: "19", title: "reserved user names", tests: []string{"impersonate:TestIdentity_RejectsUsersOfTheCluster"}},
 	{id: "20", title: "Funnel", tests: []string{
 		"internal/tailnet:TestConnFrom_FunnelIsRefused", // not in Headscale: the connection type of Funnel's listener
-		".:TestServeHTTP_FunnelIsRefused",      // an injected WhoIs
+		".:TestServeHTTP_FunnelIsRefused",               // an injected WhoIs
 	}},
 	{id: "20a", title: "web pages"},
 	{id: "20b", title: "the proxy's own node"},
