@@ -209,6 +209,18 @@ func TestSession_PendingReasonEndsConnection(t *testing.T) {
 	}
 }
 
+func TestSession_EndedBeforeUpgradeIsCounted(t *testing.T) {
+	check := counted(t)
+	dir := t.TempDir()
+	s := begin(t, newRecorder(dir), execRequest(t))
+	s.end(errRecorderLost)
+	s.Close()
+	check(Ended)
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+		t.Errorf("the directory holds %v, %v; want nothing", entries, err)
+	}
+}
+
 // The command may have run although the client did not wait for the answer, so the
 // recording says at least which command it was.
 func TestSession_UnansweredRequestIsRecorded(t *testing.T) {
