@@ -33,14 +33,23 @@ type APIServer struct {
 
 	mu       sync.Mutex
 	received []*http.Request
+	status   int // what it answers, 200 if zero
 }
 
-// NewAPIServer returns an API server that speaks TLS and HTTP/2, answers 200 and
-// accepts every upgrade.
-func NewAPIServer(t testing.TB) *APIServer {
+// NewAPIServer returns an API server that speaks TLS and HTTP/2, answers 200 and accepts
+// every upgrade. configure can change the server before it starts.
+func NewAPIServer(t testing.TB, configure ...func(*httptest.Server)) *APIServer {
 	t.Helper()
-	a := newAPIServer(t, func(w http.ResponseWriter, r *http.Request) {
-		if protocol := r.Header.Get("Upgrade"); protocol != "" {
+	a := new(APIServer)
+	a.Server = httptest.NewUnstartedServer(a.record(t, func(w http.ResponseWriter, r *http.Request) {
+		a.mu.Lock()
+		status := a.status
+		a.mu.Unlock()
+		protocol := r.Header.Get("Upgrade")
+		switch {
+		case status != 0:
+			w.WriteHeader(status)
+		case protocol != "":
 			conn, _, err := http.NewResponseController(w).Hijack()
 			if err != nil {
 				t.Errorf("API server: %v", err)
@@ -49,18 +58,20 @@ func NewAPIServer(t testing.TB) *APIServer {
 			defer conn.Close()
 			fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", protocol)
 		}
-	})
+	}))
 	a.EnableHTTP2 = true
+	for _, f := range configure {
+		f(a.Server)
+	}
 	a.StartTLS()
 	t.Cleanup(a.Close)
 	return a
 }
 
-// newAPIServer returns an API server that is not started yet. It reads each request
-// with its trailers, and answers as h does.
-func newAPIServer(t testing.TB, h http.HandlerFunc) *APIServer {
-	a := new(APIServer)
-	a.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+// record returns a handler that reads each request with its trailers, records it, and
+// has h answer it.
+func (a *APIServer) record(t testing.TB, h http.HandlerFunc) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if _, err := io.Copy(io.Discard, r.Body); err != nil {
 			t.Errorf("API server: reading the body: %v", err)
 		}
@@ -68,8 +79,14 @@ func newAPIServer(t testing.TB, h http.HandlerFunc) *APIServer {
 		a.received = append(a.received, r)
 		a.mu.Unlock()
 		h(w, r)
-	}))
-	return a
+	})
+}
+
+// Answer has a answer all further requests with status, or as before if status is 0.
+func (a *APIServer) Answer(status int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.status = status
 }
 
 // NewTunnel returns an API server that leaves the connection of every request to

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"strings"
 	"testing"
@@ -38,7 +39,8 @@ const sessionTimeout = 2 * time.Minute
 // "hello " and then what it is told.
 func NewPods(t testing.TB) *APIServer {
 	t.Helper()
-	a := newAPIServer(t, func(w http.ResponseWriter, r *http.Request) {
+	a := new(APIServer)
+	a.Server = httptest.NewUnstartedServer(a.record(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Upgrade") == "" {
 			return
 		}
@@ -57,7 +59,7 @@ func NewPods(t testing.TB) *APIServer {
 		}
 		fmt.Fprintf(conn, "X-Stream-Protocol-Version: %s\r\n\r\n", r.Header.Get("X-Stream-Protocol-Version"))
 		spdyPod(conn)
-	})
+	}))
 	a.StartTLS()
 	t.Cleanup(a.Close)
 	return a

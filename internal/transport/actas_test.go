@@ -19,11 +19,12 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
 
 // reviewingServer is an API server that answers subject access reviews.
 type reviewingServer struct {
-	*apiServer
+	*proxytest.APIServer
 
 	mu sync.Mutex
 	// allow are the verbs that it allows.
@@ -37,7 +38,7 @@ type reviewingServer struct {
 func newReviewingServer(t *testing.T, allow ...string) *reviewingServer {
 	t.Helper()
 	s := &reviewingServer{allow: allow}
-	s.apiServer = newAPIServer(t, func(server *httptest.Server) {
+	s.APIServer = proxytest.NewAPIServer(t, func(server *httptest.Server) {
 		other := server.Config.Handler
 		server.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if !strings.HasSuffix(r.URL.Path, "/subjectaccessreviews") {
@@ -97,13 +98,13 @@ func newActing() *acting {
 
 // request returns a request of a's.
 func (a *acting) request(s *reviewingServer, target string, headers ...string) *http.Request {
-	r := newRequest(s.apiServer, target, headers...)
+	r := newRequest(s.APIServer, target, headers...)
 	return r.WithContext(impersonate.NewContext(r.Context(), a.Identity))
 }
 
 func TestActAs_AllowedIsSentAsTarget(t *testing.T) {
 	s := newReviewingServer(t, "impersonate")
-	tr := newTransport(t, kubeconfig{server: s.URL + "/clusters/a", cluster: map[string]any{"certificate-authority-data": s.ca()}, user: token})
+	tr := newTransport(t, kubeconfig{server: s.URL + "/clusters/a", cluster: map[string]any{"certificate-authority-data": s.CA()}, user: token})
 	a := newActing()
 	a.RequestID = "f00"
 	r := a.request(s, "/api/v1/namespaces/default/pods", "Impersonate-User", "forged", "Impersonate-Uid", "forged")
@@ -117,7 +118,7 @@ func TestActAs_AllowedIsSentAsTarget(t *testing.T) {
 		"Impersonate-Extra-Tailscale-Impersonate.github.io%2foriginal-User":   {"alice@example.com"},
 		"Impersonate-Extra-Tailscale-Impersonate.github.io%2foriginal-Groups": {"tailnet-readers", "b"},
 	}
-	got := s.one(t)
+	got := s.One(t)
 	if diff := cmp.Diff(want, protectedHeaders(got.Header)); diff != "" {
 		t.Errorf("headers (-want +got):\n%s", diff)
 	}
@@ -156,33 +157,33 @@ func TestActAs_RefusedIsNotSent(t *testing.T) {
 		name    string
 		allow   []string
 		instead func(http.ResponseWriter)
-		code    int
+		want    proxytest.Refusal
 		words   []string
 	}{
-		{"no right", nil, nil, 403, []string{`User "alice@example.com" cannot impersonate resource "users" in API group "" at the cluster scope`}},
-		{"a part of each form", []string{"impersonate:user-info"}, nil, 403, []string{"impersonate-on:user-info:list", "pods"}},
+		{"no right", nil, nil, proxytest.Forbidden, []string{`User "alice@example.com" cannot impersonate resource "users" in API group "" at the cluster scope`}},
+		{"a part of each form", []string{"impersonate:user-info"}, nil, proxytest.Forbidden, []string{"impersonate-on:user-info:list", "pods"}},
 		{"the proxy may not ask", nil, func(w http.ResponseWriter) {
 			w.WriteHeader(http.StatusForbidden)
 			_ = json.NewEncoder(w).Encode(apierrors.NewForbidden(authorizationv1.Resource("subjectaccessreviews"), "", nil).ErrStatus)
-		}, 503, []string{"alice@example.com", "bob", "subjectaccessreviews.authorization.k8s.io is forbidden"}},
-		{"another answer", nil, html, 503, []string{"502 Bad Gateway"}},
-		{"200, which a review never is", nil, func(w http.ResponseWriter) { fmt.Fprint(w, `{"status":{"allowed":true}}`) }, 503, []string{"200 OK"}},
-		{"nonsense", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated); fmt.Fprint(w, `{"status":`) }, 503, []string{"reading the API server's answer"}},
-		{"an empty answer", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated) }, 503, []string{"reading the API server's answer"}},
+		}, proxytest.Unavailable, []string{"alice@example.com", "bob", "subjectaccessreviews.authorization.k8s.io is forbidden"}},
+		{"another answer", nil, html, proxytest.Unavailable, []string{"502 Bad Gateway"}},
+		{"200, which a review never is", nil, func(w http.ResponseWriter) { fmt.Fprint(w, `{"status":{"allowed":true}}`) }, proxytest.Unavailable, []string{"200 OK"}},
+		{"nonsense", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated); fmt.Fprint(w, `{"status":`) }, proxytest.Unavailable, []string{"reading the API server's answer"}},
+		{"an empty answer", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated) }, proxytest.Unavailable, []string{"reading the API server's answer"}},
 		{"an answer without end", nil, func(w http.ResponseWriter) {
 			w.WriteHeader(http.StatusCreated)
 			fmt.Fprintf(w, `{"status":{"allowed":true,"reason":"%s"}}`, strings.Repeat("x", maxReview))
-		}, 503, []string{"reading the API server's answer"}},
-		{"an answer without a status", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated); fmt.Fprint(w, `{}`) }, 403, []string{"cannot impersonate"}},
-		{"no answer", nil, func(http.ResponseWriter) { panic(http.ErrAbortHandler) }, 503, []string{"does not answer"}},
+		}, proxytest.Unavailable, []string{"reading the API server's answer"}},
+		{"an answer without a status", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated); fmt.Fprint(w, `{}`) }, proxytest.Forbidden, []string{"cannot impersonate"}},
+		{"no answer", nil, func(http.ResponseWriter) { panic(http.ErrAbortHandler) }, proxytest.Unavailable, []string{"does not answer"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := newReviewingServer(t, tt.allow...)
 			s.instead = tt.instead
-			tr := newTransport(t, trusting(s.apiServer, token))
+			tr := newTransport(t, trusting(s.APIServer, token))
 			a := newActing()
-			checkRefused(t, roundTrip(t, tr, a.request(s, "/api/v1/namespaces/default/pods")), tt.code, tt.words...)
-			s.none(t)
+			proxytest.CheckRefused(t, roundTrip(t, tr, a.request(s, "/api/v1/namespaces/default/pods")), tt.want, tt.words...)
+			s.CheckNone(t)
 			if a.mayStill != nil {
 				t.Error("Granted was called for a refused request")
 			}
@@ -192,9 +193,9 @@ func TestActAs_RefusedIsNotSent(t *testing.T) {
 
 func TestReview_NeedsCredentials(t *testing.T) {
 	s := newReviewingServer(t, "impersonate")
-	tr := newTransport(t, trusting(s.apiServer, map[string]any{"tokenFile": writeFile(t, "token", "")}))
-	checkRefused(t, roundTrip(t, tr, newActing().request(s, "/api/v1/pods")), 503, "no credentials")
-	s.none(t)
+	tr := newTransport(t, trusting(s.APIServer, map[string]any{"tokenFile": writeFile(t, "token", "")}))
+	proxytest.CheckRefused(t, roundTrip(t, tr, newActing().request(s, "/api/v1/pods")), proxytest.Unavailable, "no credentials")
+	s.CheckNone(t)
 	// Nor is one sent when the permission is checked again.
 	if _, err := tr.cluster.review(t.Context(), s.Listener.Addr().String(), userAgent, new(authorizationv1.SubjectAccessReview)); err == nil {
 		t.Error("got no error from a review without credentials")
@@ -207,9 +208,9 @@ func TestReview_NeedsCredentials(t *testing.T) {
 // Several API servers may not be in the same state.
 func TestActAs_AsksServerOfRequest(t *testing.T) {
 	first, second := newReviewingServer(t), newReviewingServer(t, "impersonate")
-	tr := newTransport(t, trusting(first.apiServer, token))
+	tr := newTransport(t, trusting(first.APIServer, token))
 	roundTrip(t, tr, newActing().request(second, "/api/v1/pods"))
-	second.one(t)
+	second.One(t)
 	if len(first.asked) > 0 || len(second.asked) == 0 {
 		t.Errorf("the server at the cluster's own address received %d reviews, the one of the request %d; want only the latter to receive any", len(first.asked), len(second.asked))
 	}
@@ -218,7 +219,7 @@ func TestActAs_AsksServerOfRequest(t *testing.T) {
 // Reviews are cached for as long as the caller's identity.
 func TestActAs_CacheLastsMaxAge(t *testing.T) {
 	s := newReviewingServer(t, "impersonate")
-	tr := newTransport(t, trusting(s.apiServer, token))
+	tr := newTransport(t, trusting(s.APIServer, token))
 	a := newActing()
 	a.ActAs.MaxAge = time.Hour
 	roundTrip(t, tr, a.request(s, "/api/v1/pods"))
@@ -227,19 +228,19 @@ func TestActAs_CacheLastsMaxAge(t *testing.T) {
 	a.ActAs.MaxAge = time.Hour
 	roundTrip(t, tr, a.request(s, "/api/v1/pods"))
 	// Reviews that were not allowed are not cached.
-	if n := len(s.take()); n != 2 || len(s.asked) >= 2*asked {
+	if n := len(s.Take()); n != 2 || len(s.asked) >= 2*asked {
 		t.Errorf("%d requests were sent, after %d and %d reviews; want both, and fewer reviews the second time", n, asked, len(s.asked)-asked)
 	}
 	a.ActAs.MaxAge = 0
-	checkRefused(t, roundTrip(t, tr, a.request(s, "/api/v1/pods")), 403, "cannot impersonate")
-	s.none(t)
+	proxytest.CheckRefused(t, roundTrip(t, tr, a.request(s, "/api/v1/pods")), proxytest.Forbidden, "cannot impersonate")
+	s.CheckNone(t)
 }
 
 // Granted receives a function that checks the permission again, with the caller's
 // identity at that time.
 func TestActAs_GrantedAsksAgain(t *testing.T) {
 	s := newReviewingServer(t, "impersonate")
-	tr := newTransport(t, trusting(s.apiServer, token))
+	tr := newTransport(t, trusting(s.APIServer, token))
 	a := newActing()
 	roundTrip(t, tr, a.request(s, "/api/v1/pods?watch=true"))
 	if a.mayStill == nil {

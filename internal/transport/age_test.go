@@ -10,6 +10,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
 
 // agesIn returns the ages of tokens that registry reports, by cluster.
@@ -79,7 +81,7 @@ func TestTokenAges_TokenInUse(t *testing.T) {
 // Two transports of one config for the same cluster make one series, and another config
 // knows nothing of it.
 func TestTokenAges_OldestOfOneConfig(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	host := s.Listener.Addr().String()
 	newConfig := func(ages ...time.Duration) *prometheus.Registry {
 		ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})

@@ -5,6 +5,8 @@ package transport
 import (
 	"net/http"
 	"testing"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
 
 // roundTripFunc implements http.RoundTripper without connections.
@@ -14,7 +16,7 @@ func (f roundTripFunc) RoundTrip(r *http.Request) (*http.Response, error) { retu
 
 // BenchmarkRoundTrip measures what the transport adds to sending a request.
 func BenchmarkRoundTrip(b *testing.B) {
-	s := newAPIServer(b)
+	s := proxytest.NewAPIServer(b)
 	for name, user := range map[string]map[string]any{
 		"token":      token,
 		"token file": {"tokenFile": writeFile(b, "token", "from-file")},

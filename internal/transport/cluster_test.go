@@ -17,6 +17,8 @@ import (
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 	"k8s.io/client-go/rest"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
 
 // The API server has to see the path that was decided about.
@@ -34,11 +36,11 @@ func TestCluster_PathIsSentUnchanged(t *testing.T) {
 		{"/k8s clusters", "/a%2Fb", "/k8s%20clusters/a%2Fb"},
 	} {
 		t.Run(tt.base+" "+tt.target, func(t *testing.T) {
-			s := newAPIServer(t)
+			s := proxytest.NewAPIServer(t)
 			k := trusting(s, token)
 			k.server += tt.base
 			roundTrip(t, newTransport(t, k), newRequest(s, tt.target))
-			if got := s.one(t).RequestURI; got != tt.want {
+			if got := s.One(t).RequestURI; got != tt.want {
 				t.Errorf("got %q; want %q", got, tt.want)
 			}
 		})
@@ -61,7 +63,7 @@ func TestCluster_ServerName(t *testing.T) {
 		{"wrong tls-server-name", "https://example.com:6443", "kubernetes.invalid", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			s := newAPIServer(t)
+			s := proxytest.NewAPIServer(t)
 			k := trusting(s, token)
 			k.server = tt.server
 			if tt.serverName != "" {
@@ -80,14 +82,14 @@ func TestCluster_ServerName(t *testing.T) {
 						resp.Body.Close()
 						t.Errorf("upgrade %v: answered %s; want an error", upgrade, resp.Status)
 					}
-					s.none(t)
+					s.CheckNone(t)
 					continue
 				}
 				if err != nil {
 					t.Fatalf("upgrade %v: %v", upgrade, err)
 				}
 				resp.Body.Close()
-				if got := s.one(t).Host; got != tt.wantHost {
+				if got := s.One(t).Host; got != tt.wantHost {
 					t.Errorf("upgrade %v: got host %q; want %q", upgrade, got, tt.wantHost)
 				}
 			}
@@ -97,7 +99,7 @@ func TestCluster_ServerName(t *testing.T) {
 
 // No credentials are sent to a server with a certificate of another authority.
 func TestCluster_WrongAuthority(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	other, _ := newCertificate(t)
 	for name, cluster := range map[string]map[string]any{
 		"another": {"certificate-authority-data": other},
@@ -114,7 +116,7 @@ func TestCluster_WrongAuthority(t *testing.T) {
 					resp.Body.Close()
 					t.Errorf("answered %s; want an error", resp.Status)
 				}
-				s.none(t)
+				s.CheckNone(t)
 			}
 		})
 	}
@@ -143,7 +145,7 @@ func TestCluster_CredentialsOfEveryKind(t *testing.T) {
 		{"client certificate files", map[string]any{"client-certificate": writeFile(t, "cert", string(cert)), "client-key": writeFile(t, "key", string(key))}, nil, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			s := newAPIServer(t, func(s *httptest.Server) { s.TLS = &tls.Config{ClientAuth: tls.RequestClientCert} })
+			s := proxytest.NewAPIServer(t, func(s *httptest.Server) { s.TLS = &tls.Config{ClientAuth: tls.RequestClientCert} })
 			tr := newTransport(t, trusting(s, tt.user))
 			for _, upgrade := range []bool{false, true} {
 				r := newRequest(s, "/api", "Authorization", "Bearer other")
@@ -151,7 +153,7 @@ func TestCluster_CredentialsOfEveryKind(t *testing.T) {
 					r.Header["Connection"], r.Header["Upgrade"] = []string{"Upgrade"}, []string{"SPDY/3.1"}
 				}
 				roundTrip(t, tr, r)
-				got := s.one(t)
+				got := s.One(t)
 				want := http.Header{"Impersonate-User": {"alice@example.com"}, "Impersonate-Group": {"tailnet-readers", "b"}}
 				if tt.authorization != nil {
 					want["Authorization"] = tt.authorization
@@ -166,13 +168,13 @@ func TestCluster_CredentialsOfEveryKind(t *testing.T) {
 		})
 	}
 	t.Run("exec plugin fails", func(t *testing.T) {
-		s := newAPIServer(t)
+		s := proxytest.NewAPIServer(t)
 		tr := newTransport(t, trusting(s, exec(writeFile(t, "plugin", "#!/bin/sh\nexit 1\n"))))
 		if resp, err := tr.RoundTrip(newRequest(s, "/api")); err == nil {
 			resp.Body.Close()
 			t.Errorf("answered %s; want an error", resp.Status)
 		}
-		s.none(t)
+		s.CheckNone(t)
 	})
 }
 
@@ -185,7 +187,7 @@ func TestCluster_PoolsHoldNoToken(t *testing.T) {
 		"token and token file": {"token": "from-kubeconfig", "tokenFile": writeFile(t, "token", "from-file")},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := newAPIServer(t)
+			s := proxytest.NewAPIServer(t)
 			tr := newTransport(t, trusting(s, user))
 			for _, pool := range []http.RoundTripper{tr.cluster.http1, tr.cluster.http2} {
 				r := newRequest(s, "/api")
@@ -195,7 +197,7 @@ func TestCluster_PoolsHoldNoToken(t *testing.T) {
 					t.Fatal(err)
 				}
 				resp.Body.Close()
-				if got := protectedHeaders(s.one(t).Header); len(got) > 0 {
+				if got := protectedHeaders(s.One(t).Header); len(got) > 0 {
 					t.Errorf("sent with %v", got)
 				}
 			}
@@ -206,7 +208,7 @@ func TestCluster_PoolsHoldNoToken(t *testing.T) {
 // Responses are compressed only if the client asked for that. The proxy would have to
 // decompress them otherwise.
 func TestCluster_AsksForNoCompression(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	for _, want := range []string{"", "gzip"} {
 		r := newRequest(s, "/api")
@@ -214,7 +216,7 @@ func TestCluster_AsksForNoCompression(t *testing.T) {
 			r.Header.Set("Accept-Encoding", want)
 		}
 		roundTrip(t, tr, r)
-		if got := s.one(t).Header.Get("Accept-Encoding"); got != want {
+		if got := s.One(t).Header.Get("Accept-Encoding"); got != want {
 			t.Errorf("got Accept-Encoding %q; want %q", got, want)
 		}
 	}
@@ -223,7 +225,7 @@ func TestCluster_AsksForNoCompression(t *testing.T) {
 // Upgrades use HTTP/1.1, as neither SPDY nor WebSocket runs over HTTP/2. All other
 // requests share HTTP/2 connections.
 func TestCluster_HTTPVersion(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	const pods = "/api/v1/namespaces/default/pods"
 	for _, tt := range []struct {
@@ -248,7 +250,7 @@ func TestCluster_HTTPVersion(t *testing.T) {
 			if resp.StatusCode != tt.wantStatus {
 				t.Errorf("answered %s; want %d", resp.Status, tt.wantStatus)
 			}
-			if got := s.one(t).Proto; got != tt.proto {
+			if got := s.One(t).Proto; got != tt.proto {
 				t.Errorf("sent over %s; want %s", got, tt.proto)
 			}
 		})
@@ -258,7 +260,7 @@ func TestCluster_HTTPVersion(t *testing.T) {
 // reverse_proxy tries another upstream only after an error that says that nothing has
 // been sent.
 func TestCluster_DialErrors(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	plugin := writeFile(t, "plugin", "#!/bin/sh\necho '{\"apiVersion\": \"client.authentication.k8s.io/v1\", \"kind\": \"ExecCredential\", \"status\": {\"token\": \"t\"}}'\n")
 	for name, user := range map[string]map[string]any{
 		"token": token,
@@ -280,7 +282,7 @@ func TestCluster_DialErrors(t *testing.T) {
 			}
 		}
 	}
-	s.none(t)
+	s.CheckNone(t)
 }
 
 func TestKubeconfig_BlankTokenIsNoCredentials(t *testing.T) {
@@ -404,9 +406,9 @@ func TestCluster_HTTPSOnly(t *testing.T) {
 
 // Paths in a kubeconfig are relative to its directory, not to Caddy's.
 func TestKubeconfig_RelativePaths(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	path := kubeconfig{server: s.URL, cluster: map[string]any{"certificate-authority": "ca"}, user: map[string]any{"tokenFile": "token"}}.write(t)
-	rewrite(t, filepath.Join(filepath.Dir(path), "ca"), string(s.ca()))
+	rewrite(t, filepath.Join(filepath.Dir(path), "ca"), string(s.CA()))
 	rewrite(t, filepath.Join(filepath.Dir(path), "token"), "from-file")
 	tr, err := provision(t, &Transport{Source: Source{Kubeconfig: path}})
 	if err != nil {

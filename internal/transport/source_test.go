@@ -3,10 +3,11 @@
 package transport
 
 import (
-	"net/http"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
 
 func TestSource_ContradictingOptions(t *testing.T) {
@@ -25,7 +26,7 @@ func TestSource_ContradictingOptions(t *testing.T) {
 
 // The named context is used, not the current one.
 func TestSource_Context(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	k := trusting(s, token)
 	k.current = "gone"
 	tr, err := provision(t, &Transport{Source: Source{Kubeconfig: k.write(t), Context: "c"}})
@@ -33,7 +34,7 @@ func TestSource_Context(t *testing.T) {
 		t.Fatal(err)
 	}
 	roundTrip(t, tr, newRequest(s, "/api"))
-	s.one(t)
+	s.One(t)
 }
 
 // The path of a kubeconfig may have placeholders. An unset one is an error, not an empty
@@ -65,10 +66,10 @@ func TestSource_OutsideOfAPod(t *testing.T) {
 			if err != nil {
 				t.Fatalf("in_cluster: %v", err)
 			}
-			s := newAPIServer(t)
-			checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable, "not in a pod")
-			checkRefused(t, roundTrip(t, tr, newRequest(s, "/api").WithContext(t.Context())), http.StatusForbidden, "no identity")
-			s.none(t)
+			s := proxytest.NewAPIServer(t)
+			proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable, "not in a pod")
+			proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api").WithContext(t.Context())), proxytest.Forbidden, "no identity")
+			s.CheckNone(t)
 		})
 	}
 }

@@ -15,6 +15,8 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
 
 // After a 401, the next request reads the token's file, in case the old token was
@@ -25,18 +27,18 @@ func TestToken_ReadAgainAfter401(t *testing.T) {
 	checkToken(t, s, tr, "Bearer old")
 	rewrite(t, path, "new")
 	checkToken(t, s, tr, "Bearer old") // not due yet
-	s.answer(http.StatusUnauthorized)
+	s.Answer(http.StatusUnauthorized)
 	roundTrip(t, tr, newRequest(s, "/api"))
-	s.take()
-	s.answer(0)
+	s.Take()
+	s.Answer(0)
 	checkToken(t, s, tr, "Bearer new")
 }
 
 // withTokenFile returns an API server and a transport to it whose token is in the
 // file at path, with what the token file logs.
-func withTokenFile(t *testing.T, path string) (*apiServer, *Transport, *observer.ObservedLogs) {
+func withTokenFile(t *testing.T, path string) (*proxytest.APIServer, *Transport, *observer.ObservedLogs) {
 	t.Helper()
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, map[string]any{"tokenFile": path}))
 	core, logs := observer.New(zapcore.InfoLevel)
 	tr.cluster.token.logger = zap.New(core)
@@ -58,12 +60,12 @@ func rewrite(t *testing.T, path, content string) {
 }
 
 // checkToken checks the Authorization header of the next request.
-func checkToken(t *testing.T, s *apiServer, tr *Transport, want string) {
+func checkToken(t *testing.T, s *proxytest.APIServer, tr *Transport, want string) {
 	t.Helper()
 	if resp := roundTrip(t, tr, newRequest(s, "/api")); resp.StatusCode != http.StatusOK {
 		t.Errorf("answered %s", resp.Status)
 	}
-	if got := s.one(t).Header["Authorization"]; len(got) != 1 || got[0] != want {
+	if got := s.One(t).Header["Authorization"]; len(got) != 1 || got[0] != want {
 		t.Errorf("got Authorization %q; want %q", got, want)
 	}
 }
@@ -86,9 +88,9 @@ func TestToken_MissingRefusesRequests(t *testing.T) {
 			path := writeFile(t, "token", content)
 			s, tr, logs := withTokenFile(t, path)
 			for range 3 {
-				checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable, "no credentials", path, "empty")
-				checkRefused(t, roundTrip(t, tr, newRequest(s, "/api", "Connection", "Upgrade", "Upgrade", "websocket")), http.StatusServiceUnavailable)
-				s.none(t)
+				proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable, "no credentials", path, "empty")
+				proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api", "Connection", "Upgrade", "Upgrade", "websocket")), proxytest.Unavailable)
+				s.CheckNone(t)
 				expire(tr)
 			}
 			if n := logs.FilterLevelExact(zapcore.ErrorLevel).Len(); n != 1 {
@@ -99,8 +101,8 @@ func TestToken_MissingRefusesRequests(t *testing.T) {
 	t.Run("missing, and written later", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "token")
 		s, tr, logs := withTokenFile(t, path)
-		checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable, path)
-		s.none(t)
+		proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable, path)
+		s.CheckNone(t)
 		rewrite(t, path, "late")
 		expire(tr)
 		checkToken(t, s, tr, "Bearer late")
@@ -134,19 +136,19 @@ func TestToken_StaleStaysInUse(t *testing.T) {
 				t.Errorf("logged %d times; want once", n)
 			}
 
-			s.answer(http.StatusUnauthorized)
-			checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable, "no longer accepts", path)
-			s.answer(http.StatusForbidden)
+			s.Answer(http.StatusUnauthorized)
+			proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable, "no longer accepts", path)
+			s.Answer(http.StatusForbidden)
 			if resp := roundTrip(t, tr, newRequest(s, "/api")); resp.StatusCode != http.StatusForbidden {
 				t.Errorf("a 403 was answered with %s", resp.Status)
 			}
-			s.answer(0)
-			s.take()
+			s.Answer(0)
+			s.Take()
 
 			rewrite(t, path, "renewed")
 			expire(tr)
 			checkToken(t, s, tr, "Bearer renewed")
-			s.answer(http.StatusUnauthorized)
+			s.Answer(http.StatusUnauthorized)
 			if resp := roundTrip(t, tr, newRequest(s, "/api")); resp.StatusCode != http.StatusUnauthorized {
 				t.Errorf("with a fresh token, a 401 was answered with %s", resp.Status)
 			}
@@ -165,7 +167,7 @@ func TestToken_DiscardedResponseIsClosed(t *testing.T) {
 	tr.cluster.http2 = roundTripFunc(func(*http.Request) (*http.Response, error) {
 		return &http.Response{StatusCode: http.StatusUnauthorized, Body: body}, nil
 	})
-	checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusServiceUnavailable)
+	proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable)
 	if !body.closed {
 		t.Error("the API server's response is left open")
 	}

@@ -24,7 +24,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -35,92 +34,11 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
-
-// apiServer is a TLS server that records what it is sent and accepts every
-// upgrade.
-type apiServer struct {
-	*httptest.Server
-	status int // what it answers, 200 if zero
-
-	mu   sync.Mutex
-	seen []*http.Request
-}
-
-func newAPIServer(t testing.TB, configure ...func(*httptest.Server)) *apiServer {
-	t.Helper()
-	s := &apiServer{}
-	s.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if _, err := io.Copy(io.Discard, r.Body); err != nil {
-			t.Errorf("reading the body: %v", err)
-		}
-		s.mu.Lock()
-		s.seen = append(s.seen, r)
-		status := s.status
-		s.mu.Unlock()
-		if protocol := r.Header.Get("Upgrade"); protocol != "" && status == 0 {
-			conn, _, err := http.NewResponseController(w).Hijack()
-			if err != nil {
-				t.Errorf("hijacking: %v", err)
-				return
-			}
-			defer conn.Close()
-			fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", protocol)
-			return
-		}
-		if status != 0 {
-			w.WriteHeader(status)
-		}
-	}))
-	s.EnableHTTP2 = true
-	for _, f := range configure {
-		f(s.Server)
-	}
-	s.StartTLS()
-	t.Cleanup(s.Close)
-	return s
-}
-
-// take returns the requests that s has seen since it was last asked.
-func (s *apiServer) take() []*http.Request {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	seen := s.seen
-	s.seen = nil
-	return seen
-}
-
-// one returns the one request that s has seen.
-func (s *apiServer) one(t *testing.T) *http.Request {
-	t.Helper()
-	seen := s.take()
-	if len(seen) != 1 {
-		t.Fatalf("the API server saw %d requests; want 1", len(seen))
-	}
-	return seen[0]
-}
-
-func (s *apiServer) none(t *testing.T) {
-	t.Helper()
-	for _, r := range s.take() {
-		t.Errorf("the API server saw a request, with the headers %v; want none", r.Header)
-	}
-}
-
-func (s *apiServer) answer(status int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.status = status
-}
-
-// ca returns the certificate authority of s, in PEM.
-func (s *apiServer) ca() []byte {
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})
-}
 
 // kubeconfig is a kubeconfig file with one cluster, one user and one context "c".
 // The zero value has no credentials.
@@ -154,8 +72,8 @@ func (k kubeconfig) write(t testing.TB) string {
 }
 
 // trusting returns the kubeconfig of a user of s.
-func trusting(s *apiServer, user map[string]any) kubeconfig {
-	return kubeconfig{server: s.URL, cluster: map[string]any{"certificate-authority-data": s.ca()}, user: user}
+func trusting(s *proxytest.APIServer, user map[string]any) kubeconfig {
+	return kubeconfig{server: s.URL, cluster: map[string]any{"certificate-authority-data": s.CA()}, user: user}
 }
 
 func writeFile(t testing.TB, name, content string) string {
@@ -195,7 +113,7 @@ var alice = &impersonate.Identity{User: "alice@example.com", Groups: []string{"t
 
 // newRequest returns a request of alice's as reverse_proxy hands it over, with
 // headers given as name, value, name, value.
-func newRequest(s *apiServer, target string, headers ...string) *http.Request {
+func newRequest(s *proxytest.APIServer, target string, headers ...string) *http.Request {
 	r := httptest.NewRequest("GET", target, nil)
 	r.Body = nil
 	r.URL.Scheme, r.URL.Host = "", s.Listener.Addr().String()
@@ -224,34 +142,6 @@ func roundTrip(t *testing.T, tr *Transport, r *http.Request) *http.Response {
 	return resp
 }
 
-// checkRefused checks that resp is a Status object with this code, whose message
-// holds each of the words.
-func checkRefused(t *testing.T, resp *http.Response, code int, words ...string) {
-	t.Helper()
-	if resp.StatusCode != code {
-		t.Errorf("answered %s; want %d", resp.Status, code)
-	}
-	body, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var status metav1.Status
-	if err := json.Unmarshal(body, &status); err != nil {
-		t.Fatalf("the answer is no Status object: %v\n%s", err, body)
-	}
-	if status.Kind != "Status" || int(status.Code) != code {
-		t.Errorf("not a Status object with the code %d: %s", code, body)
-	}
-	for _, word := range words {
-		if !strings.Contains(status.Message, word) {
-			t.Errorf("message %q does not mention %q", status.Message, word)
-		}
-	}
-	if resp.Header.Get("Retry-After") != "" {
-		t.Errorf("the answer asks to be retried, which would not help")
-	}
-}
-
 var token = map[string]any{"token": "proxy-token"}
 
 // protectedHeaders returns the headers of h that carry identity or credentials.
@@ -268,7 +158,7 @@ func protectedHeaders(h http.Header) http.Header {
 
 // Without an identity in the context the request is refused, whatever its headers say.
 func TestRoundTrip_RefusesWithoutIdentity(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	for name, ctx := range map[string]context.Context{
 		"none":         t.Context(),
@@ -276,8 +166,8 @@ func TestRoundTrip_RefusesWithoutIdentity(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRequest(s, "/api", "Impersonate-User", "alice@example.com", "Authorization", "Bearer other").WithContext(ctx)
-			checkRefused(t, roundTrip(t, tr, r), http.StatusForbidden, "no identity", "tailscale_impersonate")
-			s.none(t)
+			proxytest.CheckRefused(t, roundTrip(t, tr, r), proxytest.Forbidden, "no identity", "tailscale_impersonate")
+			s.CheckNone(t)
 		})
 	}
 }
@@ -285,7 +175,7 @@ func TestRoundTrip_RefusesWithoutIdentity(t *testing.T) {
 // The identity comes from the context, the credentials from the cluster configuration,
 // and neither from the headers.
 func TestRoundTrip_AttachesIdentityAndCredentialsLast(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	want := http.Header{
 		"Impersonate-User": {"alice@example.com"}, "Impersonate-Group": {"tailnet-readers", "b"}, "Authorization": {"Bearer proxy-token"},
@@ -304,7 +194,7 @@ func TestRoundTrip_AttachesIdentityAndCredentialsLast(t *testing.T) {
 			r := newRequest(s, "/api", headers...)
 			r.Header["impersonate-user"] = []string{"root"} // not in canonical form
 			roundTrip(t, tr, r)
-			if diff := cmp.Diff(want, protectedHeaders(s.one(t).Header)); diff != "" {
+			if diff := cmp.Diff(want, protectedHeaders(s.One(t).Header)); diff != "" {
 				t.Errorf("headers differ (-want +got):\n%s", diff)
 			}
 		})
@@ -314,7 +204,7 @@ func TestRoundTrip_AttachesIdentityAndCredentialsLast(t *testing.T) {
 		r = r.WithContext(impersonate.NewContext(r.Context(), &impersonate.Identity{User: "bob@example.com"}))
 		roundTrip(t, tr, r)
 		want := http.Header{"Impersonate-User": {"bob@example.com"}, "Authorization": {"Bearer proxy-token"}}
-		if diff := cmp.Diff(want, protectedHeaders(s.one(t).Header)); diff != "" {
+		if diff := cmp.Diff(want, protectedHeaders(s.One(t).Header)); diff != "" {
 			t.Errorf("headers differ (-want +got):\n%s", diff)
 		}
 	})
@@ -323,14 +213,14 @@ func TestRoundTrip_AttachesIdentityAndCredentialsLast(t *testing.T) {
 // reverse_proxy uses the request again for retries and for logging, so credentials in it
 // would leak.
 func TestRoundTrip_LeavesRequestUnchanged(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	r := newRequest(s, "/api/a%2Fb?x=1", "Impersonate-User", "root", "Authorization", "Bearer other", "X-Kept", "1")
 	r.Host = "k8s"
 	r.Trailer = http.Header{"Impersonate-User": {"root"}}
 	before := r.Clone(r.Context())
 	roundTrip(t, tr, r)
-	s.one(t)
+	s.One(t)
 	for _, tt := range []struct {
 		name          string
 		before, after any
@@ -348,13 +238,13 @@ func TestRoundTrip_LeavesRequestUnchanged(t *testing.T) {
 
 // Trailers arrive after the headers have been checked.
 func TestRoundTrip_DropsTrailers(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	r := newRequest(s, "/api")
 	r.Method, r.ContentLength, r.Body = "POST", -1, io.NopCloser(strings.NewReader("body"))
 	r.Trailer = http.Header{"Impersonate-User": {"root"}}
 	roundTrip(t, tr, r)
-	if got := s.one(t).Trailer; len(got) > 0 {
+	if got := s.One(t).Trailer; len(got) > 0 {
 		t.Errorf("the API server got the trailers %v", got)
 	}
 }
@@ -367,7 +257,7 @@ func TestRoundTrip_StaysBelowClusterPath(t *testing.T) {
 		"a:https://$HOST/v3/clusters/other", "*",
 	} {
 		t.Run(target, func(t *testing.T) {
-			s := newAPIServer(t)
+			s := proxytest.NewAPIServer(t)
 			k := trusting(s, token)
 			k.server += "/k8s"
 			r := newRequest(s, "/")
@@ -377,8 +267,8 @@ func TestRoundTrip_StaysBelowClusterPath(t *testing.T) {
 			}
 			u.Scheme, u.Host = r.URL.Scheme, r.URL.Host // as reverse_proxy directs it
 			r.URL = u
-			checkRefused(t, roundTrip(t, newTransport(t, k), r), http.StatusBadRequest, "not a path below that of the cluster")
-			s.none(t)
+			proxytest.CheckRefused(t, roundTrip(t, newTransport(t, k), r), proxytest.BadRequest, "not a path below that of the cluster")
+			s.CheckNone(t)
 		})
 	}
 }
@@ -408,7 +298,7 @@ func newCertificate(t *testing.T) (cert, key []byte) {
 // A connection that is authenticated as the proxy must not switch to a protocol that the
 // proxy does not check.
 func TestRoundTrip_RefusesUnknownUpgrades(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	for _, upgrade := range [][]string{
 		nil, {""}, {"h2c"}, {"foo"}, {"SPDY/3"}, {"SPDY/3.1 "}, {"websocket2"}, {"websocket, h2c"}, {"h2c, websocket"},
@@ -420,27 +310,27 @@ func TestRoundTrip_RefusesUnknownUpgrades(t *testing.T) {
 			if upgrade != nil {
 				r.Header["Upgrade"] = upgrade
 			}
-			checkRefused(t, roundTrip(t, tr, r), http.StatusBadRequest, "upgrade")
-			s.none(t)
+			proxytest.CheckRefused(t, roundTrip(t, tr, r), proxytest.BadRequest, "upgrade")
+			s.CheckNone(t)
 		}
 	}
 }
 
 // The API server would run the command before it has received the body, and answer after.
 func TestRoundTrip_RefusesUpgradeWithBody(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	for _, length := range []int64{1, -1} {
 		r := newRequest(s, "/api", "Connection", "Upgrade", "Upgrade", "websocket")
 		r.Body, r.ContentLength = io.NopCloser(strings.NewReader("x")), length
-		checkRefused(t, roundTrip(t, tr, r), http.StatusBadRequest, "body")
-		s.none(t)
+		proxytest.CheckRefused(t, roundTrip(t, tr, r), proxytest.BadRequest, "body")
+		s.CheckNone(t)
 	}
 }
 
 // The transport logs its refusals as the handler does.
 func TestRoundTrip_LogsRefusals(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	core, logs := observer.New(zapcore.WarnLevel)
 	tr.logger = zap.New(core)
@@ -469,16 +359,16 @@ func closedPort(t *testing.T) string {
 
 // An http.RoundTripper must close the body of every request.
 func TestRoundTrip_RefusalClosesBody(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	body := &closeRecorder{Reader: strings.NewReader("body")}
 	r := newRequest(s, "/api").WithContext(t.Context())
 	r.Body = body
-	checkRefused(t, roundTrip(t, tr, r), http.StatusForbidden)
+	proxytest.CheckRefused(t, roundTrip(t, tr, r), proxytest.Forbidden)
 	if !body.closed {
 		t.Error("the request's body is left open")
 	}
-	s.none(t)
+	s.CheckNone(t)
 }
 
 type closeRecorder struct {
@@ -490,7 +380,7 @@ func (c *closeRecorder) Close() error { c.closed = true; return nil }
 
 // reverse_proxy cannot configure TLS, nor disable it.
 func TestEnableTLS_ChangesNothing(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	if !tr.TLSEnabled() {
 		t.Error("TLSEnabled: got false; want true")
@@ -510,7 +400,7 @@ func TestEnableTLS_ChangesNothing(t *testing.T) {
 func TestCleanup_LeavesNoGoroutines(t *testing.T) {
 	cert, key := newCertificate(t)
 	plugin := writeFile(t, "plugin", "#!/bin/sh\necho '{\"apiVersion\": \"client.authentication.k8s.io/v1\", \"kind\": \"ExecCredential\", \"status\": {\"token\": \"t\"}}'\n")
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	var paths []string
 	for _, user := range []map[string]any{
 		token,
@@ -519,7 +409,7 @@ func TestCleanup_LeavesNoGoroutines(t *testing.T) {
 		{"exec": map[string]any{"apiVersion": "client.authentication.k8s.io/v1", "command": plugin, "interactiveMode": "Never"}},
 	} {
 		k := trusting(s, user)
-		k.cluster = map[string]any{"certificate-authority": writeFile(t, "ca", string(s.ca()))}
+		k.cluster = map[string]any{"certificate-authority": writeFile(t, "ca", string(s.CA()))}
 		paths = append(paths, k.write(t))
 	}
 	round := func() {
@@ -532,15 +422,15 @@ func TestCleanup_LeavesNoGoroutines(t *testing.T) {
 			roundTrip(t, tr, newRequest(s, "/api"))
 			roundTrip(t, tr, newRequest(s, "/api", "Connection", "Upgrade", "Upgrade", "websocket"))
 			// Answered without an upgrade, the connection stays for another request.
-			s.answer(http.StatusForbidden)
+			s.Answer(http.StatusForbidden)
 			roundTrip(t, tr, newRequest(s, "/api", "Connection", "Upgrade", "Upgrade", "websocket"))
-			s.answer(0)
+			s.Answer(0)
 			if err := tr.Cleanup(); err != nil {
 				t.Fatal(err)
 			}
 			cancel()
 		}
-		s.take()
+		s.Take()
 	}
 	round()
 	before := runtime.NumGoroutine()
@@ -563,7 +453,7 @@ func TestCleanup_LeavesNoGoroutines(t *testing.T) {
 }
 
 func TestRoundTrip_ChecksDecisions(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	for _, credentials := range []string{Proxy, Client} {
 		t.Run(credentials, func(t *testing.T) {
 			tr, err := provision(t, &Transport{Source: Source{Kubeconfig: trusting(s, token).write(t)}, Credentials: credentials})
@@ -578,23 +468,23 @@ func TestRoundTrip_ChecksDecisions(t *testing.T) {
 			r = r.WithContext(ctx)
 			pin.On(r)
 			roundTrip(t, tr, r)
-			s.one(t)
+			s.One(t)
 
 			r.Method = http.MethodDelete
-			checkRefused(t, roundTrip(t, tr, r), http.StatusForbidden, "a matcher has decided about", `delete "/api/v1/namespaces/a/pods/p"`)
-			s.none(t)
+			proxytest.CheckRefused(t, roundTrip(t, tr, r), proxytest.Forbidden, "a matcher has decided about", `delete "/api/v1/namespaces/a/pods/p"`)
+			s.CheckNone(t)
 		})
 	}
 }
 
 // requestingCertificates returns an API server that requests client certificates.
-func requestingCertificates(t *testing.T) *apiServer {
-	return newAPIServer(t, func(s *httptest.Server) { s.TLS = &tls.Config{ClientAuth: tls.RequestClientCert} })
+func requestingCertificates(t *testing.T) *proxytest.APIServer {
+	return proxytest.NewAPIServer(t, func(s *httptest.Server) { s.TLS = &tls.Config{ClientAuth: tls.RequestClientCert} })
 }
 
 // withoutIdentity returns a request as reverse_proxy hands it over if it did not pass
 // tailscale_impersonate.
-func withoutIdentity(s *apiServer, target string, headers ...string) *http.Request {
+func withoutIdentity(s *proxytest.APIServer, target string, headers ...string) *http.Request {
 	r := httptest.NewRequest("GET", target, nil)
 	r.Body = nil
 	r.URL.Scheme, r.URL.Host = "", s.Listener.Addr().String()
@@ -625,7 +515,7 @@ func TestCredentialsClient_SendsNoneOfTheProxys(t *testing.T) {
 				t.Fatal(err)
 			}
 			roundTrip(t, tr, withoutIdentity(s, "/api"))
-			got := s.one(t)
+			got := s.One(t)
 			if h := protectedHeaders(got.Header); len(h) > 0 {
 				t.Errorf("a client without credentials is sent on with %v", h)
 			}
@@ -636,7 +526,7 @@ func TestCredentialsClient_SendsNoneOfTheProxys(t *testing.T) {
 			roundTrip(t, tr, withoutIdentity(s, "/api?watch=true", "Authorization", "Bearer own", "Impersonate-User", "bob",
 				"X-Remote-User", "system:admin", "x-remote-group", "system:masters", "X_Remote_Extra_Scopes", "all"))
 			want := http.Header{"Authorization": {"Bearer own"}, "Impersonate-User": {"bob"}}
-			if diff := cmp.Diff(want, protectedHeaders(s.one(t).Header)); diff != "" {
+			if diff := cmp.Diff(want, protectedHeaders(s.One(t).Header)); diff != "" {
 				t.Errorf("a client's own credentials differ (-want +got):\n%s", diff)
 			}
 		})
@@ -644,17 +534,17 @@ func TestCredentialsClient_SendsNoneOfTheProxys(t *testing.T) {
 }
 
 func TestCredentialsClient_RefusesIdentity(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr, err := provision(t, &Transport{Source: Source{Kubeconfig: trusting(s, token).write(t)}, Credentials: Client})
 	if err != nil {
 		t.Fatal(err)
 	}
-	checkRefused(t, roundTrip(t, tr, newRequest(s, "/api")), http.StatusForbidden, "tailscale_impersonate")
-	s.none(t)
+	proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Forbidden, "tailscale_impersonate")
+	s.CheckNone(t)
 }
 
 // healthCheck returns a request as reverse_proxy's active health checks make it.
-func healthCheck(t *testing.T, s *apiServer, method, target string) *http.Request {
+func healthCheck(t *testing.T, s *proxytest.APIServer, method, target string) *http.Request {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), method, "http://"+s.Listener.Addr().String()+target, nil)
 	if err != nil {
@@ -679,7 +569,7 @@ func TestHealthCheck_HasNoCredentials(t *testing.T) {
 				if resp := roundTrip(t, tr, r); resp.StatusCode != http.StatusOK {
 					t.Errorf("%s: %s; want 200", path, resp.Status)
 				}
-				got := s.one(t)
+				got := s.One(t)
 				if h := protectedHeaders(got.Header); len(h) > 0 {
 					t.Errorf("%s is sent with %v", path, h)
 				}
@@ -692,19 +582,19 @@ func TestHealthCheck_HasNoCredentials(t *testing.T) {
 }
 
 func TestHealthCheck_OtherRequestsNeedIdentity(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	for _, tt := range []struct{ method, target string }{
 		{"GET", "/api"}, {"GET", "/"}, {"GET", "/livez/etcd"}, {"GET", "/livez/"}, {"GET", "//livez"}, {"GET", "/live%7A"},
 		{"POST", "/livez"}, {"HEAD", "/livez"}, {"DELETE", "/healthz"},
 	} {
-		checkRefused(t, roundTrip(t, tr, healthCheck(t, s, tt.method, tt.target)), http.StatusForbidden, "no identity")
+		proxytest.CheckRefused(t, roundTrip(t, tr, healthCheck(t, s, tt.method, tt.target)), proxytest.Forbidden, "no identity")
 	}
-	s.none(t)
+	s.CheckNone(t)
 }
 
 func TestHealthCheck_IsNeverReceived(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	received := healthCheck(t, s, "GET", "/livez")
 	for name, r := range map[string]*http.Request{
@@ -712,20 +602,20 @@ func TestHealthCheck_IsNeverReceived(t *testing.T) {
 		"through any other server": received.WithContext(context.WithValue(received.Context(), http.ServerContextKey, &http.Server{})),
 	} {
 		t.Run(name, func(t *testing.T) {
-			checkRefused(t, roundTrip(t, tr, r), http.StatusForbidden, "no identity")
+			proxytest.CheckRefused(t, roundTrip(t, tr, r), proxytest.Forbidden, "no identity")
 		})
 	}
-	s.none(t)
+	s.CheckNone(t)
 }
 
 // Other handlers can put header names into the map that net/http would spell otherwise.
 func TestRoundTrip_RefusesOddlySpelledUpgrades(t *testing.T) {
-	s := newAPIServer(t)
+	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
 	for _, protocol := range []string{"h2c", "websocket"} {
 		r := newRequest(s, "/api")
 		r.Header["connection"], r.Header["UPGRADE"] = []string{"upgrade"}, []string{protocol}
-		checkRefused(t, roundTrip(t, tr, r), http.StatusBadRequest, protocol)
-		s.none(t)
+		proxytest.CheckRefused(t, roundTrip(t, tr, r), proxytest.BadRequest, protocol)
+		s.CheckNone(t)
 	}
 }
