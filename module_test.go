@@ -191,7 +191,7 @@ func TestLifecycle_LeavesNoGoroutines(t *testing.T) {
 	for range 10 {
 		round(t)
 	}
-	proxytest.WaitForGoroutines(t, before, func() {})
+	proxytest.WaitForGoroutines(t, before, nil)
 }
 
 // After a reload, the admin API knows the handlers of the running config only. Counters

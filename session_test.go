@@ -789,12 +789,12 @@ func TestSession_ManyLeaveNothingBehind(t *testing.T) {
 	warm.Hear(t, "hello ")
 	warm.Leave()
 	proxytest.OneRecording(t, recorder)
-	settle := func() int {
+	settle := func() {
 		up.CloseClientConnections()
 		runtime.GC()
-		return runtime.NumGoroutine()
 	}
-	before := settle()
+	settle()
+	before := runtime.NumGoroutine()
 
 	since := proxytest.CountsSince(t, "recordings_total")
 	var all [sessions]proxytest.Shell
@@ -847,15 +847,11 @@ func TestSession_ManyLeaveNothingBehind(t *testing.T) {
 	if len(seen) != sessions {
 		t.Errorf("the recorder has %d recordings; want %d", len(seen), sessions)
 	}
-	deadline := time.Now().Add(15 * time.Second)
-	for (recorder.Conns() > 0 || settle() > before+5) && time.Now().Before(deadline) {
+	for deadline := time.Now().Add(15 * time.Second); recorder.Conns() > 0 && time.Now().Before(deadline); {
 		time.Sleep(20 * time.Millisecond) // between two looks
 	}
 	if n := recorder.Conns(); n > 0 {
 		t.Errorf("%d connections to the recorder are left", n)
 	}
-	if n := settle(); n > before+5 {
-		b := make([]byte, 1<<20)
-		t.Errorf("%d goroutines are left; %d there were before\n%s", n, before, b[:runtime.Stack(b, true)])
-	}
+	proxytest.WaitForGoroutines(t, before+2, settle)
 }

@@ -23,8 +23,8 @@ const ProxyToken = "Bearer proxy-token"
 // The headers that identify alice to the API server, behind transport http and behind
 // transport kubernetes.
 var (
-	AliceHeaders = http.Header{"Impersonate-User": {Alice}, "Impersonate-Group": {"tailnet-readers"}}
-	AliceAsProxy = http.Header{"Impersonate-User": {Alice}, "Impersonate-Group": {"tailnet-readers"}, "Authorization": {ProxyToken}}
+	AliceHeaders = http.Header{"Impersonate-User": {"alice@example.com"}, "Impersonate-Group": {"tailnet-readers"}}
+	AliceAsProxy = http.Header{"Impersonate-User": {"alice@example.com"}, "Impersonate-Group": {"tailnet-readers"}, "Authorization": {ProxyToken}}
 )
 
 // APIServer records the requests that it receives.

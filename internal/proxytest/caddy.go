@@ -94,7 +94,7 @@ func (c Config) Start(t testing.TB) *Site {
 		c.Body = c.API.Expand(t, c.Body)
 		c.Global = c.API.Expand(t, c.Global)
 	}
-	RunCaddy(t, c.Server, fmt.Sprintf(`
+	runCaddy(t, c.Server, fmt.Sprintf(`
 		%s
 		%s://:%d {
 			bind %s
@@ -105,8 +105,8 @@ func (c Config) Start(t testing.TB) *Site {
 	return s
 }
 
-// RunCaddy runs Caddy with the sites of a Caddyfile until the test is over.
-func RunCaddy(t testing.TB, serverOptions, sites string) {
+// runCaddy runs Caddy with the sites of a Caddyfile until the test is over.
+func runCaddy(t testing.TB, serverOptions, sites string) {
 	t.Helper()
 	if !strings.Contains(serverOptions, "protocols ") {
 		serverOptions += "\nprotocols h1 h2"

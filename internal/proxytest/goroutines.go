@@ -9,12 +9,14 @@ import (
 )
 
 // WaitForGoroutines waits until there are no more than n goroutines and a few that come
-// and go. Before each look it calls settle.
+// and go. It calls settle, if that is not nil, before each look.
 func WaitForGoroutines(t testing.TB, n int, settle func()) {
 	t.Helper()
 	const slack = 3
 	for deadline := time.Now().Add(20 * time.Second); ; {
-		settle()
+		if settle != nil {
+			settle()
+		}
 		if runtime.NumGoroutine() <= n+slack {
 			return
 		}

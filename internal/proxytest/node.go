@@ -16,12 +16,6 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
-// Alice and Mallory are the login names of the callers.
-const (
-	Alice   = "alice@example.com"
-	Mallory = "mallory@example.com"
-)
-
 // Readers is a grant that makes a caller a member of the group tailnet-readers.
 const Readers = `{"impersonate":{"groups":["tailnet-readers"]}}`
 
@@ -30,7 +24,7 @@ const Readers = `{"impersonate":{"groups":["tailnet-readers"]}}`
 func WhoIs(rules ...string) *apitype.WhoIsResponse {
 	who := &apitype.WhoIsResponse{
 		Node:        &tailcfg.Node{Name: "laptop.example.ts.net."},
-		UserProfile: &tailcfg.UserProfile{LoginName: Alice},
+		UserProfile: &tailcfg.UserProfile{LoginName: "alice@example.com"},
 	}
 	if len(rules) > 0 {
 		who.CapMap = tailcfg.PeerCapMap{tailcfg.PeerCapabilityKubernetes: nil}
@@ -50,7 +44,7 @@ func WhoIsTagged(name string, tags ...string) *apitype.WhoIsResponse {
 func WhoIsMallory() *apitype.WhoIsResponse {
 	return &apitype.WhoIsResponse{
 		Node:        &tailcfg.Node{Name: "phone.example.ts.net."},
-		UserProfile: &tailcfg.UserProfile{LoginName: Mallory},
+		UserProfile: &tailcfg.UserProfile{LoginName: "mallory@example.com"},
 	}
 }
 
