@@ -65,7 +65,7 @@ func TestActAs_RequestIsPassedOnWithoutSendableHeaders(t *testing.T) {
 	}
 }
 
-// The same in a running Caddy.
+// Neither does a handler in handle_response send what the first handler refused.
 func TestActAs_RefusedRequestIsNotSentByOtherRoute(t *testing.T) {
 	const proxy = "tailscale_impersonate\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}\n"
 	up := proxytest.NewAPIServer(t)
