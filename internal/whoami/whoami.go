@@ -17,8 +17,8 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/kubeconfig"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/kubeconfig"
 )
 
 // Facts are what is known about a caller.
