@@ -148,7 +148,7 @@ func checkTag(tag string) error {
 		return err
 	}
 	if !strings.HasPrefix(tag, "tag:") {
-		return fmt.Errorf("tag %q does not start with tag:", tag)
+		return fmt.Errorf("tag %q lacks the prefix \"tag:\"", tag)
 	}
 	return nil
 }

@@ -311,7 +311,7 @@ func TestIdentity_RejectsUsersOfTheCluster(t *testing.T) {
 
 func TestIdentity_RejectsTagWithoutPrefix(t *testing.T) {
 	id, err := identityOf(aDevice("ci.example.ts.net.", []string{"tag:ci", "system:masters"}))
-	refused(t, id, err, "system:masters", "does not start with tag:")
+	refused(t, id, err, "system:masters", "lacks the prefix")
 }
 
 func TestIdentity_ErrorsNameThePeer(t *testing.T) {

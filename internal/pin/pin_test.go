@@ -204,7 +204,7 @@ func TestRequire_EveryConditionHolds(t *testing.T) {
 			}
 		}
 		r.Method = http.MethodDelete
-		if got := pin.Check(r); got != tt.want {
+		if got := pin.Check(r); !errors.Is(got, tt.want) {
 			t.Errorf("results %v: got %v; want %v", tt.results, got, tt.want)
 		}
 	}

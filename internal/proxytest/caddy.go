@@ -25,6 +25,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/intercept"
+
+	// Where the Caddy that tests run keeps its files.
 	_ "github.com/caddyserver/caddy/v2/modules/filestorage"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"

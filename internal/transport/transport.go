@@ -162,7 +162,7 @@ func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
 		return t.refuse(r, apistatus.BadRequest(apistatus.AmbiguousPath, "%q is not a path below that of the cluster", r.URL))
 	}
 	protocols, upgrades := upgrade.Protocols(r.Header)
-	if upgrades && !(upgrade.Requested(r.Header) && streams(protocols)) {
+	if upgrades && (!upgrade.Requested(r.Header) || !streams(protocols)) {
 		return t.refuse(r, apistatus.BadRequest(apistatus.Protocol, "cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", protocols))
 	}
 	// The API server acts on such a request before it has received the body, and
