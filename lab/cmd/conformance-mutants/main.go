@@ -116,7 +116,7 @@ func run(ctx context.Context, only, by string, find bool) error {
 				bad.Add(1)
 				noticed = "NOT CAUGHT: " + err.Error()
 			}
-			fmt.Printf("%-26s %-62s %-24s %5.1f s  %s\n", a.path, a.name, a.by, time.Since(began).Seconds(), noticed)
+			fmt.Printf("%-40s %-62s %-24s %5.1f s  %s\n", a.path, a.name, a.by, time.Since(began).Seconds(), noticed)
 			return nil
 		})
 	}
@@ -168,7 +168,7 @@ func (s *suites) measure(ctx context.Context, attempts []attempt) error {
 			}
 			took := time.Since(began)
 			s.limits[suite] = 2*time.Minute + 3*took
-			fmt.Printf("%-26s %-62s %-24s %5.1f s\n", "", "with every line in place all is well", suite, took.Seconds())
+			fmt.Printf("%-40s %-62s %-24s %5.1f s\n", "", "with every line in place all is well", suite, took.Seconds())
 		}
 	}
 	return nil
@@ -262,7 +262,7 @@ func (s *suites) attack(ctx context.Context, flags []string) (noticed string, er
 // slow are the tests of a package that wait for what takes seconds. They come last,
 // as most mutants are caught before.
 var slow = map[string]string{
-	".": "^(TestRecordersThatFail|TestRecorderIsLostInTheMidst|TestManySessionsLeaveNothingBehind)$",
+	".": "^(TestSession_FailingRecorder|TestSession_LostRecorder|TestSession_ManyLeaveNothingBehind)$",
 }
 
 // test runs the tests of a package. The lab is a module of its own.
