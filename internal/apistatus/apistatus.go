@@ -27,43 +27,49 @@ const Prefix = "tailscale_impersonate: "
 
 // Forbidden returns a 403: this caller may not do this.
 func Forbidden(because Reason, format string, args ...any) error {
-	return refuse(because, http.StatusForbidden, metav1.StatusReasonForbidden, format, args...)
+	return refuse(because, kind{http.StatusForbidden, metav1.StatusReasonForbidden}, format, args...)
 }
 
 // BadRequest returns a 400: no caller may do this.
 func BadRequest(because Reason, format string, args ...any) error {
-	return refuse(because, http.StatusBadRequest, metav1.StatusReasonBadRequest, format, args...)
+	return refuse(because, kind{http.StatusBadRequest, metav1.StatusReasonBadRequest}, format, args...)
 }
 
 // MethodNotAllowed returns a 405.
 func MethodNotAllowed(because Reason, format string, args ...any) error {
-	return refuse(because, http.StatusMethodNotAllowed, metav1.StatusReasonMethodNotAllowed, format, args...)
+	return refuse(because, kind{http.StatusMethodNotAllowed, metav1.StatusReasonMethodNotAllowed}, format, args...)
 }
 
 // Misdirected returns a 421, which makes a client retry over another connection.
 func Misdirected(because Reason, format string, args ...any) error {
-	return refuse(because, http.StatusMisdirectedRequest, "MisdirectedRequest", format, args...)
+	return refuse(because, kind{http.StatusMisdirectedRequest, "MisdirectedRequest"}, format, args...)
 }
 
 // Unavailable returns a 503: the proxy cannot do its part until an operator acts.
 func Unavailable(because Reason, format string, args ...any) error {
-	return refuse(because, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, format, args...)
+	return refuse(because, kind{http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable}, format, args...)
 }
 
 // TryAgain returns a 503 that asks for a retry after one second. client-go retries
 // ten times before it reports the message.
 func TryAgain(because Reason, format string, args ...any) error {
-	err := refuse(because, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, format, args...)
+	err := refuse(because, kind{http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable}, format, args...)
 	err.ErrStatus.Details.RetryAfterSeconds = 1
 	return err
 }
 
-func refuse(because Reason, code int32, reason metav1.StatusReason, format string, args ...any) *apierrors.StatusError {
+// kind is the kind of a Status object.
+type kind struct {
+	code   int32
+	reason metav1.StatusReason
+}
+
+func refuse(because Reason, kind kind, format string, args ...any) *apierrors.StatusError {
 	return &apierrors.StatusError{ErrStatus: metav1.Status{
 		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"},
 		Status:   metav1.StatusFailure,
-		Code:     code,
-		Reason:   reason,
+		Code:     kind.code,
+		Reason:   kind.reason,
 		Message:  Prefix + fmt.Sprintf(format, args...),
 		Details:  &metav1.StatusDetails{Causes: []metav1.StatusCause{{Type: metav1.CauseType(because)}}},
 	}}
@@ -75,7 +81,7 @@ func body(err error) (*metav1.Status, []byte, error) {
 	refusals.With(ReasonOf(err)).Inc()
 	status, ok := From(err)
 	if !ok {
-		status = &refuse(Other, http.StatusInternalServerError, metav1.StatusReasonInternalError, "the proxy failed; its log says why").ErrStatus
+		status = &refuse(Other, kind{http.StatusInternalServerError, metav1.StatusReasonInternalError}, "the proxy failed; its log says why").ErrStatus
 	}
 	encoded, jsonErr := json.Marshal(status)
 	if jsonErr != nil {

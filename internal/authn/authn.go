@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"tailscale.com/tailcfg"
 
@@ -314,10 +315,11 @@ const (
 )
 
 // Most answers take a tenth of a millisecond; none takes longer than the last bucket.
-var questions = metrics.NewHistogram("whois_duration_seconds",
-	"How long tailnet nodes took to say who a peer is, by outcome.",
-	[]float64{.00005, .0001, .0002, .0005, .001, .0025, .005, .01, .025, .05, .1, .25},
-	"outcome", known, unknown, failed)
+var questions = metrics.NewHistogram(prometheus.HistogramOpts{
+	Name:    "whois_duration_seconds",
+	Help:    "How long tailnet nodes took to say who a peer is, by outcome.",
+	Buckets: []float64{.00005, .0001, .0002, .0005, .001, .0025, .005, .01, .025, .05, .1, .25},
+}, "outcome", known, unknown, failed)
 
 // countQuestion counts a question that was asked at asked, and answered with err.
 func countQuestion(asked time.Time, err error) {

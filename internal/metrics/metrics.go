@@ -51,12 +51,12 @@ func NewCounterVec(name, help string, labels ...string) *prometheus.CounterVec {
 	return vec
 }
 
-// NewHistogram returns a histogram with one label. Each of values is reported from the
-// start. Call it only to initialize a package variable.
-func NewHistogram[V ~string](name, help string, buckets []float64, label string, values ...V) *prometheus.HistogramVec {
-	vec := prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Namespace: Namespace, Subsystem: Subsystem, Name: name, Help: help, Buckets: buckets,
-	}, []string{label})
+// NewHistogram returns a histogram with one label, and the name, help text and buckets
+// of opts. Every one of values is reported from the start. Call it only to initialize a
+// package variable.
+func NewHistogram[V ~string](opts prometheus.HistogramOpts, label string, values ...V) *prometheus.HistogramVec {
+	opts.Namespace, opts.Subsystem = Namespace, Subsystem
+	vec := prometheus.NewHistogramVec(opts, []string{label})
 	for _, value := range values {
 		vec.WithLabelValues(string(value))
 	}

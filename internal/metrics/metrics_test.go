@@ -18,7 +18,7 @@ type result string
 var (
 	counter   = metrics.NewCounter[result]("test_counted_total", "A test's.", "result", "yes", "no")
 	vec       = metrics.NewCounterVec("test_vec_total", "A test's.", "result", "reason")
-	histogram = metrics.NewHistogram[result]("test_duration_seconds", "A test's.", []float64{1}, "result", "yes", "no")
+	histogram = metrics.NewHistogram[result](prometheus.HistogramOpts{Name: "test_duration_seconds", Help: "A test's.", Buckets: []float64{1}}, "result", "yes", "no")
 )
 
 // gather returns the metrics of registry as name{label values}.
