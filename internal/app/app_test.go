@@ -17,6 +17,7 @@ import (
 	_ "github.com/caddyserver/caddy/v2/modules/caddyevents"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/app"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
@@ -179,5 +180,32 @@ func TestProcess_OutlivesConfigWhileRequestsAreOpen(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal("the state is kept after the last request has ended; want it released")
 		}
+	}
+}
+
+func TestHandle_NewConfigJudgesOpenRequests(t *testing.T) {
+	var tracker *revocation.Tracker
+	use := func(settings string, policy revocation.Policy) func(caddy.Context) error {
+		return func(ctx caddy.Context) error {
+			a, err := app.Of(ctx)
+			if err != nil {
+				return err
+			}
+			tracker = a.Generation().NewTracker([]string{":443"}, settings, policy)
+			return nil
+		}
+	}
+	run(t, use("old", newPolicy()))
+	request := track(t, tracker)
+	defer request.Close()
+	refusing := newPolicy()
+	refusing.Identify = func(context.Context, netip.Addr, netip.Addr, time.Time) (*impersonate.Identity, error) {
+		return nil, apistatus.Forbidden(apistatus.Guard, "no access")
+	}
+	run(t, use("new", refusing))
+	select {
+	case <-request.Done():
+	case <-time.After(10 * time.Second):
+		t.Error("the request goes on under the policy of the config that is gone; want it ended by the new config's")
 	}
 }
