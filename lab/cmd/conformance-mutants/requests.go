@@ -458,13 +458,13 @@ var requests = []file{
 		{name: "a tracker whose config is gone is found by the config after next", old: "\t\tregistry.trackers = append(registry.trackers, t)\n\t}\n\ttime.AfterFunc", new: "\t}\n\ttime.AfterFunc"},
 		{name: "a check is begun", old: "\ttime.AfterFunc(t.policies[0].Interval, t.check)\n", new: "\t_ = time.AfterFunc\n"},
 	}},
-	{"internal/app/app.go", "./internal/app .", []mutant{
+	{"internal/app/app.go", "./internal/app", []mutant{
 		{name: "handlers start once the config has", old: "\t\tstart()\n", new: "\t\t_ = start\n"},
 		{name: "open requests are judged by the config that runs", old: "\ta.generation.Run()\n", new: ""},
 		{name: "an operator reaches the handlers that run", old: "\ta.process.add(a.running)\n", new: ""},
 		{name: "the state of the process stays while requests are open", old: "func() { Acquire() }", new: "func() {}"},
 	}},
-	{"internal/admin/admin.go", "./internal/admin .", []mutant{
+	{"internal/admin/admin.go", "./internal/admin", []mutant{
 		{name: "no other caller is dropped", old: "\t\tif !p.is(name) {\n", new: "\t\tif false {\n"},
 		{name: "all handlers forget a caller that an operator drops", old: "\t\t\ta.Forget(p.Address, p.local)\n", new: "\t\t\t_ = a\n"},
 	}},
