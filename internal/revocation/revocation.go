@@ -100,8 +100,9 @@ type Policy struct {
 type Request struct {
 	impersonate.Context
 
-	conn *tailnet.Conn
-	kind requestinfo.Kind
+	registry *Registry
+	conn     *tailnet.Conn
+	kind     requestinfo.Kind
 
 	// The registry's mutex guards what follows.
 
@@ -121,27 +122,24 @@ type Request struct {
 
 // Close records that the request has ended.
 func (r *Request) Close() {
-	registry := r.tracker.generation.registry
-	registry.mu.Lock()
-	defer registry.mu.Unlock()
-	registry.open[r.kind]--
+	r.registry.mu.Lock()
+	defer r.registry.mu.Unlock()
+	r.registry.open[r.kind]--
 	r.tracker.remove(r)
 }
 
 // require ends the request as soon as its caller may no longer act as the user that
 // the request is forwarded as.
 func (r *Request) require(stillAllowed impersonate.StillAllowed) {
-	registry := r.tracker.generation.registry
-	registry.mu.Lock()
-	defer registry.mu.Unlock()
+	r.registry.mu.Lock()
+	defer r.registry.mu.Unlock()
 	r.stillAllowed = stillAllowed
 }
 
 // endWhenEnforced ends the request as soon as its caller's sessions must be recorded.
 func (r *Request) endWhenEnforced() {
-	registry := r.tracker.generation.registry
-	registry.mu.Lock()
-	defer registry.mu.Unlock()
+	r.registry.mu.Lock()
+	defer r.registry.mu.Unlock()
 	r.unrecorded = true
 }
 

@@ -748,6 +748,37 @@ func TestReload_LateRequestOfArmedTrackerUsesNewestPolicy(t *testing.T) {
 	})
 }
 
+// The race detector sees what requests and a reload share.
+func TestReload_WhileRequestsEnd(t *testing.T) {
+	inBubble(t, func(t *testing.T, registry *Registry) {
+		n := newNetwork()
+		start := func() *Tracker {
+			g := registry.NewGeneration()
+			tracker := g.NewTracker([]string{":443"}, 0, n.policy())
+			g.Run()
+			return tracker
+		}
+		tracker := start()
+		c := connect(t, aliceAddr)
+		var ending sync.WaitGroup
+		for range 20 {
+			for range 50 {
+				r := tracker.track(t.Context(), caller(c, alice, time.Now()), requestinfo.Exec)
+				ending.Go(func() {
+					r.require(func(context.Context, *impersonate.Identity, time.Time) error { return nil })
+					r.endWhenEnforced()
+					r.Close()
+				})
+			}
+			tracker = start()
+		}
+		ending.Wait()
+		if clients := registry.Clients(); len(clients) > 0 {
+			t.Errorf("with nothing open, got %v", clients)
+		}
+	})
+}
+
 func TestRevoked_Report(t *testing.T) {
 	inBubble(t, func(t *testing.T, registry *Registry) {
 		n := newNetwork()

@@ -127,8 +127,11 @@ func (t *Tracker) Track(r *http.Request, caller authn.Caller) *Request {
 }
 
 func (t *Tracker) track(ctx context.Context, caller authn.Caller, kind requestinfo.Kind) *Request {
-	r := &Request{Context: impersonate.Context{Context: ctx, ID: caller.Identity}, conn: caller.Conn, kind: kind, confirmed: caller.Asked}
 	registry := t.generation.registry
+	r := &Request{
+		Context: impersonate.Context{Context: ctx, ID: caller.Identity}, registry: registry,
+		conn: caller.Conn, kind: kind, confirmed: caller.Asked,
+	}
 	registry.mu.Lock()
 	defer registry.mu.Unlock()
 	registry.open[kind]++

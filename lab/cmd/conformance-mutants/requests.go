@@ -451,7 +451,7 @@ var requests = []file{
 		{name: "requests move to the tracker that takes over", old: "\t\tr := t.open\n\t\tt.remove(r)\n\t\tnext.add(r)\n", new: "\t\tt.remove(t.open)\n"},
 		{name: "a session that is not recorded is known as one", old: "\t\ttracked.endWhenEnforced()\n", new: "", by: "./internal/revocation ."},
 		{name: "the right to act as another user is rechecked", old: "\t\tcaller.Identity.ActAs.Granted = tracked.require\n", new: "", by: "./internal/revocation ."},
-		{name: "the grace counts from the answer", old: "confirmed: caller.Asked}", new: "confirmed: time.Now()}"},
+		{name: "the grace counts from the answer", old: "confirmed: caller.Asked,", new: "confirmed: time.Now(),"},
 		{name: "requests are those of the tracker that took over", old: "\tfor t.next != nil {\n\t\tt = t.next\n\t}\n", new: ""},
 		{name: "an open request is one of its tracker's", old: "\tt.add(r)\n", new: "\tr.tracker = t\n"},
 		{name: "open requests keep the state of the process", old: "\tregistry.Hold()\n", new: "", by: "./internal/revocation ./internal/app"},
