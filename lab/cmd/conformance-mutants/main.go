@@ -3,7 +3,8 @@
 // Command conformance-mutants measures the tests by what they catch: it takes away
 // the lines that security rests on, one at a time, and runs the suite that has to
 // fail then. The source is never touched, as the Go command is told to read another
-// file in its place.
+// file in its place. That file has all mutants of a file in it, and an environment
+// variable says which of them a suite runs with, so that each suite is built once.
 //
 // It ends with status 1 if the loss of any line goes unnoticed, or if a line is no
 // longer where the table says.
@@ -55,7 +56,7 @@ const attacks = "attacks"
 
 // atOnce is how many mutants are tried at the same time. Tests wait more than they
 // compute.
-const atOnce = 2
+const atOnce = 4
 
 func main() {
 	only := flag.String("run", "", "regular expression of the mutants to try, as file: name (default: all)")
@@ -91,23 +92,32 @@ func run(ctx context.Context, only, by string, find bool) error {
 			tried = append(tried, attempt{f.path, m})
 		}
 	}
-	s := &suites{root: root, limits: make(map[string]time.Duration)}
+	dir, err := os.MkdirTemp("", "mutants-")
+	if err != nil {
+		return err
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	s := &suites{root: root, dir: dir, programs: make(map[string]program)}
 	if !find {
-		// What fails with every line in place shows nothing.
-		if err := s.measure(ctx, tried); err != nil {
+		for _, a := range tried {
+			if err := a.check(root); err != nil {
+				return fmt.Errorf("%s: %s: %w", a.path, a.name, err)
+			}
+		}
+		if err := s.build(ctx, tried); err != nil {
 			return err
 		}
 	}
 	var bad atomic.Int32
 	var g errgroup.Group
 	g.SetLimit(atOnce)
-	for _, a := range tried {
+	for i, a := range tried {
 		g.Go(func() error {
 			began := time.Now()
-			source, err := mutate(filepath.Join(root, a.path), a.mutant)
+			err := a.check(root)
 			noticed := ""
 			if err == nil && !find {
-				noticed, err = s.try(ctx, a, source)
+				noticed, err = s.try(ctx, i, a)
 			}
 			if ctx.Err() != nil {
 				return ctx.Err()
@@ -140,26 +150,55 @@ type attempt struct {
 	mutant
 }
 
+// check returns an error unless a's line stands once in its file.
+func (a attempt) check(root string) error {
+	source, err := os.ReadFile(filepath.Join(root, a.path))
+	if err != nil {
+		return err
+	}
+	if n := strings.Count(string(source), a.old); n != 1 {
+		return fmt.Errorf("its line stands %d times in the file; want once", n)
+	}
+	return nil
+}
+
 // suites runs the suites.
 type suites struct {
-	root string
-	// limits is how long each may take: that a suite hangs is noticing as well, that
-	// it is slow is not.
-	limits map[string]time.Duration
+	root, dir string
+	switched  *switched
+	programs  map[string]program
 	// lab is one at a time.
 	lab sync.Mutex
 }
 
-// measure runs each suite that the attempts need as it is, which has to pass.
-func (s *suites) measure(ctx context.Context, attempts []attempt) error {
+// program is a suite that has been built.
+type program struct {
+	path string
+	// limit is how long it may take: that a suite hangs is noticing as well, that it is
+	// slow is not.
+	limit time.Duration
+}
+
+// flags are those of every build.
+var flags = []string{"-gcflags=all=-dwarf=false", "-ldflags=-w"}
+
+// build builds each suite that the attempts need, with all of them in it, and runs it
+// with every line in place. It has to pass: what fails as it is shows nothing.
+func (s *suites) build(ctx context.Context, attempts []attempt) (err error) {
+	if s.switched, err = newSwitched(s.root, s.dir, attempts); err != nil {
+		return err
+	}
 	for _, a := range attempts {
 		for _, suite := range strings.Fields(a.by) {
-			if s.limits[suite] > 0 {
+			if _, ok := s.programs[suite]; ok {
 				continue
 			}
-			s.limits[suite] = 10 * time.Minute
+			p := program{filepath.Join(s.dir, fmt.Sprintf("suite%d", len(s.programs))), 10 * time.Minute}
+			if err := s.compile(ctx, suite, s.switched.overlay, p.path); err != nil {
+				return fmt.Errorf("%s: %w", suite, err)
+			}
 			began := time.Now()
-			noticed, err := s.run(ctx, suite, nil)
+			noticed, err := s.run(ctx, suite, p, "")
 			if err != nil {
 				return fmt.Errorf("%s: %w", suite, err)
 			}
@@ -167,80 +206,122 @@ func (s *suites) measure(ctx context.Context, attempts []attempt) error {
 				return fmt.Errorf("%s fails as it is: %s", suite, noticed)
 			}
 			took := time.Since(began)
-			s.limits[suite] = 2*time.Minute + 3*took
+			p.limit = time.Minute + 3*took
+			s.programs[suite] = p
 			fmt.Printf("%-40s %-62s %-24s %5.1f s\n", "", "with every line in place all is well", suite, took.Seconds())
 		}
 	}
 	return nil
 }
 
-// mutate returns the source of a file without m's line.
-func mutate(path string, m mutant) (string, error) {
-	source, err := os.ReadFile(path)
-	if err != nil {
-		return "", err
-	}
-	if n := strings.Count(string(source), m.old); n != 1 {
-		return "", fmt.Errorf("its line stands %d times in the file; want once", n)
-	}
-	return strings.Replace(string(source), m.old, m.new, 1), nil
-}
-
-// try runs the suites of a until one fails with source in the place of its file, and
-// returns what failed. It is an error if nothing did.
-func (s *suites) try(ctx context.Context, a attempt, source string) (noticed string, err error) {
-	dir, err := os.MkdirTemp("", "mutant-")
-	if err != nil {
-		return "", err
-	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	mutated := filepath.Join(dir, "mutated.go")
-	if err := os.WriteFile(mutated, []byte(source), 0o600); err != nil {
-		return "", err
-	}
-	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{filepath.Join(s.root, a.path): mutated}})
-	if err != nil {
-		return "", err
-	}
-	overlayFile := filepath.Join(dir, "overlay.json")
-	if err := os.WriteFile(overlayFile, overlay, 0o600); err != nil {
-		return "", err
-	}
+// try runs the suites of a, the attempt of that number, until one fails, and returns
+// what failed. It is an error if nothing did.
+func (s *suites) try(ctx context.Context, number int, a attempt) (noticed string, err error) {
 	for _, suite := range strings.Fields(a.by) {
-		if noticed, err := s.run(ctx, suite, []string{"-overlay=" + overlayFile}); err != nil || noticed != "" {
+		p := s.programs[suite]
+		if s.switched.alone[number] {
+			if p.path, err = s.compileAlone(ctx, suite, number, a); err != nil {
+				return "", err
+			}
+		}
+		if noticed, err := s.run(ctx, suite, p, fmt.Sprint(number)); err != nil || noticed != "" {
 			return noticed, err
 		}
 	}
 	return "", errors.New("all is well without it")
 }
 
-// run runs a suite and returns what failed, if anything did. It is an error if
-// nothing could be run.
-func (s *suites) run(ctx context.Context, suite string, flags []string) (noticed string, err error) {
-	flags = append(flags, "-gcflags=all=-dwarf=false", "-ldflags=-w")
-	if suite == attacks {
-		return s.attack(ctx, flags)
-	}
-	return s.test(ctx, suite, flags)
-}
-
-// attack builds command conformance and runs it.
-func (s *suites) attack(ctx context.Context, flags []string) (noticed string, err error) {
-	dir, err := os.MkdirTemp("", "mutant-")
+// compileAlone builds a suite with nothing but a in it.
+func (s *suites) compileAlone(ctx context.Context, suite string, number int, a attempt) (path string, err error) {
+	file := filepath.Join(s.root, a.path)
+	source, err := os.ReadFile(file)
 	if err != nil {
 		return "", err
 	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	program := filepath.Join(dir, "conformance")
-	build := command(ctx, filepath.Join(s.root, "lab"), "go", append([]string{"build", "-o", program}, append(flags, "./cmd/conformance")...)...)
-	if out, err := build.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("it does not compile: %s", out)
+	base := filepath.Join(s.dir, fmt.Sprintf("alone%d", number))
+	if err := os.WriteFile(base+".go", []byte(strings.Replace(string(source), a.old, a.new, 1)), 0o600); err != nil {
+		return "", err
 	}
-	s.lab.Lock()
-	defer s.lab.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, s.limits[attacks])
+	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{file: base + ".go"}})
+	if err != nil {
+		return "", err
+	}
+	if err := os.WriteFile(base+".json", overlay, 0o600); err != nil {
+		return "", err
+	}
+	return base, s.compile(ctx, suite, base+".json", base)
+}
+
+// folder returns the folder of a suite's package, and whether the lab runs in it.
+func (s *suites) folder(suite string) (dir string, lab bool) {
+	if suite == attacks {
+		return filepath.Join(s.root, "lab", "cmd", "conformance"), true
+	}
+	return filepath.Join(s.root, suite), strings.HasPrefix(suite, "./lab/")
+}
+
+// compile builds a suite with an overlay.
+func (s *suites) compile(ctx context.Context, suite, overlay, path string) error {
+	args := []string{"test", "-c", "-vet=off"}
+	if suite == attacks {
+		args = []string{"build"}
+	}
+	dir, _ := s.folder(suite)
+	build := command(ctx, dir, "go", slices.Concat(args, flags, []string{"-overlay=" + overlay, "-o", path, "."})...)
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("it does not compile: %s", out)
+	}
+	return nil
+}
+
+// slow are the tests of a package that wait for what takes seconds. They come last,
+// as most mutants are caught before.
+var slow = map[string]string{
+	".": "^(TestSession_FailingRecorder|TestSession_LostRecorder|TestSession_ManyLeaveNothingBehind)$",
+}
+
+// counts are the tests of how much memory is allocated, which is more in a program that
+// has all mutants in it.
+const counts = "Alloc"
+
+// run runs a suite as that mutant, and returns what failed, if anything did. It is an
+// error if nothing could be run.
+func (s *suites) run(ctx context.Context, suite string, p program, mutant string) (noticed string, err error) {
+	dir, lab := s.folder(suite)
+	if lab {
+		s.lab.Lock()
+		defer s.lab.Unlock()
+	}
+	ctx, cancel := context.WithTimeout(ctx, p.limit)
 	defer cancel()
-	out, err := command(ctx, s.root, program, "-first").CombinedOutput()
+	if suite == attacks {
+		return s.attack(ctx, p, mutant)
+	}
+	passes := [][]string{{"-test.skip=" + counts}}
+	if tests := slow[suite]; tests != "" {
+		passes = [][]string{{"-test.skip=" + counts + "|" + tests}, {"-test.run=" + tests}}
+	}
+	for _, pass := range passes {
+		test := command(ctx, dir, p.path, append(pass, "-test.failfast", "-test.timeout="+p.limit.String())...)
+		test.Env = append(os.Environ(), switchName+"="+mutant)
+		out, err := test.CombinedOutput()
+		switch {
+		case errors.Is(ctx.Err(), context.Canceled):
+			return "", ctx.Err()
+		case strings.Contains(string(out), "no tests to run"):
+			return "", fmt.Errorf("%s has no such tests: %s", suite, pass)
+		case err != nil:
+			return found(out, `--- FAIL: (\S+)`, `panic: .*running tests:\n\s+(\S+)`, `(panic: .*)`), nil
+		}
+	}
+	return "", nil
+}
+
+// attack runs command conformance as that mutant.
+func (s *suites) attack(ctx context.Context, p program, mutant string) (noticed string, err error) {
+	attack := command(ctx, s.root, p.path, "-first")
+	attack.Env = append(os.Environ(), switchName+"="+mutant)
+	out, err := attack.CombinedOutput()
 	if ctx.Err() != nil {
 		return "", ctx.Err()
 	}
@@ -257,42 +338,6 @@ func (s *suites) attack(ctx context.Context, flags []string) (noticed string, er
 		return lastLine(out), nil
 	}
 	return string(failures[len(failures)-1][1]), nil
-}
-
-// slow are the tests of a package that wait for what takes seconds. They come last,
-// as most mutants are caught before.
-var slow = map[string]string{
-	".": "^(TestSession_FailingRecorder|TestSession_LostRecorder|TestSession_ManyLeaveNothingBehind)$",
-}
-
-// test runs the tests of a package. The lab is a module of its own.
-func (s *suites) test(ctx context.Context, pkg string, flags []string) (noticed string, err error) {
-	dir, limit := s.root, s.limits[pkg]
-	if inLab, ok := strings.CutPrefix(pkg, "./lab/"); ok {
-		s.lab.Lock()
-		defer s.lab.Unlock()
-		dir, pkg = filepath.Join(s.root, "lab"), "./"+inLab
-	}
-	flags = append([]string{"test", "-count=1", "-failfast", "-vet=off", "-timeout=" + limit.String()}, flags...)
-	passes := [][]string{nil}
-	if tests := slow[pkg]; tests != "" {
-		passes = [][]string{{"-skip=" + tests}, {"-run=" + tests}}
-	}
-	for _, pass := range passes {
-		out, err := command(ctx, dir, "go", slices.Concat(flags, pass, []string{pkg})...).CombinedOutput()
-		switch {
-		case ctx.Err() != nil:
-			return "", ctx.Err()
-		case strings.Contains(string(out), "[no tests to run]"):
-			return "", fmt.Errorf("%s has no such tests: %s", pkg, pass)
-		case err == nil:
-			continue
-		case strings.Contains(string(out), "[build failed]"), strings.Contains(string(out), "[setup failed]"):
-			return "", fmt.Errorf("it does not compile: %s", out)
-		}
-		return found(out, `--- FAIL: (\S+)`, `panic: .*running tests:\n\s+(\S+)`, `(panic: .*)`), nil
-	}
-	return "", nil
 }
 
 // command returns a command that is told to end, rather than killed, when ctx is
