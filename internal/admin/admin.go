@@ -90,7 +90,7 @@ func peers(process *app.Process) []*peer {
 		device        string
 	}
 	index := make(map[key]*peer)
-	var all []*peer
+	all := []*peer{} // not nil, which would be null in JSON
 	for _, a := range process.Running() {
 		a.Cached(func(remote, local netip.Addr, caller *authn.Caller) {
 			id := caller.Identity

@@ -133,6 +133,16 @@ func whoIsAlice() *apitype.WhoIsResponse {
 	return who
 }
 
+func TestAdmin_NoCallersAreAnEmptyList(t *testing.T) {
+	var answer map[string]json.RawMessage
+	if err := ask(t, "GET", "/tailscale_impersonate/peers", &answer); err != nil {
+		t.Fatal(err)
+	}
+	if got := string(answer["peers"]); got != "[]" {
+		t.Errorf("got peers %s; want []", got)
+	}
+}
+
 func TestAdmin_ListsCallers(t *testing.T) {
 	if got := listed(t); len(got) > 0 {
 		t.Fatalf("before any handler runs, got %v", got)
