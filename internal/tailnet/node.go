@@ -3,11 +3,14 @@
 package tailnet
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -38,7 +41,7 @@ var (
 
 // Node is a tailnet node that a server listens on.
 type Node struct {
-	// Name is the configured hostname of the node. It is for messages only: the name
+	// Name is the hostname that the node asks for. It is for messages only: the name
 	// that the tailnet gives the node can differ (see [Node.Owns]).
 	Name string
 
@@ -67,9 +70,19 @@ type Node struct {
 
 // FromServer returns the node of s.
 func FromServer(s *tsnet.Server) *Node {
-	n := fromClient(s.Hostname, s.TailscaleIPs, s.LocalClient)
+	n := fromClient(cmp.Or(s.Hostname, defaultHostname()), s.TailscaleIPs, s.LocalClient)
 	n.DialPeer = s.Dial
 	return n
+}
+
+// defaultHostname returns the hostname that tsnet asks for where none is configured, as
+// with "bind tailscale/".
+func defaultHostname() string {
+	exe, err := os.Executable()
+	if err != nil {
+		return "tsnet"
+	}
+	return strings.TrimSuffix(strings.ToLower(filepath.Base(exe)), ".exe")
 }
 
 // fromClient returns a node that answers through its LocalAPI. It lacks DialPeer.

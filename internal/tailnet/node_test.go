@@ -13,6 +13,7 @@ import (
 
 	"tailscale.com/client/tailscale/apitype"
 	"tailscale.com/tailcfg"
+	"tailscale.com/tsnet"
 )
 
 var (
@@ -39,6 +40,31 @@ func answering(who *apitype.WhoIsResponse, err error) (*Node, *[]asked) {
 			return who, err
 		},
 	}, questions
+}
+
+// Messages name a node without a configured hostname as tsnet does.
+func TestFromServer_NameIsTheOneAskedFor(t *testing.T) {
+	t.Setenv("TS_NO_LOGS_NO_SUPPORT", "true")
+	for _, hostname := range []string{"k8s", ""} {
+		s := &tsnet.Server{Hostname: hostname, Dir: t.TempDir(), ControlURL: "http://127.0.0.1:1"}
+		if err := s.Start(); err != nil {
+			t.Fatal(err)
+		}
+		client, err := s.LocalClient()
+		if err != nil {
+			t.Fatal(err)
+		}
+		prefs, err := client.GetPrefs(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := FromServer(s).Name; got != prefs.Hostname {
+			t.Errorf("hostname %q: got name %q; the node asks for %q", hostname, got, prefs.Hostname)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 func TestWhoIs_AsksOnDialledAddress(t *testing.T) {

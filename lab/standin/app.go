@@ -81,7 +81,8 @@ type NodeConfig struct {
 	// Whether this node is removed when it disconnects. Default: the app's.
 	Ephemeral *bool `json:"ephemeral,omitempty"`
 
-	// The hostname that this node requests. Default: the node's name in the config.
+	// The hostname that this node requests. Default: the node's name in the config,
+	// or the name of the program if that is empty, as in "bind tailscale/".
 	Hostname string `json:"hostname,omitempty"`
 
 	// The UDP port for WireGuard. Default: a free one.

@@ -9,8 +9,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -117,10 +115,6 @@ func (c *packetConn) Close() error {
 
 // resolve returns the config's app, and the node and port of a network address.
 func resolve(ctx context.Context, host, portRange string, portOffset uint) (*App, listenerKey, error) {
-	// "bind tailscale/" names no node. The node then has the program's name.
-	if host == "" {
-		host = filepath.Base(os.Args[0])
-	}
 	start, _, _ := strings.Cut(portRange, "-")
 	startPort, err := strconv.ParseUint(start, 10, 16)
 	if err != nil {
