@@ -282,7 +282,7 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, caller authn.Ca
 		who = caller.Identity.Fields()
 	}
 	apistatus.Log(h.logger, r, err, who...)
-	return apistatus.Write(w, err)
+	return apistatus.Write(w, r, err)
 }
 
 // explain answers a request that a matcher refused or that reverse_proxy could not
@@ -294,7 +294,7 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 	}
 	if _, ok := apistatus.From(err); ok {
 		apistatus.Log(h.logger, r, err)
-		return apistatus.Write(w, err)
+		return apistatus.Write(w, r, err)
 	}
 	var failed caddyhttp.HandlerError
 	if !errors.As(err, &failed) {
@@ -310,7 +310,7 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 	if id, ok := impersonate.FromContext(r.Context()); ok && id.ActAs != nil {
 		message = "the API server cannot be reached, or not by transport kubernetes, which kubectl --as needs; the proxy's log says why"
 	}
-	return apistatus.Write(w, apistatus.Unavailable(apistatus.UpstreamAway, "%s", message))
+	return apistatus.Write(w, r, apistatus.Unavailable(apistatus.UpstreamAway, "%s", message))
 }
 
 // serveWhoami answers a caller who asks which identity it has. Callers who are known

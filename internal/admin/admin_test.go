@@ -117,7 +117,7 @@ func newHandler(t *testing.T, node *tailnet.Node) *handler {
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	caller, err := h.auth.Authenticate(r, h.auth.Strip(r))
 	if err != nil {
-		return apistatus.Write(w, err)
+		return apistatus.Write(w, r, err)
 	}
 	open := h.tracker.Track(r, caller)
 	defer open.Close()

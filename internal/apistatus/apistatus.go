@@ -4,8 +4,11 @@
 //
 // A refusal is a Kubernetes Status object, because kubectl and client-go print the
 // message of one; they report anything else as "an error on the server has prevented
-// the request from succeeding". A Warning header repeats the message: the discovery
-// requests of kubectl discard the Status, but not the warning.
+// the request from succeeding". A Warning header repeats the message.
+//
+// client-go's discovery requests are the exception: they do not read the Status, and
+// kubectl reports "Forbidden: unknown". The message of a 403 reaches the user only as
+// text. Other messages reach the user as a warning.
 package apistatus
 
 import (
@@ -13,8 +16,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
+	"path"
 	"strconv"
+	"strings"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -75,30 +81,67 @@ func refuse(because Reason, kind kind, format string, args ...any) *apierrors.St
 	}}
 }
 
-// body counts err, and returns its Status object and that as JSON. Any other error
-// becomes a 500 that does not contain its text, which is for the log only.
-func body(err error) (*metav1.Status, []byte, error) {
+// discovers reports whether r is a discovery request of client-go, or another one for the
+// same that also accepts text. The path may be below that of a cluster.
+func discovers(r *http.Request) bool {
+	switch path.Base(r.URL.Path) {
+	case "api", "apis", "version":
+	default:
+		return false
+	}
+	accept := strings.Join(r.Header["Accept"], ",")
+	return r.Method == http.MethodGet && (strings.Contains(accept, "g=apidiscovery.k8s.io;") || strings.Contains(accept, "*/*"))
+}
+
+// answer is the answer to a refused request.
+type answer struct {
+	code   int
+	header http.Header
+	body   []byte
+}
+
+// answerTo counts err, and returns the answer to r: the Status object of err or its
+// message. Any other error becomes a 500 that does not contain its text, which is for the
+// log only.
+func answerTo(r *http.Request, err error) (*answer, error) {
 	refusals.With(ReasonOf(err)).Inc()
 	status, ok := From(err)
 	if !ok {
 		status = &refuse(Other, kind{http.StatusInternalServerError, metav1.StatusReasonInternalError}, "the proxy failed; its log says why").ErrStatus
 	}
-	encoded, jsonErr := json.Marshal(status)
-	if jsonErr != nil {
-		return nil, nil, fmt.Errorf("encoding a refusal: %w", jsonErr)
+	a := &answer{code: int(status.Code), header: make(http.Header)}
+	if a.code == http.StatusForbidden && discovers(r) {
+		a.body = []byte(status.Message)
+		a.header.Set("Content-Type", "text/plain; charset=utf-8")
+		a.header.Set("X-Content-Type-Options", "nosniff")
+	} else {
+		if a.body, err = json.Marshal(status); err != nil {
+			return nil, fmt.Errorf("encoding a refusal: %w", err)
+		}
+		a.header.Set("Content-Type", "application/json")
 	}
-	return status, encoded, nil
+	a.header.Set("Content-Length", strconv.Itoa(len(a.body)))
+	a.header.Set("Cache-Control", "no-cache, private")
+	// The API server's own warnings have code 299. A message that is not valid in a
+	// header is only in the body.
+	if warning, err := utilnet.NewWarningHeader(299, "-", status.Message); err == nil {
+		a.header.Set("Warning", warning)
+	}
+	if d := status.Details; d != nil && d.RetryAfterSeconds > 0 {
+		a.header.Set("Retry-After", strconv.Itoa(int(d.RetryAfterSeconds)))
+	}
+	return a, nil
 }
 
-// Write writes the Status object of err, or a 500 if it has none.
-func Write(w http.ResponseWriter, err error) error {
-	status, encoded, err := body(err)
+// Write answers r with the Status object of err, or a 500 if it has none.
+func Write(w http.ResponseWriter, r *http.Request, err error) error {
+	a, err := answerTo(r, err)
 	if err != nil {
 		return err
 	}
-	setHeaders(w.Header(), status, len(encoded))
-	w.WriteHeader(int(status.Code))
-	_, err = w.Write(encoded)
+	maps.Copy(w.Header(), a.header)
+	w.WriteHeader(a.code)
+	_, err = w.Write(a.body)
 	return err
 }
 
@@ -108,36 +151,19 @@ func Response(r *http.Request, err error) (*http.Response, error) {
 	if r.Body != nil {
 		_ = r.Body.Close() // as http.RoundTripper requires
 	}
-	status, encoded, err := body(err)
+	a, err := answerTo(r, err)
 	if err != nil {
 		return nil, err
 	}
-	code := int(status.Code)
-	resp := &http.Response{
-		Status:        strconv.Itoa(code) + " " + http.StatusText(code),
-		StatusCode:    code,
+	return &http.Response{
+		Status:        strconv.Itoa(a.code) + " " + http.StatusText(a.code),
+		StatusCode:    a.code,
 		Proto:         "HTTP/1.1",
 		ProtoMajor:    1,
 		ProtoMinor:    1,
-		Header:        make(http.Header),
-		Body:          io.NopCloser(bytes.NewReader(encoded)),
-		ContentLength: int64(len(encoded)),
+		Header:        a.header,
+		Body:          io.NopCloser(bytes.NewReader(a.body)),
+		ContentLength: int64(len(a.body)),
 		Request:       r,
-	}
-	setHeaders(resp.Header, status, len(encoded))
-	return resp, nil
-}
-
-func setHeaders(h http.Header, status *metav1.Status, length int) {
-	h.Set("Content-Type", "application/json")
-	h.Set("Content-Length", strconv.Itoa(length))
-	h.Set("Cache-Control", "no-cache, private")
-	// The API server's own warnings have code 299. A message that is not valid in a
-	// header is only in the body.
-	if warning, err := utilnet.NewWarningHeader(299, "-", status.Message); err == nil {
-		h.Set("Warning", warning)
-	}
-	if d := status.Details; d != nil && d.RetryAfterSeconds > 0 {
-		h.Set("Retry-After", strconv.Itoa(int(d.RetryAfterSeconds)))
-	}
+	}, nil
 }

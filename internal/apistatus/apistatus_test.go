@@ -82,7 +82,7 @@ func TestWrite_Status(t *testing.T) {
 	for _, tt := range refusals {
 		t.Run(tt.name, func(t *testing.T) {
 			w := httptest.NewRecorder()
-			if err := apistatus.Write(w, tt.err); err != nil {
+			if err := apistatus.Write(w, httptest.NewRequest("GET", "/", nil), tt.err); err != nil {
 				t.Fatal(err)
 			}
 			check(t, w.Code, w.Header(), w.Body.Bytes(), tt.code, tt.retryAfter)
@@ -151,8 +151,8 @@ func TestResponse_ClosesRequestBody(t *testing.T) {
 func TestWrite_ClientGoReadsMessage(t *testing.T) {
 	for _, tt := range refusals {
 		t.Run(tt.name, func(t *testing.T) {
-			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-				if err := apistatus.Write(w, tt.err); err != nil {
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if err := apistatus.Write(w, r, tt.err); err != nil {
 					t.Error(err)
 				}
 			}))
@@ -172,6 +172,73 @@ func TestWrite_ClientGoReadsMessage(t *testing.T) {
 	}
 }
 
+// client-go does not read the Status of a discovery request. For a 403 it prints the text
+// of the answer. For other codes it prints a text of its own, and warnings.
+func TestWrite_DiscoveryReadsMessage(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if err := apistatus.Write(w, r, apistatus.Forbidden(apistatus.NoIdentity, "no identity for %q", "jörg")); err != nil {
+			t.Error(err)
+		}
+	}))
+	defer server.Close()
+	// As k8s.io/client-go/discovery sends them, also to a cluster below a path.
+	for path, accept := range map[string]string{
+		"/api":            aggregated,
+		"/apis":           aggregated,
+		"/clusters/a/api": aggregated,
+		"/version":        "application/json, */*",
+	} {
+		_, err := client(t, server.URL).Get().AbsPath(path).SetHeader("Accept", accept).Do(t.Context()).Raw()
+		if want := `tailscale_impersonate: no identity for "jörg"`; !apierrors.IsForbidden(err) || err.Error() != want {
+			t.Errorf("%s: got error %v; want %s", path, err, want)
+		}
+	}
+}
+
+// aggregated is the Accept header of client-go's requests for /api and /apis.
+const aggregated = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList,application/json"
+
+func TestWrite_TextIsForDiscoveryOnly(t *testing.T) {
+	no := apistatus.Forbidden(apistatus.Other, "no")
+	for _, tt := range []struct {
+		method, path, accept string
+		err                  error
+		text                 bool
+	}{
+		{"GET", "/api", aggregated, no, true},
+		{"GET", "/apis", aggregated, no, true},
+		{"GET", "/version", "application/json, */*", no, true},
+		{"GET", "/api", "application/json", no, false},
+		{"GET", "/api", "", no, false},
+		{"POST", "/api", aggregated, no, false},
+		{"GET", "/api/v1/pods", "application/json, */*", no, false},
+		{"GET", "/apis/apps/v1", "application/json, */*", no, false},
+		{"GET", "/api", aggregated, apistatus.BadRequest(apistatus.Other, "no"), false},
+		{"GET", "/api", aggregated, apistatus.TryAgain(apistatus.Other, "no"), false},
+		{"GET", "/api", aggregated, errors.New("secret detail"), false},
+	} {
+		r := httptest.NewRequest(tt.method, tt.path, nil)
+		r.Header.Set("Accept", tt.accept)
+		w := httptest.NewRecorder()
+		if err := apistatus.Write(w, r, tt.err); err != nil {
+			t.Fatal(err)
+		}
+		resp, err := apistatus.Response(r, tt.err)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := "application/json"
+		if tt.text {
+			want = "text/plain; charset=utf-8"
+		}
+		for name, header := range map[string]http.Header{"Write": w.Header(), "Response": resp.Header} {
+			if got := header.Get("Content-Type"); got != want {
+				t.Errorf("%s: %s %s, accepting %q, refused with %v: got type %s; want %s", name, tt.method, tt.path, tt.accept, tt.err, got, want)
+			}
+		}
+	}
+}
+
 // warnings are those that kubectl would print.
 type warnings []string
 
@@ -185,7 +252,7 @@ func (w *warnings) HandleWarningHeader(code int, _, text string) {
 func TestWrite_WarningDoesNotSplitHeaders(t *testing.T) {
 	const hostile = "no\r\nSet-Cookie: a=b\x00\x7f\xff"
 	w := httptest.NewRecorder()
-	if err := apistatus.Write(w, apistatus.Forbidden(apistatus.Other, "%s", hostile)); err != nil {
+	if err := apistatus.Write(w, httptest.NewRequest("GET", "/", nil), apistatus.Forbidden(apistatus.Other, "%s", hostile)); err != nil {
 		t.Fatal(err)
 	}
 	for _, warning := range w.Header()["Warning"] {
@@ -206,13 +273,13 @@ func TestTryAgain_OnlyItIsRetriedByClientGo(t *testing.T) {
 	for _, tt := range refusals {
 		t.Run(tt.name, func(t *testing.T) {
 			requests := 0
-			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				requests++
 				if requests > 1 {
 					w.WriteHeader(http.StatusOK)
 					return
 				}
-				if err := apistatus.Write(w, tt.err); err != nil {
+				if err := apistatus.Write(w, r, tt.err); err != nil {
 					t.Error(err)
 				}
 			}))
@@ -252,7 +319,7 @@ type failing struct{ http.ResponseWriter }
 func (failing) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
 
 func TestWrite_ReportsWriteError(t *testing.T) {
-	if err := apistatus.Write(failing{httptest.NewRecorder()}, apistatus.Forbidden(apistatus.Other, "no")); !errors.Is(err, io.ErrClosedPipe) {
+	if err := apistatus.Write(failing{httptest.NewRecorder()}, httptest.NewRequest("GET", "/", nil), apistatus.Forbidden(apistatus.Other, "no")); !errors.Is(err, io.ErrClosedPipe) {
 		t.Errorf("got error %v; want %v", err, io.ErrClosedPipe)
 	}
 }
@@ -267,7 +334,7 @@ func TestForbidden_ArgumentsAreNoFormat(t *testing.T) {
 
 func TestWrite_OtherErrorsAreNotDisclosed(t *testing.T) {
 	w := httptest.NewRecorder()
-	if err := apistatus.Write(w, errors.New("secret detail")); err != nil {
+	if err := apistatus.Write(w, httptest.NewRequest("GET", "/", nil), errors.New("secret detail")); err != nil {
 		t.Fatal(err)
 	}
 	if w.Code != http.StatusInternalServerError || strings.Contains(w.Body.String(), "secret detail") {
@@ -281,7 +348,7 @@ func TestWrite_OtherErrorsAreNotDisclosed(t *testing.T) {
 
 func TestWrite_WrappedRefusal(t *testing.T) {
 	w := httptest.NewRecorder()
-	if err := apistatus.Write(w, fmt.Errorf("wrapped: %w", apistatus.Forbidden(apistatus.Guard, "no"))); err != nil {
+	if err := apistatus.Write(w, httptest.NewRequest("GET", "/", nil), fmt.Errorf("wrapped: %w", apistatus.Forbidden(apistatus.Guard, "no"))); err != nil {
 		t.Fatal(err)
 	}
 	if w.Code != http.StatusForbidden {

@@ -32,7 +32,7 @@ func TestReasonOf_IsCounted(t *testing.T) {
 			counter := refusals.With(tt.want)
 			before := testutil.ToFloat64(counter)
 			rec := httptest.NewRecorder()
-			if err := Write(rec, tt.err); err != nil {
+			if err := Write(rec, httptest.NewRequest(http.MethodGet, "/", nil), tt.err); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := Response(httptest.NewRequest(http.MethodGet, "/", nil), tt.err); err != nil {
@@ -52,7 +52,7 @@ func TestTryAgain_KeepsReasonAndDelay(t *testing.T) {
 	if got := ReasonOf(err); got != NoAnswer {
 		t.Errorf("got reason %q; want %q", got, NoAnswer)
 	}
-	if err := Write(rec, err); err != nil {
+	if err := Write(rec, httptest.NewRequest(http.MethodGet, "/", nil), err); err != nil {
 		t.Fatal(err)
 	}
 	if got := rec.Header().Get("Retry-After"); got != "1" {

@@ -36,7 +36,7 @@ func newServer(t testing.TB, options Options, nodes ...*tailnet.Node) server {
 func (s server) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	caller, err := s.Authenticate(r, s.Strip(r))
 	if err != nil {
-		return apistatus.Write(w, err)
+		return apistatus.Write(w, r, err)
 	}
 	caller.SetPlaceholders(r)
 	caller.Identity.SetHeaders(r.Header)

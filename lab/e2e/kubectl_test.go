@@ -151,13 +151,35 @@ func follow(t *testing.T, caller string, args ...string) <-chan string {
 	return lines
 }
 
+// kubectl prints why every request of a caller is refused, also for its discovery
+// requests, whose Status objects it does not read.
+func TestKubectl_PrintsWhyCallerIsRefused(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	device, err := theLab.Join(ctx, lab.CallerSpec{Name: "joerg", Login: "jörg@example.com"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"get", "pods"}, {"api-resources"}, {"version"}} {
+		_, stderr, err := runKubectl(t, device.Kubeconfig, nil, args...)
+		if err == nil {
+			t.Errorf("kubectl %s works for a login that no header can carry", strings.Join(args, " "))
+		}
+		lines := strings.Split(strings.TrimSpace(stderr), "\n")
+		last := lines[len(lines)-1]
+		if want := `: tailscale_impersonate: no identity for jörg@example.com`; !strings.HasPrefix(strings.ToLower(last), "error") || !strings.Contains(last, want) {
+			t.Errorf("kubectl %s ends with %q; want an error with %q; all of it:\n%s", strings.Join(args, " "), last, want, stderr)
+		}
+	}
+}
+
 // A refusal with Retry-After comes from the same function that the handler uses when
 // WhoIs fails. A healthy lab cannot show that failure.
 func TestKubectl_PrintsRetryReasonWithin15Seconds(t *testing.T) {
 	const reason = "tailnet node k8s does not say who 100.64.0.7 is"
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		<-time.After(tailnet.WhoIsTimeout) // as long as a node that does not answer delays a request
-		if err := apistatus.Write(w, apistatus.TryAgain(apistatus.Other, "%s", reason)); err != nil {
+		if err := apistatus.Write(w, r, apistatus.TryAgain(apistatus.Other, "%s", reason)); err != nil {
 			t.Error(err)
 		}
 	}))
