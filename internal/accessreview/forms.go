@@ -22,7 +22,7 @@ import (
 // to pass.
 type form struct {
 	steps []step
-	// groups are the target's groups under this form.
+	// groups are the groups to send for the target.
 	groups []string
 }
 
@@ -44,22 +44,22 @@ type permission struct {
 // order in which the API server tries them.
 //
 // It omits the constrained form for the node that a service account runs on
-// (associated-node): no caller is a service account.
+// (associated-node): no caller is a service account. It also omits the groups of a
+// service account: the API server adds them itself, and the proxy's account would need
+// permission to send them.
 func forms(t *impersonate.Target, request requestinfo.Info) []form {
 	legacy := attributes{verb: "impersonate", users: "users"}
 	constrained, name := attributes{verb: "impersonate:user-info", group: authenticationv1.GroupName, users: "users", constrained: true}, "user-info"
 	groups := t.Groups
 	if _, ok := t.NodeName(); ok {
 		constrained.verb, constrained.users, name = "impersonate:arbitrary-node", "nodes", "arbitrary-node"
+		groups = t.OwnGroups() // which the API server adds under the constrained form only
 	}
 	if _, _, ok := t.ServiceAccount(); ok {
 		constrained.verb, constrained.users, name = "impersonate:serviceaccount", "serviceaccounts", "serviceaccount"
 		legacy.users = "serviceaccounts"
-		if len(groups) == 0 {
-			groups = t.OwnGroups()
-		}
 	}
-	all := []form{{steps: legacy.steps(t), groups: groups}}
+	all := []form{{steps: legacy.steps(t), groups: t.Groups}}
 	// The API server applies the constrained forms for service accounts and nodes only
 	// to a target that has no other attributes.
 	if name != "user-info" && !t.OnlyUser() {
@@ -67,7 +67,7 @@ func forms(t *impersonate.Target, request requestinfo.Info) []form {
 	}
 	return slices.Insert(all, 0, form{
 		steps:  append([]step{{each: []permission{to("impersonate-on:"+name+":", request)}}}, constrained.steps(t)...),
-		groups: slices.Concat(t.Groups, t.OwnGroups()),
+		groups: groups,
 	})
 }
 

@@ -43,6 +43,21 @@ func TestActAs_AllowedUserIsImpersonated(t *testing.T) {
 	}
 }
 
+// With the manifests as they are, a caller can act as a service account, as in `kubectl
+// auth can-i --as`.
+func TestActAs_ServiceAccountNeedsOnlyTheManifests(t *testing.T) {
+	useOlderVerb(t)
+	got := whoAmIAt(t, kubeconfigFor(t, "alice", portAuthorize), "--as", "system:serviceaccount:default:default")
+	got.Extra = nil
+	want := userInfo{
+		Username: "system:serviceaccount:default:default",
+		Groups:   []string{"system:serviceaccounts", "system:serviceaccounts:default", "system:authenticated"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("kubectl auth whoami --as (-want +got):\n%s", diff)
+	}
+}
+
 func TestActAs_RefusalNamesMissingPermission(t *testing.T) {
 	kubeconfig := kubeconfigFor(t, "dave", portAuthorize)
 	for _, tt := range []struct {
@@ -74,6 +89,7 @@ func TestActAs_RefusalNamesMissingPermission(t *testing.T) {
 
 func TestActAs_AuditLogNamesBothUsers(t *testing.T) {
 	giveErinRights(t)
+	giveProxyRights(t)
 	const uri = "/api/v1/namespaces/default/pods?labelSelector=acting"
 	log := tail(t, theLab.Cluster.AuditLog())
 	send(t, "erin", portAuthorizeLimits, get(uri, "Impersonate-User: old-user", "Impersonate-Group: acted-group"))
@@ -99,6 +115,7 @@ func TestActAs_AuditLogNamesBothUsers(t *testing.T) {
 // RBAC lets erin act as more users and groups than the site's limits allow.
 func TestActAs_LimitsApplyToTarget(t *testing.T) {
 	giveErinRights(t)
+	giveProxyRights(t)
 	kubeconfig := kubeconfigFor(t, "erin", portAuthorizeLimits)
 	for _, tt := range []struct {
 		args    []string
@@ -141,6 +158,7 @@ func TestActAs_UnusualHeadersAreRefused(t *testing.T) {
 // Caddy drops headers with dots in their names unless it is configured not to.
 func TestActAs_ExtraKeyWithDotsPassesWhenCaddyAllowsIt(t *testing.T) {
 	giveErinRights(t)
+	giveProxyRights(t)
 	resp := send(t, "erin", portAuthorize, request("POST", "/apis/authentication.k8s.io/v1/selfsubjectreviews", `{"apiVersion":"authentication.k8s.io/v1","kind":"SelfSubjectReview"}`,
 		"Content-Type: application/json", "Impersonate-User: old-user", "Impersonate-Extra-example.com%2Frole: old-value"))
 	if want := `"example.com/role":["old-value"]`; resp.StatusCode != http.StatusCreated || !strings.Contains(resp.body, want) {
