@@ -32,7 +32,13 @@ func New(server, name string) (*api.Config, error) {
 		name = u.Hostname()
 	}
 	config := api.NewConfig()
-	config.Clusters[name] = &api.Cluster{Server: u.Scheme + "://" + u.Host}
+	cluster := &api.Cluster{Server: u.Scheme + "://" + u.Host}
+	if u.Scheme == "https" {
+		// Otherwise kubectl proxy would neither send a server name nor check the
+		// certificate on connections for exec, attach and port-forward.
+		cluster.TLSServerName = u.Hostname()
+	}
+	config.Clusters[name] = cluster
 	config.AuthInfos[name] = &api.AuthInfo{Token: token}
 	config.Contexts[name] = &api.Context{Cluster: name, AuthInfo: name}
 	config.CurrentContext = name

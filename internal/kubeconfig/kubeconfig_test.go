@@ -62,6 +62,23 @@ func TestNew_ServerAndContext(t *testing.T) {
 	}
 }
 
+// Without TLS settings, kubectl proxy connects without a server name for exec, attach and
+// port-forward, and does not check the certificate.
+func TestNew_NamesTLSServer(t *testing.T) {
+	for url, want := range map[string]string{
+		server:                             "k8s.example.ts.net",
+		server + ":8443":                   "k8s.example.ts.net",
+		"https://[fd7a:115c:a1e0::1]:6443": "fd7a:115c:a1e0::1",
+		"http://k8s:8080":                  "",
+	} {
+		for _, cluster := range newConfig(t, url, "").Clusters {
+			if got := cluster.TLSServerName; got != want {
+				t.Errorf("%s: got TLS server name %q; want %q", url, got, want)
+			}
+		}
+	}
+}
+
 // mine is the kubeconfig of a user with another cluster.
 const mine = `apiVersion: v1
 kind: Config

@@ -6,8 +6,11 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -18,6 +21,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd/api"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/kubeconfig"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
@@ -170,6 +174,70 @@ func TestKubectl_PrintsWhyCallerIsRefused(t *testing.T) {
 		if want := `: tailscale_impersonate: no identity for jörg@example.com`; !strings.HasPrefix(strings.ToLower(last), "error") || !strings.Contains(last, want) {
 			t.Errorf("kubectl %s ends with %q; want an error with %q; all of it:\n%s", strings.Join(args, " "), last, want, stderr)
 		}
+	}
+}
+
+// kubectl proxy opens connections for exec, attach and port-forward on its own. Without
+// TLS settings in its kubeconfig, as for a site with a public certificate, it would send no
+// server name, and Caddy would have no certificate to answer with. The kubeconfig of the
+// command and of the whoami page has such a setting.
+func TestKubectlProxy_ExecSendsServerName(t *testing.T) {
+	// kubectl proxy dials without the proxy in its kubeconfig, so it needs the site on
+	// this machine, under the site's name.
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			local, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			remote, err := theLab.Callers["alice"].Dial(context.Background(), "tcp", lab.ProxyName+":"+portLocalhost)
+			if err != nil {
+				local.Close()
+				continue
+			}
+			go func() { _, _ = io.Copy(remote, local); remote.Close() }()
+			go func() { _, _ = io.Copy(local, remote); local.Close() }()
+		}
+	}()
+	_, port, err := net.SplitHostPort(ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, err := kubeconfig.New("https://localhost:"+port, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "config")
+	if err := clientcmd.WriteToFile(*config, path); err != nil {
+		t.Fatal(err)
+	}
+	ca, err := theLab.Caddy.CA()
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := filepath.Join(t.TempDir(), "roots.crt")
+	if err := os.WriteFile(roots, ca, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	proxy := startKubectl(t, path, []string{"SSL_CERT_FILE=" + roots}, "proxy", "--port=0", "--disable-filter")
+	line := proxy.want(t, "Starting to serve on ")
+	_, address, _ := strings.Cut(line, "Starting to serve on ")
+	through := filepath.Join(t.TempDir(), "config")
+	config, err = kubeconfig.New("http://"+address, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := clientcmd.WriteToFile(*config, through); err != nil {
+		t.Fatal(err)
+	}
+	stdout, stderr, err := runKubectl(t, through, nil, "exec", lab.Pod, "--", "echo", "hello")
+	if err != nil || stdout != "hello\n" {
+		t.Errorf("exec through kubectl proxy: %v: %q %s", err, stdout, stderr)
 	}
 }
 
