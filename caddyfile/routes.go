@@ -17,6 +17,7 @@ import (
 type route struct {
 	authenticates bool     // tailscale_impersonate
 	authorizes    bool     // the same with client_impersonation authorize
+	logins        bool     // tailscale_auth, of caddy-tailscale
 	proxies       bool     // reverse_proxy
 	reviews       bool     // the same with transport kubernetes
 	invokes       bool     // invoke, whose handlers are unknown here
@@ -72,6 +73,10 @@ func (r *route) addHandler(o map[string]any) {
 				r.buffers = append(r.buffers, option+" of reverse_proxy")
 			}
 		}
+	case "authentication":
+		providers, _ := o["providers"].(map[string]any)
+		_, tailscale := providers["tailscale"]
+		r.logins = r.logins || tailscale
 	case "encode":
 		r.buffers = append(r.buffers, "encode")
 	case "invoke":
@@ -89,6 +94,9 @@ func (r *route) addHandler(o map[string]any) {
 func (c *Config) CheckRoutes(logger *zap.Logger, server *caddyhttp.Server) error {
 	routes := scan(server)
 	for _, r := range routes {
+		if r.authenticates && r.logins {
+			logger.Warn("a route of tailscale_impersonate has tailscale_auth too: tagged devices are answered with 401 and no reason")
+		}
 		if !r.authenticates || len(r.buffers) == 0 {
 			continue
 		}

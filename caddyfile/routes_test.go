@@ -53,6 +53,33 @@ func TestCheckRoutes_WarnsOfBuffers(t *testing.T) {
 	}
 }
 
+func TestCheckRoutes_WarnsOfTailscaleAuth(t *testing.T) {
+	const (
+		ours = `{"handler":"tailscale_impersonate"}`
+		auth = `{"handler":"authentication","providers":{"tailscale":{}}}` // as caddy-tailscale adapts tailscale_auth
+	)
+	for _, tt := range []struct {
+		name, handlers string
+		want           int
+	}{
+		{"none", `[` + ours + `]`, 0},
+		{"in front", `[` + auth + `,` + ours + `]`, 1},
+		{"around a subroute", `[` + auth + `,{"handler":"subroute","routes":[{"handle":[` + ours + `]}]}]`, 1},
+		{"in a route without the handler", `[` + auth + `]`, 0},
+		{"another provider", `[{"handler":"authentication","providers":{"http_basic":{}}},` + ours + `]`, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			core, logs := observer.New(zap.WarnLevel)
+			if err := new(caddyfile.Config).CheckRoutes(zap.New(core), serverWith(t, tt.handlers)); err != nil {
+				t.Fatal(err)
+			}
+			if got := logs.FilterMessageSnippet("tailscale_auth").Len(); got != tt.want {
+				t.Errorf("got %d warnings; want %d", got, tt.want)
+			}
+		})
+	}
+}
+
 func TestCheckRoutes_AuthorizeNeedsTransportKubernetes(t *testing.T) {
 	const (
 		authorizes = `{"handler":"tailscale_impersonate","client_impersonation":"authorize"}`
