@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 )
@@ -92,6 +93,7 @@ func (r *route) addHandler(o map[string]any) {
 // request that reaches another transport nevertheless cannot be sent: see
 // [impersonate.Identity.SetHeaders].
 func (c *Config) CheckRoutes(logger *zap.Logger, server *caddyhttp.Server) error {
+	warnOfHTTP3(logger, server)
 	routes := scan(server)
 	for _, r := range routes {
 		if r.authenticates && r.logins {
@@ -118,4 +120,23 @@ func (c *Config) CheckRoutes(logger *zap.Logger, server *caddyhttp.Server) error
 		logger.Info("extra fields that clients ask for with kubectl --as are dropped by Caddy if their key has a dot; name them in expected_dot_headers of the servers option if you use them")
 	}
 	return nil
+}
+
+// warnOfHTTP3 logs which of server's listeners offer HTTP/3 on a tailnet node. Each is a
+// UDP socket of the node's address, for which caddy-tailscale waits without a limit.
+func warnOfHTTP3(logger *zap.Logger, server *caddyhttp.Server) {
+	if len(server.TLSConnPolicies) == 0 {
+		return // HTTP/3 needs TLS
+	}
+	for i, listen := range server.Listen {
+		protocols := server.Protocols
+		if i < len(server.ListenProtocols) && server.ListenProtocols[i] != nil {
+			protocols = server.ListenProtocols[i]
+		}
+		address, err := caddy.ParseNetworkAddress(listen)
+		if err == nil && address.Network == "tailscale" && slices.Contains(protocols, "h3") {
+			logger.Warn("a tailnet listener offers HTTP/3, which is refused: Caddy cannot start before the node is on its tailnet; write protocols h1 h2 in the servers option",
+				zap.String("listen", listen))
+		}
+	}
 }

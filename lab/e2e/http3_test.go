@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strconv"
 	"strings"
 	"testing"
@@ -73,6 +74,15 @@ func TestHTTP3_IsRefused(t *testing.T) {
 	wantNothing(t, plain.take(), resp.StatusCode, http.StatusMisdirectedRequest)
 	if resp.ProtoMajor != 3 || !strings.Contains(string(body), "protocols h1 h2") {
 		t.Errorf("over %s, the answer is %s; want HTTP/3 and advice", resp.Proto, body)
+	}
+	// The log says so when the config is loaded, and says it of no other listener.
+	log, err := os.ReadFile(theLab.Log("caddy"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const warning = "a tailnet listener offers HTTP/3"
+	if got, want := strings.Count(string(log), warning), strings.Count(string(log), `"listen":"tailscale/`+lab.ProxyName+":"+portHTTP3+`"`); got == 0 || got != want {
+		t.Errorf("the log has %q %d times; want it only for the listener with HTTP/3, %d times", warning, got, want)
 	}
 	// As a control, the same site works over HTTP/2.
 	if status := sendHTTP2(t, "alice", portHTTP3); status != http.StatusOK {
