@@ -112,15 +112,7 @@ or its node ID. It need not have sent a request.`,
 				encoder.SetIndent("", "  ")
 				return encoder.Encode(answer)
 			}
-			for i, facts := range answer.Peers {
-				if i > 0 {
-					fmt.Fprintln(cmd.OutOrStdout())
-				}
-				if err := facts.WriteText(cmd.OutOrStdout()); err != nil {
-					return err
-				}
-			}
-			return nil
+			return whoami.WriteText(cmd.OutOrStdout(), answer.Peers...)
 		},
 	}
 	cmd.Flags().StringVar(&peer, "peer", "", "the peer's tailnet name, address or node ID")

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -33,21 +34,86 @@ func printable(text string) string {
 	}, text)
 }
 
-// WriteText writes f to w for a terminal.
-func (f *Facts) WriteText(w io.Writer) error {
-	var out bytes.Buffer
+// WriteText writes what is known about callers to w, for a terminal. Sites that say the same
+// share a paragraph.
+func WriteText(w io.Writer, all ...*Facts) error {
+	type paragraph struct {
+		who, facts string
+		sites      sites
+	}
+	var paragraphs []*paragraph
+	for _, f := range all {
+		facts, err := f.text()
+		if err != nil {
+			return err
+		}
+		who := f.who()
+		i := slices.IndexFunc(paragraphs, func(p *paragraph) bool { return p.who == who && p.facts == facts })
+		if i < 0 {
+			i = len(paragraphs)
+			paragraphs = append(paragraphs, &paragraph{who: who, facts: facts})
+		}
+		paragraphs[i].sites.add(f)
+	}
+	for i, p := range paragraphs {
+		if i > 0 {
+			fmt.Fprintln(w)
+		}
+		if _, err := fmt.Fprintf(w, "%s, says %s\n%s", p.who, p.sites, p.facts); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sites are tailnet nodes, and the addresses on which servers listen on them.
+type sites []site
+
+type site struct {
+	node   string
+	listen []string
+}
+
+// add adds the site that says f.
+func (s *sites) add(f *Facts) {
+	i := slices.IndexFunc(*s, func(known site) bool { return known.node == f.Proxy })
+	if i < 0 {
+		i = len(*s)
+		*s = append(*s, site{node: f.Proxy})
+	}
+	at := &(*s)[i]
+	for _, address := range f.Listen {
+		if !slices.Contains(at.listen, address) {
+			at.listen = append(at.listen, address)
+		}
+	}
+}
+
+func (s sites) String() string {
+	nodes := make([]string, len(s))
+	for i, site := range s {
+		nodes[i] = fmt.Sprintf("tailnet node %q", site.node)
+		if len(site.listen) > 0 {
+			nodes[i] += " on " + strings.Join(site.listen, ", ")
+		}
+	}
+	return strings.Join(nodes, " and ")
+}
+
+// who names the caller.
+func (f *Facts) who() string {
 	who := f.Login
 	if who == "" {
 		who = "device " + f.Device
 	} else if f.Device != "" {
 		who += " on " + f.Device
 	}
-	fmt.Fprintf(&out, "%s (%s), says tailnet node %q", printable(who), f.Address, f.Proxy)
-	if len(f.Listen) > 0 {
-		fmt.Fprintf(&out, " of the server on %s", strings.Join(f.Listen, ", "))
-	}
-	out.WriteString("\n")
+	return fmt.Sprintf("%s (%s)", printable(who), f.Address)
+}
 
+// text returns what is known about the caller, a fact a line.
+func (f *Facts) text() (string, error) {
+	var out strings.Builder
 	table := tabwriter.NewWriter(&out, 0, 0, 3, ' ', 0)
 	row := func(label string, values ...string) {
 		for i, value := range values {
@@ -91,9 +157,6 @@ func (f *Facts) WriteText(w io.Writer) error {
 	if len(f.Grants) == 0 {
 		row("grants", "none for "+f.LooksFor)
 	}
-	if err := table.Flush(); err != nil {
-		return err
-	}
-	_, err := w.Write(out.Bytes())
-	return err
+	err := table.Flush()
+	return out.String(), err
 }

@@ -167,12 +167,43 @@ func TestPage_EscapesNames(t *testing.T) {
 	}
 }
 
+func TestText_GroupsSitesThatSayTheSame(t *testing.T) {
+	at := func(f *whoami.Facts, proxy string, listen ...string) *whoami.Facts {
+		f.Proxy, f.Listen = proxy, listen
+		return f
+	}
+	limited := at(alice(), "k8s", "tailscale/k8s:8443")
+	limited.Groups = nil
+	var out strings.Builder
+	if err := whoami.WriteText(&out,
+		at(alice(), "k8s", "tailscale/k8s:443"),
+		limited,
+		at(alice(), "k8s", "tailscale/k8s:80", "tailscale/k8s:443"),
+		at(alice(), "k8s-b", "tailscale/k8s-b:443"),
+	); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for line := range strings.Lines(out.String()) {
+		if who, says, ok := strings.Cut(line, ", says "); ok && who != "" {
+			got = append(got, strings.TrimSpace(says))
+		}
+	}
+	want := []string{
+		`tailnet node "k8s" on tailscale/k8s:443, tailscale/k8s:80 and tailnet node "k8s-b" on tailscale/k8s-b:443`,
+		`tailnet node "k8s" on tailscale/k8s:8443`,
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("paragraphs (-want +got):\n%s\n%s", diff, out.String())
+	}
+}
+
 // The control server chooses names and grants.
 func TestText_ReplacesTerminalControls(t *testing.T) {
 	const evil = "\x1b]0;owned\x07\u009b2J\x7f"
 	f := whoami.Facts{Login: evil, Device: evil, Refused: evil, Tags: []string{evil}, Grants: []whoami.Grant{{Value: json.RawMessage(`"` + "\u009b2J\x7f" + `"`)}}}
 	var out strings.Builder
-	if err := f.WriteText(&out); err != nil {
+	if err := whoami.WriteText(&out, &f); err != nil {
 		t.Fatal(err)
 	}
 	for _, r := range out.String() {

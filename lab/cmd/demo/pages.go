@@ -31,7 +31,7 @@ func printPages(ctx context.Context, l *lab.Lab) error {
 			return fmt.Errorf("the whoami page as %s: %w", name, err)
 		}
 		fmt.Println()
-		if err := facts.WriteText(os.Stdout); err != nil {
+		if err := whoami.WriteText(os.Stdout, facts); err != nil {
 			return err
 		}
 		fmt.Printf("  KUBECONFIG=%s %s get pods\n", c.Kubeconfig, kubectl)
