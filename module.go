@@ -29,6 +29,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
@@ -324,8 +325,22 @@ func (h *Handler) serveWhoami(w http.ResponseWriter, r *http.Request) error {
 	if r.TLS == nil {
 		scheme = "http"
 	}
-	facts.Server = scheme + "://" + r.Host
+	facts.Server = scheme + "://" + r.Host + removedPrefix(r)
 	return whoami.Serve(w, r, facts)
+}
+
+// removedPrefix returns what the config has removed from the start of r's path, as
+// handle_path does: the path of the site.
+func removedPrefix(r *http.Request) string {
+	original, ok := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request)
+	if !ok {
+		return ""
+	}
+	prefix, ok := strings.CutSuffix(original.URL.EscapedPath(), r.URL.EscapedPath())
+	if !ok {
+		return ""
+	}
+	return prefix
 }
 
 // logRevoked logs that a caller's requests were ended.

@@ -141,3 +141,28 @@ func TestWhoami_OnlyForCallers(t *testing.T) {
 		t.Error("without the option, /whoami is not passed on")
 	}
 }
+
+// The kubeconfig of a site below a path has that path, which handle_path removes.
+func TestWhoami_ServerHasPathOfSite(t *testing.T) {
+	const options = "{\nwhoami\n}\n"
+	for _, tt := range []struct{ name, body, path, want string }{
+		{"root", "tailscale_impersonate " + options, "/whoami", ""},
+		{"handle_path", "handle_path /cluster-a/* {\ntailscale_impersonate " + options + "}", "/cluster-a/whoami", "/cluster-a"},
+		{"nested", "handle_path /clusters/* {\nhandle_path /a/* {\ntailscale_impersonate " + options + "}\n}", "/clusters/a/whoami", "/clusters/a"},
+		{"escaped", "handle_path /a%20b/* {\ntailscale_impersonate " + options + "}", "/a%20b/whoami", "/a%20b"},
+		{"strip_prefix", "route {\nuri strip_prefix /cluster-a\ntailscale_impersonate " + options + "}", "/cluster-a/whoami", "/cluster-a"},
+		{"rewrite", "route {\nrewrite /me /whoami\ntailscale_impersonate " + options + "}", "/me", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := proxytest.Config{API: proxytest.NewAPIServer(t), Body: tt.body, Nodes: []*tailnet.Node{proxytest.AliceNode()}}.Start(t)
+			resp := s.Get(t, tt.path, "Accept: application/json\r\n")
+			var facts whoami.Facts
+			if err := json.NewDecoder(resp.Body).Decode(&facts); err != nil {
+				t.Fatalf("%s: %v", resp.Status, err)
+			}
+			if want := "http://k8s" + tt.want; facts.Server != want || !strings.Contains(facts.Kubeconfig, "server: "+want+"\n") {
+				t.Errorf("got server %s and kubeconfig\n%s\nwant %s", facts.Server, facts.Kubeconfig, want)
+			}
+		})
+	}
+}

@@ -77,7 +77,7 @@ current context if there is one.`,
 		},
 	}
 	cmd.Flags().StringVar(&server, "server", "", "the URL of the Caddy, such as https://k8s.example.ts.net")
-	cmd.Flags().StringVar(&context, "context", "", "the name of the context (default: the host in the URL)")
+	cmd.Flags().StringVar(&context, "context", "", "the name of the context (default: the host and path in the URL)")
 	cmd.Flags().BoolVar(&merge, "merge", false, "add the kubeconfig to the files that kubectl reads by default")
 	mustRequire(cmd, "server")
 	return cmd

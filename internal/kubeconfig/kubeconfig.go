@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"path"
 	"strings"
 
 	"k8s.io/client-go/tools/clientcmd"
@@ -19,20 +20,24 @@ import (
 const token = "unused"
 
 // New returns a kubeconfig with one context, name, for the proxy at the URL server. If
-// name is empty, it is the server's host.
+// name is empty, it is the server's host and path.
 func New(server, name string) (*api.Config, error) {
 	u, err := url.Parse(server)
 	if err != nil {
 		return nil, fmt.Errorf("server: %w", err)
 	}
-	if (u.Scheme != "https" && u.Scheme != "http") || u.Host == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
+	if (u.Scheme != "https" && u.Scheme != "http") || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
 		return nil, fmt.Errorf("server %q: must be a URL such as https://k8s.example.ts.net", server)
 	}
+	below := strings.TrimRight(u.EscapedPath(), "/")
+	if below != "" && path.Clean(below) != below {
+		return nil, fmt.Errorf("server %q: the path must not contain //, /./ or /../", server)
+	}
 	if name == "" {
-		name = u.Hostname()
+		name = u.Hostname() + below
 	}
 	config := api.NewConfig()
-	cluster := &api.Cluster{Server: u.Scheme + "://" + u.Host}
+	cluster := &api.Cluster{Server: u.Scheme + "://" + u.Host + below}
 	if u.Scheme == "https" {
 		// Otherwise kubectl proxy would neither send a server name nor check the
 		// certificate on connections for exec, attach and port-forward.

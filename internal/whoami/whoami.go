@@ -185,7 +185,7 @@ func filename(server string) string {
 				return c
 			}
 			return '-'
-		}, strings.ToLower(u.Hostname()))
+		}, strings.ToLower(u.Hostname()+strings.TrimRight(u.Path, "/")))
 	}
 	return name + ".kubeconfig"
 }

@@ -255,8 +255,15 @@ func TestKubeconfig_Download(t *testing.T) {
 		t.Errorf("got server %s", config.Host)
 	}
 
-	// The client chooses the name, and could end the value of the header.
 	f := alice()
+	f.Server = "https://k8s.example.ts.net/cluster-a"
+	resp, _ = get(t, f, "GET", "/whoami?kubeconfig", browser)
+	if got, want := resp.Header.Get("Content-Disposition"), `attachment; filename="k8s.example.ts.net-cluster-a.kubeconfig"`; got != want {
+		t.Errorf("below a path: got Content-Disposition %q; want %q", got, want)
+	}
+
+	// The client chooses the name, and could end the value of the header.
+	f = alice()
 	f.Server = `https://a".exe;x="b`
 	resp, _ = get(t, f, "GET", "/whoami?kubeconfig", browser)
 	if got, want := resp.Header.Get("Content-Disposition"), `attachment; filename="a-.exe-x--b.kubeconfig"`; got != want {

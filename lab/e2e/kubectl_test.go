@@ -64,6 +64,25 @@ func TestKubectl_PlainHTTPWorksUnderNodesNames(t *testing.T) {
 	}
 }
 
+// A site can be below a path: the kubeconfig of its whoami page has that path.
+func TestKubectl_UsesSiteBelowPath(t *testing.T) {
+	resp := send(t, "alice", portBelowPath, get("/cluster-a/whoami?kubeconfig", "Host: "+lab.ProxyName+":"+portBelowPath))
+	config, err := clientcmd.Load([]byte(resp.body))
+	if err != nil {
+		t.Fatalf("%s: %v", resp.Status, err)
+	}
+	path := filepath.Join(t.TempDir(), "config")
+	if err := theLab.Callers["alice"].WriteKubeconfig(path, config.Clusters[config.CurrentContext].Server); err != nil {
+		t.Fatal(err)
+	}
+	if stdout, stderr, err := runKubectl(t, path, nil, "exec", lab.Pod, "--", "echo", "hello"); err != nil || stdout != "hello\n" {
+		t.Errorf("kubectl exec: %v: %q %s", err, stdout, stderr)
+	}
+	if _, stderr, err := runKubectl(t, path, nil, "get", "pods"); err != nil {
+		t.Errorf("kubectl get pods: %v: %s", err, stderr)
+	}
+}
+
 func TestKubectl_ExecRunsCommand(t *testing.T) {
 	for _, websockets := range []string{"true", "false"} {
 		t.Run("websockets="+websockets, func(t *testing.T) {

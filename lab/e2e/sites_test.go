@@ -45,6 +45,7 @@ const (
 	portAuthorizeLimits  = "8023" // the same with audit, deny_groups and allow_groups
 	portAuthorizeHTTP    = "8024" // the same with transport http, to the plain recorder
 	portNarrow           = "8018" // deny_groups, whoami, over TLS
+	portBelowPath        = "8027" // below /cluster-a, with whoami
 	portLocalhost        = "8026" // TLS, with the name localhost
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
@@ -141,6 +142,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portAuthorizeLimits, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t\taudit\n\t\tallow_groups acted-* tailnet-* system:*\n\t\tdeny_groups system:masters system:serviceaccounts system:nodes\n\t}\n"+toCluster) +
 		"&(plain) {\n" + toPlain + "}\n" +
 		site("http://:"+portAuthorizeHTTP, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t}\n\tinvoke plain\n") +
+		site("http://"+lab.ProxyName+":"+portBelowPath, k8s, "\thandle_path /cluster-a/* {\n\ttailscale_kubernetes {\n\t\tkubeconfig "+l.Kubeconfig()+"\n\t\twhoami\n\t}\n\t}\n") +
 		site("https://localhost:"+portLocalhost, k8s, "\ttls internal\n"+impersonate+toCluster) +
 		site("https://"+name+":"+portNarrow, k8s, "\ttls internal\n\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tdeny_groups system:* tailnet-admins\n\t}\n"+toCluster) +
 		site("http://:"+portProxyProtocol, k8s, impersonate+toPlain) +
