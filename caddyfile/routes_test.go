@@ -86,20 +86,20 @@ func TestCheckRoutes_WarnsOfHTTP3(t *testing.T) {
 	withTLS := caddytls.ConnectionPolicies{{}}
 	for _, tt := range []struct {
 		name   string
-		server caddyhttp.Server
+		server *caddyhttp.Server
 		want   []string
 	}{
-		{"tailnet", caddyhttp.Server{Listen: []string{"tailscale/k8s:443"}, Protocols: []string{"h1", "h2", "h3"}, TLSConnPolicies: withTLS}, []string{"tailscale/k8s:443"}},
-		{"restricted", caddyhttp.Server{Listen: []string{"tailscale/k8s:443"}, Protocols: []string{"h1", "h2"}, TLSConnPolicies: withTLS}, nil},
-		{"without TLS", caddyhttp.Server{Listen: []string{"tailscale/k8s:80"}, Protocols: []string{"h1", "h2", "h3"}}, nil},
-		{"host", caddyhttp.Server{Listen: []string{":443"}, Protocols: []string{"h1", "h2", "h3"}, TLSConnPolicies: withTLS}, nil},
-		{"by listener", caddyhttp.Server{
+		{"tailnet", &caddyhttp.Server{Listen: []string{"tailscale/k8s:443"}, Protocols: []string{"h1", "h2", "h3"}, TLSConnPolicies: withTLS}, []string{"tailscale/k8s:443"}},
+		{"restricted", &caddyhttp.Server{Listen: []string{"tailscale/k8s:443"}, Protocols: []string{"h1", "h2"}, TLSConnPolicies: withTLS}, nil},
+		{"without TLS", &caddyhttp.Server{Listen: []string{"tailscale/k8s:80"}, Protocols: []string{"h1", "h2", "h3"}}, nil},
+		{"host", &caddyhttp.Server{Listen: []string{":443"}, Protocols: []string{"h1", "h2", "h3"}, TLSConnPolicies: withTLS}, nil},
+		{"by listener", &caddyhttp.Server{
 			Listen: []string{"tailscale/a:443", "tailscale/b:443", "tailscale/c:443"}, ListenProtocols: [][]string{{"h1"}, nil, {"h3"}}, Protocols: []string{"h1"}, TLSConnPolicies: withTLS,
 		}, []string{"tailscale/c:443"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			core, logs := observer.New(zap.WarnLevel)
-			if err := new(caddyfile.Config).CheckRoutes(zap.New(core), &tt.server); err != nil {
+			if err := new(caddyfile.Config).CheckRoutes(zap.New(core), tt.server); err != nil {
 				t.Fatal(err)
 			}
 			var got []string
