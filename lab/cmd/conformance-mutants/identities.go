@@ -196,7 +196,7 @@ var identities = []file{
 		{name: "a review that does not allow is no yes", old: "\tcase !status.Allowed:", new: "\tcase false:", by: "./internal/accessreview ./internal/transport"},
 	}},
 	{"internal/accessreview/forms.go", "./internal/accessreview ./lab/accessreview", []mutant{
-		{name: "an account is in its own groups only if it names none", old: "\t\tif len(groups) == 0 {", new: "\t\tif true {"},
+		{name: "the older form sends no groups but those that were checked", old: "{{steps: legacy.steps(t), groups: t.Groups}}", new: "{{steps: legacy.steps(t), groups: t.OwnGroups()}}"},
 		{name: "a service account or a node that is anything beside is none", old: `if name != "user-info" && !t.OnlyUser() {`, new: "if false {"},
 		{name: "the newer form takes the right to what the request is for", old: `append([]step{{each: []permission{to("impersonate-on:"+name+":", request)}}}, constrained.steps(t)...)`, new: "constrained.steps(t)"},
 		{name: "a UID takes a right of its own", old: "\tif t.UID != \"\" {", new: "\tif false {"},

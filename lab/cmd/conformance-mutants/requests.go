@@ -393,11 +393,12 @@ var requests = []file{
 		{name: "without a cluster there is no upstream", old: "\tif u.unusable != nil {", new: "\tif false {"},
 	}},
 	{"internal/apistatus/apistatus.go", "./internal/apistatus", []mutant{
-		{name: "a refusal has the status of one", old: "\tw.WriteHeader(int(status.Code))\n", new: ""},
+		{name: "a refusal has the status of one", old: "\tw.WriteHeader(a.code)\n", new: ""},
 		{name: "a body that is not sent is closed", old: "\t\t_ = r.Body.Close() // as http.RoundTripper requires\n", new: ""},
-		{name: "a response has the status of a refusal", old: "\t\tStatusCode:    code,\n", new: "\t\tStatusCode:    http.StatusOK,\n"},
-		{name: "a refusal is of the type that it says", old: "\th.Set(\"Content-Type\", \"application/json\")\n", new: ""},
-		{name: "a refusal is not kept", old: "\th.Set(\"Cache-Control\", \"no-cache, private\")\n", new: ""},
+		{name: "a response has the status of a refusal", old: "\t\tStatusCode:    a.code,\n", new: "\t\tStatusCode:    http.StatusOK,\n"},
+		{name: "a refusal is of the type that it says", old: "\t\ta.header.Set(\"Content-Type\", \"application/json\")\n", new: ""},
+		{name: "a refusal is not kept", old: "\ta.header.Set(\"Cache-Control\", \"no-cache, private\")\n", new: ""},
+		{name: "only a 403 is text", old: "a.code == http.StatusForbidden && discovers(r)", new: "discovers(r)"},
 	}},
 	{"internal/revocation/registry.go", "./internal/revocation", []mutant{
 		{name: "callers are listed apart, by the address that they dialled", old: "address{req.conn.Remote.Addr(), req.conn.Local}, req.ID.Node}", new: "address{req.conn.Remote.Addr(), t.open.conn.Local}, req.ID.Node}"},
