@@ -11,6 +11,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -292,8 +293,6 @@ func (s *suites) run(ctx context.Context, suite string, p program, mutant string
 		s.lab.Lock()
 		defer s.lab.Unlock()
 	}
-	ctx, cancel := context.WithTimeout(ctx, p.limit)
-	defer cancel()
 	if suite == attacks {
 		return s.attack(ctx, p, mutant)
 	}
@@ -306,7 +305,7 @@ func (s *suites) run(ctx context.Context, suite string, p program, mutant string
 		test.Env = append(os.Environ(), switchName+"="+mutant)
 		out, err := test.CombinedOutput()
 		switch {
-		case errors.Is(ctx.Err(), context.Canceled):
+		case ctx.Err() != nil:
 			return "", ctx.Err()
 		case strings.Contains(string(out), "no tests to run"):
 			return "", fmt.Errorf("%s has no such tests: %s", suite, pass)
@@ -319,14 +318,17 @@ func (s *suites) run(ctx context.Context, suite string, p program, mutant string
 
 // attack runs command conformance as that mutant.
 func (s *suites) attack(ctx context.Context, p program, mutant string) (noticed string, err error) {
-	attack := command(ctx, s.root, p.path, "-first")
+	limited, cancel := context.WithTimeout(ctx, p.limit)
+	defer cancel()
+	attack := command(limited, s.root, p.path, "-first")
 	attack.Env = append(os.Environ(), switchName+"="+mutant)
 	out, err := attack.CombinedOutput()
-	if ctx.Err() != nil {
-		return "", ctx.Err()
-	}
 	var exit *exec.ExitError
 	switch {
+	case ctx.Err() != nil:
+		return "", ctx.Err()
+	case limited.Err() != nil:
+		return "it hangs", nil
 	case err == nil:
 		return "", nil
 	case !errors.As(err, &exit) || exit.ExitCode() != 1:
@@ -362,5 +364,5 @@ func found(out []byte, patterns ...string) string {
 
 func lastLine(out []byte) string {
 	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
-	return lines[len(lines)-1]
+	return cmp.Or(lines[len(lines)-1], "it says nothing")
 }
