@@ -72,10 +72,16 @@ type Config struct {
 	Audit bool `json:"audit,omitempty"`
 
 	// Web origins, such as `https://dashboard.example.com`, whose pages may send
-	// requests. A browser on a device of the tailnet needs no credentials, so any web
-	// page in it could act as the device's user. Requests that a browser marks as
-	// coming from another site are refused unless their origin is listed here.
-	// kubectl and client-go send no origin.
+	// requests as whoever opens them. A browser on a device of the tailnet needs no
+	// credentials, so any web page in it could act as the device's user. Requests that a
+	// browser sends for other pages are refused. Pages of this site may use only what is
+	// below `.../proxy/` of services and pods, as pods serve them, and the `whoami` page,
+	// unless the site's own origin is listed here.
+	//
+	// `https://*.example.com` stands for every name below `example.com`, and a port of
+	// `*` for every port that is not the scheme's own. `file://` stands for the windows
+	// of a desktop application, and in some browsers also for every file that their user
+	// opens.
 	//
 	// Default: none.
 	AllowOrigins []string `json:"allow_origins,omitempty"`
@@ -298,9 +304,17 @@ func checkWhoami(path string) error {
 	return nil
 }
 
-// checkOrigin returns an error unless origin is spelled as browsers send it. Other
-// spellings would never match.
+// checkOrigin returns an error unless origin is spelled as browsers send it, except for
+// wildcards. Other spellings would never match.
 func checkOrigin(origin string) error {
+	if origin == "file://" {
+		return nil
+	}
+	// A wildcard stands for a name or a number.
+	origin = strings.Replace(origin, "://*.", "://any.", 1)
+	if rest, found := strings.CutSuffix(origin, ":*"); found {
+		origin = rest + ":1"
+	}
 	u, err := url.Parse(origin)
 	if err != nil {
 		return err

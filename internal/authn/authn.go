@@ -32,8 +32,9 @@ type Options struct {
 	Audit bool
 	// ActAs is what becomes of requests to act as another user.
 	ActAs ActAs
-	// AllowOrigins are the web origins whose pages may send requests, AllowHosts the
-	// host names that requests over plain HTTP may be for, besides the node's own.
+	// AllowOrigins are patterns of the web origins whose pages may send requests,
+	// AllowHosts the host names that requests over plain HTTP may be for, besides the
+	// node's own.
 	AllowOrigins, AllowHosts []string
 	// HostSockets reports whether connections are sockets of the host, which its own
 	// Tailscale daemon routes to it, rather than a tsnet node's.
@@ -90,7 +91,7 @@ func (a *Authenticator) Authenticate(r *http.Request, claims Claims) (Caller, er
 		return Caller{}, err
 	}
 	// Did the caller send it, or a web page in its browser?
-	if err := a.checkOrigin(r); err != nil {
+	if err := a.checkOrigin(r, isPodApp); err != nil {
 		return Caller{}, err
 	}
 	// Which node accepted the connection, and is the request for it?

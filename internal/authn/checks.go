@@ -29,37 +29,6 @@ func checkProtocol(r *http.Request) error {
 	return nil
 }
 
-// checkOrigin refuses requests that a browser sends for a web page of another site.
-//
-// Tailnet identity works like a cookie that cannot be withheld and never expires:
-// without this check, any web page that the user of a granted device opens could
-// create objects with a form post, or read Secrets through a WebSocket. The API server
-// does not look at Origin.
-func (a *Authenticator) checkOrigin(r *http.Request) error {
-	origins, ok := r.Header["Origin"]
-	for _, origin := range origins {
-		if !slices.Contains(a.AllowOrigins, origin) {
-			return apistatus.Forbidden(apistatus.WebPage, "a web page of origin %q sent the request; if it may act as whoever opens it, name the origin in allow_origins", origin)
-		}
-	}
-	if ok {
-		return nil
-	}
-	// Browsers leave Origin out of some requests, such as those for images.
-	for _, site := range r.Header["Sec-Fetch-Site"] {
-		if site != "none" && site != "same-origin" {
-			return apistatus.Forbidden(apistatus.WebPage, "a web page of another site sent the request (Sec-Fetch-Site: %s)", site)
-		}
-	}
-	return nil
-}
-
-// isNavigation reports whether a browser sent r to open a page in a window of its own.
-func isNavigation(r *http.Request) bool {
-	return r.Header["Origin"] == nil &&
-		r.Header.Get("Sec-Fetch-Mode") == "navigate" && r.Header.Get("Sec-Fetch-Dest") == "document"
-}
-
 // checkHost refuses requests over plain HTTP whose Host is not node's.
 //
 // To a browser, a web page whose name is made to resolve to the node's address (DNS

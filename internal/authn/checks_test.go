@@ -7,9 +7,7 @@ import (
 	"errors"
 	"net/http"
 	"net/url"
-	"slices"
 	"strconv"
-	"strings"
 	"testing"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
@@ -51,73 +49,6 @@ func TestAuthenticate_UnsupportedProtocolIsRefused(t *testing.T) {
 			proxytest.CheckRefused(t, resp, tt.want)
 		})
 	}
-}
-
-// A web page must not act as the user who opens it. The request is refused before the
-// node is asked.
-func TestAuthenticate_OtherOriginIsRefused(t *testing.T) {
-	const allowed = "https://dashboard.example.com"
-	upgrade := []string{"Connection", "Upgrade", "Upgrade", "websocket", "Sec-Websocket-Version", "13", "Sec-Websocket-Key", "AAAAAAAAAAAAAAAAAAAAAA=="}
-	for _, tt := range []struct {
-		name    string
-		headers []string
-		refuse  bool
-	}{
-		{"kubectl", nil, false},
-		{"typed into the address bar", []string{"Sec-Fetch-Site", "none"}, false},
-		{"same origin", []string{"Sec-Fetch-Site", "same-origin"}, false},
-		{"allowed origin", []string{"Origin", allowed}, false},
-		{"allowed origin, cross-site", []string{"Origin", allowed, "Sec-Fetch-Site", "cross-site"}, false},
-
-		{"cross-site", []string{"Sec-Fetch-Site", "cross-site"}, true},
-		{"same site", []string{"Sec-Fetch-Site", "same-site"}, true},
-		{"unknown site", []string{"Sec-Fetch-Site", "future-value"}, true},
-		{"empty site", []string{"Sec-Fetch-Site", ""}, true},
-		{"second site", []string{"Sec-Fetch-Site", "none", "Sec-Fetch-Site", "cross-site"}, true},
-		{"other origin", []string{"Origin", "https://evil.example.com"}, true},
-		{"other origin that claims the same site", []string{"Origin", "https://evil.example.com", "Sec-Fetch-Site", "same-origin"}, true},
-		{"own origin", []string{"Origin", "https://k8s"}, true},
-		{"null origin", []string{"Origin", "null"}, true},
-		{"empty origin", []string{"Origin", ""}, true},
-		{"second origin", []string{"Origin", allowed, "Origin", "https://evil.example.com"}, true},
-		{"origins in one value", []string{"Origin", allowed + ", https://evil.example.com"}, true},
-		{"allowed origin's port", []string{"Origin", allowed + ":8443"}, true},
-		{"allowed origin over http", []string{"Origin", "http://dashboard.example.com"}, true},
-		{"allowed origin's subdomain", []string{"Origin", "https://x.dashboard.example.com"}, true},
-		{"allowed origin as a prefix", []string{"Origin", allowed + ".evil.example.com"}, true},
-		{"allowed origin in upper case", []string{"Origin", strings.ToUpper(allowed)}, true},
-	} {
-		for _, kind := range []string{"GET", "POST", "upgrade"} {
-			t.Run(tt.name+"/"+kind, func(t *testing.T) {
-				headers, method := slices.Clone(tt.headers), kind
-				if kind == "upgrade" {
-					headers, method = append(headers, upgrade...), "GET"
-				}
-				node := proxytest.AliceNode()
-				if tt.refuse {
-					node = proxytest.SilentNode(t)
-				}
-				resp, got := proxytest.Serve(t, newServer(t, Options{AllowOrigins: []string{allowed}}, node), proxytest.NewRequest(method, "https://k8s/api", headers...))
-				if !tt.refuse {
-					if got == nil {
-						t.Fatalf("refused: %v", resp.Status)
-					}
-					return
-				}
-				if got != nil {
-					t.Error("the next handler was called")
-				}
-				proxytest.CheckRefused(t, resp, proxytest.Forbidden, "web page")
-			})
-		}
-	}
-	t.Run("no origin is allowed by default", func(t *testing.T) {
-		resp, got := proxytest.Serve(t, newServer(t, Options{}, proxytest.SilentNode(t)), proxytest.NewRequest("GET", "https://k8s/api", "Origin", allowed))
-		if got != nil {
-			t.Error("the next handler was called")
-		}
-		proxytest.CheckRefused(t, resp, proxytest.Forbidden, allowed, "allow_origins")
-	})
 }
 
 // Over plain HTTP, a name that an attacker makes resolve to the node's address (DNS

@@ -31,12 +31,8 @@ func (a *Authenticator) Explain(r *http.Request) (*whoami.Facts, error) {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return nil, apistatus.MethodNotAllowed(apistatus.Method, "method %s is not supported for %s", r.Method, r.URL.Path)
 	}
-	// A link on another site may lead here: it opens a page of this site, which the
-	// other can neither read nor frame.
-	if !isNavigation(r) {
-		if err := a.checkOrigin(r); err != nil {
-			return nil, err
-		}
+	if err := a.checkOrigin(r, isWhoami); err != nil {
+		return nil, err
 	}
 	arrived, err := a.accepted(r)
 	if err != nil {

@@ -35,6 +35,7 @@ func NewRequest(method, target string, headers ...string) *http.Request {
 // connection of its own.
 func FromPeer(r *http.Request, peer string) *http.Request {
 	ctx := context.WithValue(r.Context(), caddy.ReplacerCtxKey, caddy.NewReplacer())
+	ctx = context.WithValue(ctx, caddyhttp.VarsCtxKey, make(map[string]any))
 	return r.WithContext(tailnet.WithConn(ctx, netip.AddrPortFrom(netip.MustParseAddr(peer), 40000), netip.MustParseAddr(NodeAddr)))
 }
 

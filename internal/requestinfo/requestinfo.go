@@ -136,6 +136,13 @@ func (i Info) PassesOn() bool {
 	return i.Verb == "proxy"
 }
 
+// IsApp reports whether the request is for an application behind a service or a pod, to
+// which the API server passes it on. It is not if its path is ambiguous.
+func (i Info) IsApp() bool {
+	return !i.Ambiguous && i.IsResourceRequest && i.APIGroup == "" && i.Subresource == "proxy" &&
+		(i.Resource == "services" || i.Resource == "pods")
+}
+
 // isInteractive reports whether a request opens a shell or a tunnel. upgrades says whether
 // it asks for an upgrade of the connection.
 func isInteractive(i Info, upgrades bool) bool {
