@@ -45,7 +45,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components assets-note asciicast browser demo test test-long conformance conformance-mutants fuzz bench lint xcaddy clean
+.PHONY: help components assets-note asciicast client-node client-python browser demo test test-long conformance conformance-mutants fuzz bench lint xcaddy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,7 +54,7 @@ help: ## list the targets
 DEMO_PARTS := $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale)
 TEST_PARTS := $(addprefix $(BIN)/,helm tailscaled promql)
 
-components: assets-note $(DEMO_PARTS) $(TEST_PARTS) browser asciicast ## build what the lab runs (once)
+components: assets-note $(DEMO_PARTS) $(TEST_PARTS) browser client-python client-node asciicast ## build what the lab runs (once)
 
 # asciinema's own parser, with which a test plays recordings. Without it, that test
 # is skipped.
@@ -67,19 +67,41 @@ asciicast:
 			echo "==> cannot install asciinema's parser: the test that plays recordings is skipped"; \
 	fi
 
-# A browser for the tests of the whoami page, from Debian's packages where possible.
-# Without one, these tests are skipped.
+# Kubernetes' JavaScript and Python clients, which a test each runs. Without one, its test
+# is skipped.
+CLIENT_NODE := $(TOOLS)/client-node/node_modules/.package-lock.json
+
+client-node:
+	@if [ ! -e $(CLIENT_NODE) ] || [ $(TOOLS)/client-node/package-lock.json -nt $(CLIENT_NODE) ]; then \
+		echo "==> installing Kubernetes' JavaScript client with npm, once"; \
+		(cd $(TOOLS)/client-node && npm ci --no-audit --no-fund --silent && touch node_modules/.package-lock.json) || \
+			echo "==> cannot install Kubernetes' JavaScript client: its test is skipped"; \
+	fi
+
+client-python:
+	@if /usr/bin/python3 -c 'import kubernetes' 2>/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "==> installing Kubernetes' Python client from Debian's packages, once"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get update -qq && apt-get install -yqq --no-install-recommends python3-kubernetes >/dev/null || \
+			echo "==> cannot install Kubernetes' Python client: its test is skipped"; \
+	else \
+		echo "==> no Kubernetes' Python client, and installing it needs apt-get and root: its test is skipped"; \
+	fi
+
+# A browser for the tests of web pages, from Debian's packages where possible. Without
+# one, these tests are skipped.
 BROWSERS := chromium-headless-shell chromium chromium-browser google-chrome
 
 browser:
 	@for browser in $(BROWSERS); do command -v $$browser >/dev/null && exit 0; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		echo "==> installing Chromium from Debian's packages, once, for the tests of the whoami page"; \
+		echo "==> installing Chromium from Debian's packages, once, for the tests of web pages"; \
 		export DEBIAN_FRONTEND=noninteractive; \
 		apt-get update -qq && apt-get install -yqq --no-install-recommends chromium-headless-shell fonts-dejavu-core >/dev/null || \
-			echo "==> cannot install Chromium: the tests of the whoami page in a browser are skipped"; \
+			echo "==> cannot install Chromium: the tests of web pages in a browser are skipped"; \
 	else \
-		echo "==> no Chromium, and installing it needs apt-get and root: the tests of the whoami page in a browser are skipped"; \
+		echo "==> no Chromium, and installing it needs apt-get and root: the tests of web pages in a browser are skipped"; \
 	fi
 
 assets-note:

@@ -18,7 +18,7 @@ type Reason string
 // The reasons.
 const (
 	Protocol       Reason = "protocol"         // a kind of request that is never forwarded
-	WebPage        Reason = "web_page"         // a web page of another site sent it
+	WebPage        Reason = "web_page"         // a web page sent it that may not
 	Host           Reason = "host"             // its Host is not this server
 	NotFromTailnet Reason = "not_from_tailnet" // no tailnet node accepted its connection
 	AmbiguousNode  Reason = "ambiguous_node"   // no single node can have accepted its connection

@@ -201,7 +201,7 @@ func attacks() []attack {
 		for _, origin := range []string{"https://evil.example", "null", "", "http://localhost:8080"} {
 			add(pages, attack{method: method, fields: lines("Origin", " "+origin), refused: true})
 		}
-		for _, site := range []string{"cross-site", "same-site", "nonsense"} {
+		for _, site := range []string{"cross-site", "same-site", "same-origin", "nonsense"} {
 			add(pages, attack{method: method, fields: lines("Sec-Fetch-Site", " "+site), refused: true})
 		}
 		add(pages, attack{method: method, fields: append(lines("Origin", " https://evil.example", "Connection", " Upgrade"), upgrades[1]...), refused: true})

@@ -33,6 +33,7 @@ const (
 	portTwoNodes         = "8007" // on two nodes
 	portSameAddress      = "8008" // on three nodes of two tailnets, two of them with the same address
 	portOrigins          = "8009" // allow_origins and allow_hosts
+	portUI               = "8444" // allow_origins with its own and other origins, over TLS
 	portHTTP3            = "8443" // TLS with HTTP/3
 	portGroupLimits      = "8012" // limits on groups, and prefixes
 	portDeviceLimits     = "8013" // limits on devices
@@ -149,6 +150,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 		site("http://:"+portTwoNodes, k8s+" tailscale/"+secondNode, impersonate+toPlain) +
 		site("http://:"+portSameAddress, k8s+" tailscale/"+secondNode+" tailscale/"+foreignNode, impersonate+toPlain) +
 		site("http://:"+portOrigins, k8s, "\ttailscale_impersonate {\n\t\tallow_origins https://dashboard.example.com\n\t\tallow_hosts k8s.internal.example\n\t}\n"+toCluster) +
+		site("https://"+name+":"+portUI, k8s, "\ttls internal\n\ttailscale_impersonate {\n\t\tallow_origins https://"+name+":"+portUI+" https://dashboard.example.com https://*.renderer.freelens.app:* http://localhost:4466\n\t}\n"+toCluster) +
 		site("http://:"+portMixed, k8s+" 127.0.0.1", impersonate+toPlain)
 }
 

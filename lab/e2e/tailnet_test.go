@@ -94,6 +94,12 @@ func statusOf(t *testing.T, caller, port, raw string) int {
 	if _, err := io.WriteString(conn, raw); err != nil {
 		t.Fatalf("writing a request: %v", err)
 	}
+	return readStatus(t, conn, raw)
+}
+
+// readStatus reads the status of the answer to a request from conn.
+func readStatus(t *testing.T, conn net.Conn, raw string) int {
+	t.Helper()
 	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 	if err != nil {
 		t.Fatalf("reading the answer to %q: %v", raw, err)

@@ -3,22 +3,16 @@
 package e2e
 
 import (
-	"bytes"
-	"context"
 	"encoding/json"
 	"flag"
 	"fmt"
 	"image"
 	"image/color"
 	"image/png"
-	"io"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -27,80 +21,6 @@ import (
 )
 
 var screenshots = flag.String("screenshots", "", "folder for screenshots of the whoami pages (docs: for the documents)")
-
-// browser runs a headless Chromium on a caller's device.
-type browser struct {
-	path string
-	// address forwards to the proxy's node over the tailnet, from the caller.
-	address string
-}
-
-// onDevice returns a browser on a caller's device. It skips the test if there is no
-// browser: make components installs one where it can.
-func onDevice(t *testing.T, caller, port string) *browser {
-	t.Helper()
-	b := new(browser)
-	for _, name := range []string{"chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"} {
-		if path, err := exec.LookPath(name); err == nil {
-			b.path = path
-			break
-		}
-	}
-	if b.path == "" {
-		t.Skip("Chromium is not installed; run apt-get install chromium-headless-shell")
-	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ln.Close() })
-	b.address = ln.Addr().String()
-	device := theLab.Callers[caller]
-	go func() {
-		for {
-			near, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer near.Close()
-				far, err := device.Dial(context.Background(), "tcp", lab.ProxyName+":"+port)
-				if err != nil {
-					return
-				}
-				defer far.Close()
-				go func() { _, _ = io.Copy(far, near) }()
-				_, _ = io.Copy(near, far)
-			}()
-		}
-	}()
-	return b
-}
-
-// open opens a page and returns what the browser prints. Anything on its console
-// fails the test, for instance a blocked style.
-func (b *browser) open(t *testing.T, url string, args ...string) string {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	const name = lab.ProxyName + "." + lab.Domain
-	cmd := exec.CommandContext(ctx, b.path, append([]string{
-		"--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-		"--user-data-dir=" + t.TempDir(), "--disable-background-networking", "--no-first-run",
-		"--host-resolver-rules=MAP " + name + " " + b.address + ", MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
-		"--ignore-certificate-errors", // they are issued by the lab's CA
-		"--virtual-time-budget=5000",
-	}, append(args, url)...)...)
-	var out, log bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &log
-	if err := cmd.Run(); err != nil {
-		t.Fatalf("%s: %v\n%s", b.path, err, &log)
-	}
-	if strings.Contains(log.String(), "CONSOLE") {
-		t.Errorf("the browser's console says:\n%s", &log)
-	}
-	return out.String()
-}
 
 // screenshot describes a screenshot of a page.
 type screenshot struct {
