@@ -139,7 +139,7 @@ func (i Info) PassesOn() bool {
 // IsApp reports whether the request is for an application behind a service or a pod, to
 // which the API server passes it on. It is not if its path is ambiguous.
 func (i Info) IsApp() bool {
-	return !i.Ambiguous && i.IsResourceRequest && i.APIGroup == "" && i.Subresource == "proxy" &&
+	return !i.Ambiguous && i.APIGroup == "" && i.Subresource == "proxy" &&
 		(i.Resource == "services" || i.Resource == "pods")
 }
 
