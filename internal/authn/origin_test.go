@@ -226,6 +226,28 @@ func TestCheckOrigin_OwnPageReachesApplicationsOnly(t *testing.T) {
 	}
 }
 
+// A browser that does not say which page sends a request gets no page that may have been
+// made by a pod, or by a node.
+func TestCheckOrigin_PageIsNotLoadedOverPlainHTTP(t *testing.T) {
+	for path, pass := range map[string]bool{
+		"/version": true,
+		api:        true,
+		"/api/v1/namespaces/default/pods/web/log": true,
+
+		app: false,
+		"/api/v1/namespaces/default/pods/web:8080/proxy/x":    false,
+		"/api/v1/nodes/n/proxy/logs/":                         false,
+		"/api/v1//namespaces/default/services/web/proxy/":     false,
+		"/api/v1/namespaces/default/services/web%2Fproxy/":    false,
+		"/api/v1/namespaces/default/services/./web/proxy/a/b": false,
+	} {
+		resp, got := proxytest.Serve(t, newServer(t, Options{}, proxytest.AliceNode()), proxytest.NewRequest("GET", "http://k8s"+path, "User-Agent", chromium))
+		if (got != nil) != pass {
+			t.Errorf("%s: %s; want passed: %t", path, resp.Status, pass)
+		}
+	}
+}
+
 // A config must not turn what a page may reach into what it may not.
 func TestCheckOrigin_RequestThatIsRewrittenIsNotSent(t *testing.T) {
 	for _, tt := range []struct {

@@ -68,7 +68,7 @@ func forward(t *testing.T, caller, port string) string {
 					return
 				}
 				defer far.Close()
-				go func() { _, _ = io.Copy(far, near) }()
+				go func() { defer far.Close(); _, _ = io.Copy(far, near) }()
 				_, _ = io.Copy(near, far)
 			}()
 		}

@@ -150,7 +150,7 @@ var requests = []file{
 		{name: "every value counts", old: `return strings.Join(values, ", "), ok`, new: `return strings.Join(values[:min(1, len(values))], ", "), ok`},
 		{name: "a wildcard stands for no slash", old: `strings.Count(origin, "/") == 2 && `, new: ""},
 		{name: "the own origin has a scheme", old: "\tif r.TLS == nil {\n\t\treturn \"http://", new: "\tif false {\n\t\treturn \"http://"},
-		{name: "a page of another site has no origin of its own choice", old: `site != "same-origin" {`, new: "false {"},
+		{name: "a page of another site has no origin of its own choice", old: `if site, _ := value(r, "Sec-Fetch-Site"); site != "same-origin" {`, new: "if false {"},
 		{name: "a page opens by GET", old: "return r.Method == http.MethodGet && r", new: "return r"},
 		{name: "a request with an origin opens no page", old: "r.Header[\"Origin\"] == nil &&\n\t\tr", new: "r"},
 		{name: "a script opens no page", old: `r.Header.Get("Sec-Fetch-Mode") == "navigate" && `, new: ""},
