@@ -198,8 +198,11 @@ func attacks() []attack {
 
 	const pages = "20a"
 	for _, method := range []string{"GET", "POST"} {
-		for _, origin := range []string{"https://evil.example", "null", "", "http://localhost:8080"} {
+		for _, origin := range []string{"https://evil.example", "null", ""} {
 			add(pages, attack{method: method, fields: lines("Origin", " "+origin), refused: true})
+		}
+		for _, origin := range []string{"https://evil.example", "null", "", "http://localhost:8080", "https://%h", "http://%h"} {
+			add(pages, attack{method: method, fields: lines("Origin", " "+origin, "User-Agent", " Mozilla/5.0"), refused: true})
 		}
 		for _, site := range []string{"cross-site", "same-site", "same-origin", "nonsense"} {
 			add(pages, attack{method: method, fields: lines("Sec-Fetch-Site", " "+site), refused: true})
