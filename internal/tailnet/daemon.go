@@ -12,16 +12,31 @@ import (
 	"tailscale.com/client/local"
 )
 
-// addrsPeriod is how long the daemon's addresses are cached. They change when the host
-// joins another tailnet.
-const addrsPeriod = time.Second
+// The daemon's addresses change when the host joins another tailnet.
+const (
+	// addrsPeriod is how old they may be before the daemon is asked again, while
+	// requests go on with them.
+	addrsPeriod = time.Second
+	// addrsMaxAge is how old they may be if the daemon does not answer. From then on
+	// the daemon has none.
+	addrsMaxAge = 30 * time.Second
+	// addrsTimeout is how long the daemon may take to answer. A request waits for
+	// that only if there are no addresses that it may use.
+	addrsTimeout = time.Second
+)
 
 // FromDaemon returns the host itself as a node, as the Tailscale daemon knows it that
 // listens on the Unix socket at that path. Its connections are sockets of the host: see
 // [HostConnFrom].
 func FromDaemon(socket string) *Node {
 	client := &local.Client{Socket: socket, UseSocketOnly: true}
-	a := &daemonAddrs{client: client}
+	a := &daemonAddrs{ask: func(ctx context.Context) ([]netip.Addr, error) {
+		status, err := client.StatusWithoutPeers(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return status.TailscaleIPs, nil
+	}}
 	n := fromClient("tailscaled", a.get, func() (*local.Client, error) { return client, nil })
 	// While the daemon is down, the host's network would route this elsewhere, unencrypted.
 	n.DialPeer = func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -34,41 +49,61 @@ func FromDaemon(socket string) *Node {
 	return n
 }
 
-// daemonAddrs are the addresses that a daemon has given to its host.
+// daemonAddrs are the addresses that a daemon has given to its host. One request at a time
+// asks for them, in the background.
 type daemonAddrs struct {
-	client *local.Client
+	ask func(context.Context) ([]netip.Addr, error)
 
 	mu       sync.Mutex
 	ip4, ip6 netip.Addr
+	// asked is when the daemon was asked the question that ip4 and ip6 answer.
+	asked time.Time
 	// next is when to ask again.
 	next time.Time
+	// answer is closed when the daemon has been asked. Nil while nobody asks.
+	answer chan struct{}
 }
 
-// get returns the addresses: none if the daemon has none or does not answer.
+// get returns the addresses: none if the daemon has none, or has not answered for
+// addrsMaxAge.
 func (a *daemonAddrs) get() (ip4, ip6 netip.Addr) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if now := time.Now(); now.After(a.next) {
-		a.ip4, a.ip6 = a.ask()
-		a.next = now.Add(addrsPeriod)
+	now := time.Now()
+	if a.answer == nil && !now.Before(a.next) {
+		a.answer = make(chan struct{})
+		go a.refresh(now)
+	}
+	if answer := a.answer; answer != nil && now.Sub(a.asked) > addrsMaxAge {
+		a.mu.Unlock()
+		<-answer
+		a.mu.Lock()
+	}
+	if now.Sub(a.asked) > addrsMaxAge {
+		return netip.Addr{}, netip.Addr{}
 	}
 	return a.ip4, a.ip6
 }
 
-func (a *daemonAddrs) ask() (ip4, ip6 netip.Addr) {
-	ctx, cancel := context.WithTimeout(context.Background(), WhoIsTimeout)
+// refresh asks the daemon, at now.
+func (a *daemonAddrs) refresh(now time.Time) {
+	ctx, cancel := context.WithTimeout(context.Background(), addrsTimeout)
 	defer cancel()
-	status, err := a.client.StatusWithoutPeers(ctx)
-	if err != nil {
-		return netip.Addr{}, netip.Addr{}
-	}
-	for _, addr := range status.TailscaleIPs {
-		switch {
-		case addr.Is4():
-			ip4 = addr
-		case addr.Is6():
-			ip6 = addr
+	addrs, err := a.ask(ctx)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err == nil {
+		a.ip4, a.ip6, a.asked = netip.Addr{}, netip.Addr{}, now
+		for _, addr := range addrs {
+			switch {
+			case addr.Is4():
+				a.ip4 = addr
+			case addr.Is6():
+				a.ip6 = addr
+			}
 		}
 	}
-	return ip4, ip6
+	a.next = time.Now().Add(addrsPeriod)
+	close(a.answer)
+	a.answer = nil
 }

@@ -3,6 +3,7 @@
 package tailnet
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"path/filepath"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -159,47 +161,115 @@ func TestFromDaemon_UnreachableOwnsNothing(t *testing.T) {
 	}
 }
 
-// Meanwhile it may have joined another tailnet, where its addresses are another host's.
+// fromAddrs returns a node with the addresses that ask returns.
+func fromAddrs(ask func(context.Context) ([]netip.Addr, error)) Nodes {
+	return Nodes{{Name: "tailscaled", Addrs: (&daemonAddrs{ask: ask}).get}}
+}
+
+// hang is a daemon that does not answer.
+func hang(ctx context.Context) ([]netip.Addr, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// A busy daemon takes longer, also for what it is asked in the same second about peers.
+func TestFromDaemon_SlowAnswerDelaysNoRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		questions := 0
+		delay := time.Duration(0)
+		nodes := fromAddrs(func(context.Context) ([]netip.Addr, error) {
+			questions++
+			time.Sleep(delay)
+			return []netip.Addr{hostAddr}, nil
+		})
+		if _, err := nodes.Accepting(hostAddr); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * addrsPeriod)
+		delay = addrsTimeout - time.Millisecond
+		began := time.Now()
+		for range 300 {
+			if _, err := nodes.Accepting(hostAddr); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if took := time.Since(began); took != 0 {
+			t.Errorf("300 requests waited for %v", took)
+		}
+		synctest.Wait()
+		if questions != 2 {
+			t.Errorf("the daemon was asked %d times; want twice", questions)
+		}
+		time.Sleep(addrsTimeout)
+	})
+}
+
+// While it does not answer, it may have joined another tailnet, where its addresses are
+// another host's.
 func TestFromDaemon_LostOwnsNothing(t *testing.T) {
-	d := newDaemon(t)
-	nodes := Nodes{FromDaemon(d.socket)}
-	if _, err := nodes.Accepting(hostAddr); err != nil {
-		t.Fatal(err)
-	}
-	d.silent.Store(true)
-	for gone := time.Now(); ; time.Sleep(addrsPeriod / 20) {
-		_, err := nodes.Accepting(hostAddr)
-		if errors.Is(err, ErrNotConnected) {
-			return
-		}
-		if time.Since(gone) > 10*addrsPeriod {
-			t.Fatalf("got error %v; want %v after %v", err, ErrNotConnected, addrsPeriod)
-		}
+	for name, lost := range map[string]func(context.Context) ([]netip.Addr, error){
+		"failing": func(context.Context) ([]netip.Addr, error) { return nil, errors.New("not now") },
+		"hanging": hang,
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ask := func(context.Context) ([]netip.Addr, error) { return []netip.Addr{hostAddr}, nil }
+				nodes := fromAddrs(func(ctx context.Context) ([]netip.Addr, error) { return ask(ctx) })
+				if _, err := nodes.Accepting(hostAddr); err != nil {
+					t.Fatal(err)
+				}
+				answers := ask
+				ask = lost
+				time.Sleep(addrsMaxAge)
+				if _, err := nodes.Accepting(hostAddr); err != nil {
+					t.Errorf("after %v: %v", addrsMaxAge, err)
+				}
+				time.Sleep(time.Nanosecond)
+				if _, err := nodes.Accepting(hostAddr); !errors.Is(err, ErrNotConnected) {
+					t.Errorf("later: got error %v; want %v", err, ErrNotConnected)
+				}
+				ask = answers
+				time.Sleep(addrsPeriod + addrsTimeout)
+				if _, err := nodes.Accepting(hostAddr); err != nil {
+					t.Errorf("when it answers again: %v", err)
+				}
+			})
+		})
 	}
 }
 
-// Every request of the server asks for the daemon's addresses.
-func TestFromDaemon_HangingIsBounded(t *testing.T) {
-	socket := filepath.Join(t.TempDir(), "tailscaled.sock")
-	ln, err := net.Listen("unix", socket) // which accepts nothing
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	node := FromDaemon(socket)
-	answer := make(chan error, 1)
-	go func() {
-		_, err := Nodes{node}.Accepting(hostAddr)
-		answer <- err
-	}()
-	select {
-	case err := <-answer:
-		if !errors.Is(err, ErrNotConnected) {
+// A daemon that says that it has no addresses is not lost: it has logged out.
+func TestFromDaemon_LoggedOutOwnsNothingAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		addrs := []netip.Addr{hostAddr}
+		nodes := fromAddrs(func(context.Context) ([]netip.Addr, error) { return addrs, nil })
+		if _, err := nodes.Accepting(hostAddr); err != nil {
+			t.Fatal(err)
+		}
+		addrs = nil
+		time.Sleep(addrsPeriod)
+		_, _ = nodes.Accepting(hostAddr)
+		synctest.Wait()
+		if _, err := nodes.Accepting(hostAddr); !errors.Is(err, ErrNotConnected) {
 			t.Errorf("got error %v; want %v", err, ErrNotConnected)
 		}
-	case <-time.After(20 * WhoIsTimeout):
-		t.Errorf("no answer after %v; want one after about %v", 20*WhoIsTimeout, WhoIsTimeout)
-	}
+	})
+}
+
+// Every request of the server needs the daemon's addresses.
+func TestFromDaemon_HangingIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nodes := fromAddrs(hang)
+		began := time.Now()
+		for range 300 {
+			if _, err := nodes.Accepting(hostAddr); !errors.Is(err, ErrNotConnected) {
+				t.Fatalf("got error %v; want %v", err, ErrNotConnected)
+			}
+		}
+		if took := time.Since(began); took != addrsTimeout {
+			t.Errorf("300 requests waited for %v; want %v together", took, addrsTimeout)
+		}
+	})
 }
 
 // While the daemon is down, the host's network would route this elsewhere, unencrypted.
