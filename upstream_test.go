@@ -17,6 +17,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 func TestUpstream_UnreachableIsExplained(t *testing.T) {
@@ -104,5 +105,25 @@ func TestUpstream_HealthChecksCarryNoIdentity(t *testing.T) {
 	}
 	if resp := s.Get(t, "/api", ""); resp.StatusCode != http.StatusOK {
 		t.Errorf("a request beside the checks: %s; want 200", resp.Status)
+	}
+}
+
+// Not when it is provisioned, as Caddy does to validate it.
+func TestUpstream_PermissionIsCheckedWhenConfigStarts(t *testing.T) {
+	up := proxytest.NewAPIServer(t)
+	asked := make(chan string, 10)
+	up.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked <- r.URL.Path
+		http.Error(w, "no", http.StatusForbidden)
+	})
+	config := proxytest.Config{API: up, Body: proxytest.ToKubernetes, Nodes: []*tailnet.Node{proxytest.AliceNode()}}
+	config.Start(t)
+	select {
+	case path := <-asked:
+		if want := "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"; path != want {
+			t.Errorf("the API server was asked for %s; want %s", path, want)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the API server was not asked what the proxy's account may do")
 	}
 }

@@ -12,6 +12,9 @@
 // attribute together with impersonate-on:<mode>:<verb> on what the request is for. The
 // caller needs every permission of one form.
 //
+// The same questions, asked by the proxy about itself in SelfSubjectAccessReviews, say
+// which permission its own account lacks.
+//
 // Only an unambiguous yes counts. A review that fails, times out or contradicts itself
 // is a refusal.
 package accessreview
@@ -21,12 +24,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
 	authorizationv1 "k8s.io/api/authorization/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apiserver/pkg/authentication/user"
 
@@ -41,12 +46,13 @@ const Timeout = 5 * time.Second
 // size is how many allowed reviews are cached.
 const size = 4096
 
-// Ask sends a review to the API server and returns the result.
+// Ask sends a review to the API server and returns the result. The review's kind is
+// SubjectAccessReview, or SelfSubjectAccessReview if the review has no user.
 type Ask func(context.Context, *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error)
 
 // Question asks whether Caller may act as Target in a request.
 type Question struct {
-	Caller  *impersonate.Identity
+	Caller  *impersonate.Identity // nil for the proxy's own account
 	Target  *impersonate.Target
 	Request requestinfo.Info
 	// Since is when the oldest cached review may have been sent.
@@ -75,24 +81,63 @@ func (r *Reviewer) Authorize(ctx context.Context, ask Ask, q Question) (*imperso
 	if q.Request.Ambiguous {
 		return nil, apistatus.Forbidden(apistatus.Impersonation, "kubectl --as cannot be used with a path that can be understood in more than one way: %q", q.Request.Path)
 	}
+	missing, groups, err := r.missing(ctx, ask, q)
+	switch {
+	case err != nil:
+		return nil, apistatus.Unavailable(apistatus.Impersonation, "cannot find out whether %s may act as %s: %v", q.Caller.User, q.Target.User, err)
+	case missing != "":
+		return nil, apistatus.Forbidden(apistatus.Impersonation, "%s", missing)
+	}
+	return q.Caller.As(q.Target, groups), nil
+}
+
+// Missing describes the permissions that the proxy's own account lacks to send a request
+// as target, empty if it lacks none. Reviews since that time count.
+func (r *Reviewer) Missing(ctx context.Context, ask Ask, target *impersonate.Target, request requestinfo.Info, since time.Time) (string, error) {
+	missing, _, err := r.missing(ctx, ask, Question{Target: target, Request: request, Since: since})
+	return missing, err
+}
+
+// MissingForUsers describes the permissions that the proxy's own account lacks to
+// impersonate whatever user, in requests of any kind, empty if it lacks none.
+func (r *Reviewer) MissingForUsers(ctx context.Context, ask Ask) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, Timeout)
 	defer cancel()
 	var missing []string
-	for _, f := range forms(q.Target, q.Request) {
-		lacks, err := r.lacks(ctx, ask, q, f)
-		if err != nil {
-			return nil, apistatus.Unavailable(apistatus.Impersonation, "cannot find out whether %s may act as %s: %v", q.Caller.User, q.Target.User, err)
-		}
-		if lacks == "" {
-			return q.Caller.As(q.Target, f.groups), nil
+	for _, a := range []attributes{legacy, constrained} {
+		lacks, err := r.review(ctx, ask, Question{Since: time.Now()}, a.user(&impersonate.Target{User: "*"}))
+		if err != nil || lacks == "" {
+			return "", err
 		}
 		missing = append(missing, lacks)
 	}
-	// The older form goes first, because most operators grant that one.
-	if len(missing) > 1 {
-		missing[0], missing[1] = missing[1], missing[0]
+	return join(missing), nil
+}
+
+// missing describes the permissions that q's caller lacks, empty if it has all of one
+// form, under which the target has groups.
+func (r *Reviewer) missing(ctx context.Context, ask Ask, q Question) (missing string, groups []string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, Timeout)
+	defer cancel()
+	var all []string
+	for _, f := range forms(q.Target, q.Request) {
+		lacks, err := r.lacks(ctx, ask, q, f)
+		if err != nil {
+			return "", nil, err
+		}
+		if lacks == "" {
+			return "", f.groups, nil
+		}
+		all = append(all, lacks)
 	}
-	return nil, apistatus.Forbidden(apistatus.Impersonation, "%s", strings.Join(missing, "; the newer form of this permission is missing as well: "))
+	// The older form goes first, because most operators grant that one.
+	slices.Reverse(all)
+	return join(all), nil, nil
+}
+
+// join joins what is missing of each form, the older one first.
+func join(missing []string) string {
+	return strings.Join(missing, "; the newer form of this permission is missing as well: ")
 }
 
 // lacks describes the first permission of f that q's caller lacks, empty if it has all.
@@ -124,15 +169,18 @@ func (r *Reviewer) review(ctx context.Context, ask Ask, q Question, p permission
 	spec := authorizationv1.SubjectAccessReviewSpec{
 		ResourceAttributes:    p.resource,
 		NonResourceAttributes: p.path,
-		User:                  q.Caller.User,
-		UID:                   q.Caller.UID,
-		// The API server adds this group to every user that it authenticates.
-		Groups: append([]string{user.AllAuthenticated}, q.Caller.Groups...),
 	}
-	if len(q.Caller.Extra) > 0 {
-		spec.Extra = make(map[string]authorizationv1.ExtraValue, len(q.Caller.Extra))
-		for key, values := range q.Caller.Extra {
-			spec.Extra[key] = values
+	kind := "SelfSubjectAccessReview"
+	if q.Caller != nil {
+		kind = "SubjectAccessReview"
+		spec.User, spec.UID = q.Caller.User, q.Caller.UID
+		// The API server adds this group to every user that it authenticates.
+		spec.Groups = append([]string{user.AllAuthenticated}, q.Caller.Groups...)
+		if len(q.Caller.Extra) > 0 {
+			spec.Extra = make(map[string]authorizationv1.ExtraValue, len(q.Caller.Extra))
+			for key, values := range q.Caller.Extra {
+				spec.Extra[key] = values
+			}
 		}
 	}
 	text, err := json.Marshal(spec)
@@ -144,7 +192,10 @@ func (r *Reviewer) review(ctx context.Context, ask Ask, q Question, p permission
 		return "", nil
 	}
 	sent := time.Now() // the permission may be withdrawn before the result arrives
-	status, err := ask(ctx, &authorizationv1.SubjectAccessReview{Spec: spec})
+	status, err := ask(ctx, &authorizationv1.SubjectAccessReview{
+		TypeMeta: metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: kind},
+		Spec:     spec,
+	})
 	switch {
 	case err != nil:
 		return "", err
@@ -172,18 +223,21 @@ func reason(status *authorizationv1.SubjectAccessReviewStatus) string {
 
 // message returns the API server's own wording of the fact that caller lacks p.
 func message(caller *impersonate.Identity, p permission, reason string) string {
-	var what string
+	what := "the proxy's account"
+	if caller != nil {
+		what = fmt.Sprintf("User %q", caller.User)
+	}
 	var resource schema.GroupResource
 	var name string
 	if p.path != nil {
-		what = fmt.Sprintf("User %q cannot %s path %q", caller.User, p.path.Verb, p.path.Path)
+		what += fmt.Sprintf(" cannot %s path %q", p.path.Verb, p.path.Path)
 	} else {
 		resource, name = schema.GroupResource{Group: p.resource.Group, Resource: p.resource.Resource}, p.resource.Name
 		called := p.resource.Resource
 		if p.resource.Subresource != "" {
 			called += "/" + p.resource.Subresource
 		}
-		what = fmt.Sprintf("User %q cannot %s resource %q in API group %q", caller.User, p.resource.Verb, called, p.resource.Group)
+		what += fmt.Sprintf(" cannot %s resource %q in API group %q", p.resource.Verb, called, p.resource.Group)
 		if p.resource.Namespace != "" {
 			what += fmt.Sprintf(" in the namespace %q", p.resource.Namespace)
 		} else {

@@ -40,6 +40,12 @@ type permission struct {
 	path     *authorizationv1.NonResourceAttributes
 }
 
+// The forms for users. Those for nodes and service accounts differ.
+var (
+	legacy      = attributes{verb: "impersonate", users: "users"}
+	constrained = attributes{verb: "impersonate:user-info", group: authenticationv1.GroupName, users: "users", constrained: true}
+)
+
 // forms returns the sets of permissions that allow acting as t in a request, in the
 // order in which the API server tries them.
 //
@@ -48,8 +54,7 @@ type permission struct {
 // service account: the API server adds them itself, and the proxy's account would need
 // permission to send them.
 func forms(t *impersonate.Target, request requestinfo.Info) []form {
-	legacy := attributes{verb: "impersonate", users: "users"}
-	constrained, name := attributes{verb: "impersonate:user-info", group: authenticationv1.GroupName, users: "users", constrained: true}, "user-info"
+	legacy, constrained, name := legacy, constrained, "user-info"
 	groups := t.Groups
 	if _, ok := t.NodeName(); ok {
 		constrained.verb, constrained.users, name = "impersonate:arbitrary-node", "nodes", "arbitrary-node"

@@ -35,6 +35,7 @@ const (
 	Recording      Reason = "recording"        // it must be recorded and cannot be
 	NoHandler      Reason = "no_handler"       // it did not pass tailscale_impersonate
 	NoCredentials  Reason = "no_credentials"   // the proxy has no credentials that the API server accepts
+	NoPermission   Reason = "no_permission"    // the proxy's account may not impersonate the caller
 	UpstreamAway   Reason = "upstream_away"    // the API server is unreachable
 	Method         Reason = "method"           // the whoami page allows GET and HEAD only
 	Other          Reason = "other"            // none of these
@@ -43,7 +44,7 @@ const (
 // Reasons lists every reason.
 var Reasons = []Reason{
 	Protocol, WebPage, Host, NotFromTailnet, AmbiguousNode, Starting, UnknownPeer, Self, NoAnswer,
-	NoIdentity, Guard, NoGroups, Impersonation, AmbiguousPath, Rewritten, Recording, NoHandler, NoCredentials, UpstreamAway, Method, Other,
+	NoIdentity, Guard, NoGroups, Impersonation, AmbiguousPath, Rewritten, Recording, NoHandler, NoCredentials, NoPermission, UpstreamAway, Method, Other,
 }
 
 var refusals = metrics.NewCounter("refusals_total",

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
@@ -58,10 +59,10 @@ const userAgent = "caddy-tailscale-impersonate"
 // maxReview is the longest answer to a review that is read, in bytes.
 const maxReview = 1 << 20
 
-// review sends review to the API server at host, as the proxy itself and with agent for
-// a User-Agent, and returns what the API server decides.
+// review sends review, which may be a SelfSubjectAccessReview, to the API server at
+// host, as the proxy itself and with agent for a User-Agent, and returns what the API
+// server decides.
 func (c *cluster) review(ctx context.Context, host, agent string, review *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
-	review.TypeMeta = metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: "SubjectAccessReview"}
 	body, err := json.Marshal(review)
 	if err != nil {
 		return nil, fmt.Errorf("encoding a subject access review: %w", err)
@@ -70,7 +71,7 @@ func (c *cluster) review(ctx context.Context, host, agent string, review *author
 	if err != nil {
 		return nil, fmt.Errorf("no credentials for the cluster: %w", err)
 	}
-	at := url.URL{Scheme: c.base.Scheme, Host: host, Path: "/apis/" + review.APIVersion + "/subjectaccessreviews"}
+	at := url.URL{Scheme: c.base.Scheme, Host: host, Path: "/apis/" + review.APIVersion + "/" + strings.ToLower(review.Kind) + "s"}
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, at.String(), bytes.NewReader(body))
 	if err != nil {
 		return nil, err

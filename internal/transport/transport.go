@@ -70,7 +70,8 @@ type Transport struct {
 	// cluster is for requests with the proxy's credentials, anonymous for those
 	// without.
 	cluster, anonymous *cluster
-	// reviewer decides whether callers may act as another user.
+	// reviewer decides whether callers may act as another user, and what the proxy's own
+	// account lacks.
 	reviewer *accessreview.Reviewer
 	// unusable says why there is no cluster. Nil if there is one.
 	unusable error
@@ -109,6 +110,9 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 		return err
 	}
 	if t.cluster, err = config.connect(t.logger); err != nil {
+		return err
+	}
+	if err := t.checkWhenStarted(ctx); err != nil {
 		return err
 	}
 	if t.cluster.token == nil {
@@ -208,7 +212,11 @@ func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*htt
 	if err != nil {
 		return nil, err
 	}
-	if resp.StatusCode != http.StatusUnauthorized {
+	switch resp.StatusCode {
+	case http.StatusForbidden:
+		return t.explainForbidden(r, resp, id)
+	case http.StatusUnauthorized:
+	default:
 		return resp, nil
 	}
 	// The token's file may have changed since it was read.
