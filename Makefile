@@ -18,7 +18,7 @@ KUBERNETES_VERSION := $(call version_in,$(TOOLS)/kubernetes/go.mod,k8s.io/kubern
 LAB_TEST_TIMEOUT ?= 20m
 
 KUBERNETES_PARTS := etcd kube-apiserver kubectl
-MODULES_WANTED   := tailscale_impersonate admin.api.tailscale_impersonate http.handlers.tailscale_impersonate http.reverse_proxy.transport.kubernetes http.matchers.kubernetes
+MODULES_WANTED   := tailscale_impersonate admin.api.tailscale_impersonate http.handlers.tailscale_impersonate http.reverse_proxy.transport.kubernetes http.matchers.kubernetes http.matchers.tailnet_up
 
 # KUBEBUILDER_ASSETS may name a folder with etcd, kube-apiserver and kubectl. If one
 # is missing, none is used, so that all come from the same version.

@@ -21,6 +21,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 func init() {
@@ -35,8 +36,11 @@ const name = "tailscale_impersonate"
 type App struct {
 	process    *Process
 	generation *revocation.Generation
-	starting   []func()
-	running    []*authn.Authenticator
+	nodes      *nodes
+	// watch watches the nodes while the config runs.
+	watch    func([]*tailnet.Node)
+	starting []func()
+	running  []*authn.Authenticator
 }
 
 // CaddyModule returns the Caddy module information.
@@ -64,7 +68,9 @@ func (a *App) Provision(ctx caddy.Context) error {
 	}
 	a.process = Acquire()
 	a.generation = a.process.Requests.NewGeneration()
-	metrics.Register(ctx.GetMetricsRegistry(), &a.process.Requests)
+	a.nodes = &nodes{logger: ctx.Logger()}
+	a.watch = func(all []*tailnet.Node) { a.nodes.watch(ctx, all) }
+	metrics.Register(ctx.GetMetricsRegistry(), &a.process.Requests, a.nodes)
 	return events.(*caddyevents.App).On("started", a)
 }
 
@@ -87,6 +93,11 @@ func (a *App) Handle(context.Context, caddy.Event) error {
 	}
 	a.generation.Run()
 	a.process.add(a.running)
+	var all []*tailnet.Node
+	for _, authenticator := range a.running {
+		all = append(all, authenticator.Nodes()...)
+	}
+	go a.watch(all)
 	return nil
 }
 

@@ -82,6 +82,16 @@ func (a *Authenticator) Start(nodes tailnet.Nodes) {
 	})
 }
 
+// Nodes returns the nodes that judge requests, none before Start.
+func (a *Authenticator) Nodes() tailnet.Nodes {
+	select {
+	case <-a.ready:
+		return a.nodes
+	default:
+		return nil
+	}
+}
+
 // Authenticate returns who sent r, whose headers claimed claims until they were
 // stripped, or why r is refused. A caller that is refused may be known: it is then
 // returned along with the error, for the log.

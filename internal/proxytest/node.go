@@ -51,8 +51,11 @@ func WhoIsMallory() *apitype.WhoIsResponse {
 // NewNode returns a node that answers every question about a peer with who and err.
 func NewNode(who *apitype.WhoIsResponse, err error) *tailnet.Node {
 	return &tailnet.Node{
-		Name:    "k8s",
-		Addrs:   func() (ip4, ip6 netip.Addr) { return netip.MustParseAddr(NodeAddr), netip.Addr{} },
+		Name:  "k8s",
+		Addrs: func() (ip4, ip6 netip.Addr) { return netip.MustParseAddr(NodeAddr), netip.Addr{} },
+		Status: func(context.Context) (tailnet.Status, error) {
+			return tailnet.Status{State: "Running"}, nil
+		},
 		DNSName: func(context.Context) (string, error) { return "k8s.example.ts.net", nil },
 		Ask: func(_ context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
 			if local != netip.MustParseAddr(NodeAddr) {

@@ -11,12 +11,14 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
 
 	"tailscale.com/client/local"
 	"tailscale.com/client/tailscale/apitype"
+	"tailscale.com/ipn"
 	"tailscale.com/net/tsaddr"
 	"tailscale.com/tsnet"
 )
@@ -61,11 +63,42 @@ type Node struct {
 	// has none.
 	DNSName func(ctx context.Context) (string, error)
 
+	// Status returns how the node is connected to its tailnet.
+	Status func(ctx context.Context) (Status, error)
+
 	// DialPeer connects to an address of the tailnet, as the node. Use [Node.Dial].
 	DialPeer func(ctx context.Context, network, address string) (net.Conn, error)
 
 	// lastName is the last result of DNSName.
 	lastName atomic.Pointer[string]
+}
+
+// Status is how a node is connected to its tailnet.
+type Status struct {
+	// State is the state of the node, as Tailscale names it.
+	State string
+	// KeyExpiry is when the key of the node expires, zero if never or unknown.
+	KeyExpiry time.Time
+	// Health is what the node itself says is wrong.
+	Health []string
+}
+
+// Up reports whether peers can reach the node.
+func (s Status) Up() bool { return s.State == ipn.Running.String() }
+
+// Expired reports whether the key of the node has expired at now. Once the node has
+// started anew, only its control server's answer says so.
+func (s Status) Expired(now time.Time) bool {
+	return !s.KeyExpiry.IsZero() && !now.Before(s.KeyExpiry) ||
+		slices.ContainsFunc(s.Health, func(problem string) bool { return strings.Contains(problem, "NodeKeyExpired") })
+}
+
+// WorseThan reports whether a node with status s needs attention before one with other.
+func (s Status) WorseThan(other Status) bool {
+	if s.Up() != other.Up() {
+		return other.Up()
+	}
+	return !s.KeyExpiry.IsZero() && (other.KeyExpiry.IsZero() || s.KeyExpiry.Before(other.KeyExpiry))
 }
 
 // FromServer returns the node of s.
@@ -127,6 +160,21 @@ func fromClient(name string, addrs func() (ip4, ip6 netip.Addr), client func() (
 				return "", errors.New("the node does not know its own name yet")
 			}
 			return strings.TrimSuffix(status.Self.DNSName, "."), nil
+		},
+		Status: func(ctx context.Context) (Status, error) {
+			lc, err := client()
+			if err != nil {
+				return Status{}, err
+			}
+			status, err := lc.StatusWithoutPeers(ctx)
+			if err != nil {
+				return Status{}, err
+			}
+			out := Status{State: status.BackendState, Health: status.Health}
+			if status.Self != nil && status.Self.KeyExpiry != nil {
+				out.KeyExpiry = *status.Self.KeyExpiry
+			}
+			return out, nil
 		},
 	}
 }

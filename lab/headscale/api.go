@@ -114,12 +114,27 @@ func (s *Server) DeleteNode(ctx context.Context, name string) error {
 // ExpireNode expires the key of a node: the node stays in the tailnet, but has to
 // log in again. The name is without the domain.
 func (s *Server) ExpireNode(ctx context.Context, name string) error {
+	return s.setExpiry(ctx, name, "")
+}
+
+// ExpireNodeAt is like ExpireNode, at a later time.
+func (s *Server) ExpireNodeAt(ctx context.Context, name string, at time.Time) error {
+	return s.setExpiry(ctx, name, "?expiry="+url.QueryEscape(at.UTC().Format(time.RFC3339)))
+}
+
+// NeverExpireNode has the key of a node never expire. A node whose key has expired
+// continues.
+func (s *Server) NeverExpireNode(ctx context.Context, name string) error {
+	return s.setExpiry(ctx, name, "?disableExpiry=true")
+}
+
+func (s *Server) setExpiry(ctx context.Context, name, query string) error {
 	id, err := s.nodeID(ctx, name)
 	if err == nil {
-		err = s.call(ctx, http.MethodPost, "node/"+id+"/expire", nil, nil)
+		err = s.call(ctx, http.MethodPost, "node/"+id+"/expire"+query, nil, nil)
 	}
 	if err != nil {
-		return fmt.Errorf("expire node %q: %w", name, err)
+		return fmt.Errorf("set the key expiry of node %q: %w", name, err)
 	}
 	return nil
 }
