@@ -101,8 +101,6 @@ func (r *Reviewer) Missing(ctx context.Context, ask Ask, target *impersonate.Tar
 // MissingForUsers describes the permissions that the proxy's own account lacks to
 // impersonate whatever user, in requests of any kind, empty if it lacks none.
 func (r *Reviewer) MissingForUsers(ctx context.Context, ask Ask) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, Timeout)
-	defer cancel()
 	var missing []string
 	for _, a := range []attributes{legacy, constrained} {
 		lacks, err := r.review(ctx, ask, Question{Since: time.Now()}, a.user(&impersonate.Target{User: "*"}))

@@ -65,6 +65,8 @@ func (t *Transport) checkWhenStarted(ctx caddy.Context) error {
 
 // checkPermission logs a warning unless the proxy's account may impersonate any user.
 func (t *Transport) checkPermission(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, accessreview.Timeout)
+	defer cancel()
 	missing, err := t.reviewer.MissingForUsers(ctx, t.askOwn(t.cluster.base.Host))
 	switch {
 	case err != nil:

@@ -185,8 +185,9 @@ var requests = []file{
 	}},
 	{"internal/tailnet/daemon.go", "./internal/tailnet", []mutant{
 		{name: "peers are dialled by the daemon", old: "\t\treturn client.UserDial(ctx, network, peer.Addr().String(), peer.Port())\n", new: "\t\t_ = peer\n\t\treturn (&net.Dialer{}).DialContext(ctx, network, address)\n"},
-		{name: "a daemon is asked again for its addresses", old: "now.After(a.next)", new: "a.next.IsZero()"},
-		{name: "a question for addresses has an end", old: "\tctx, cancel := context.WithTimeout(context.Background(), WhoIsTimeout)\n", new: "\tctx, cancel := context.WithCancel(context.Background())\n"},
+		{name: "a daemon is asked again for its addresses", old: "!now.Before(a.next)", new: "a.next.IsZero()"},
+		{name: "a question for addresses has an end", old: "\tctx, cancel := context.WithTimeout(context.Background(), addrsTimeout)\n", new: "\tctx, cancel := context.WithCancel(context.Background())\n"},
+		{name: "no request waits while there are addresses", old: " && now.Sub(a.asked) > addrsMaxAge {", new: " {"},
 		{name: "a daemon that does not answer has no addresses", old: "\t\treturn netip.Addr{}, netip.Addr{}\n", new: "\t\treturn a.ip4, a.ip6\n"},
 	}},
 	{"internal/tailnet/node.go", "./internal/tailnet", []mutant{
@@ -367,6 +368,9 @@ var requests = []file{
 		{name: "a pod that does not read holds up nobody", old: "\t\tupgrade.Server(resp)\n", new: "\t\t_ = upgrade.Server\n", by: "./internal/transport ."},
 		{name: "an error about the token is one", old: "\t\tif err != nil {\n\t\t\treturn \"\", nil, err\n\t\t}\n", new: "\t\t_ = err\n"},
 		{name: "an empty token is an error", old: "\tif token == \"\" {\n\t\treturn \"\", nil, nil\n\t}\n", new: ""},
+	}},
+	{"internal/transport/permission.go", "./internal/transport", []mutant{
+		{name: "a text is no reason to blame the proxy's account", old: "if err != nil || missing == \"\" {", new: "if err != nil {"},
 	}},
 	{"internal/transport/source.go", "./internal/transport", []mutant{
 		{name: "in_cluster and kubeconfig exclude each other", old: "\tif s.InCluster && s.Kubeconfig != \"\" {", new: "\tif false {"},
