@@ -59,7 +59,7 @@ func TestRevocation_NewConfigEndsRefusedStreams(t *testing.T) {
 		return s
 	}
 	bobs, carols := watch("bob"), watch("carol")
-	stricter := replaceOnce(sites(theLab), "\ttailscale_kubernetes {\n", "\ttailscale_kubernetes {\n\t\tdeny_groups tailnet-readers\n")
+	stricter := replaceOnce(sites(theLab), "\ttls internal\n\ttailscale_kubernetes {\n", "\ttls internal\n\ttailscale_kubernetes {\n\t\tdeny_groups tailnet-readers\n")
 	if err := theLab.Caddy.Load(stricter); err != nil {
 		t.Fatal(err)
 	}
