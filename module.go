@@ -186,11 +186,11 @@ func (h *Handler) setUp(generation *revocation.Generation, logger *zap.Logger, l
 	return nil
 }
 
-// Cleanup releases requests that wait for a config that never started. A handler that
-// did start goes on answering: connections that its server accepted outlive the config.
+// Cleanup leaves new connections to the config that replaces h's. A handler that has
+// started goes on answering on those that its server accepted before.
 func (h *Handler) Cleanup() error {
 	if h.auth != nil { // Caddy also cleans up what failed to provision
-		h.auth.Start(nil)
+		h.auth.Retire()
 		h.recorders.Close()
 	}
 	return nil
@@ -200,6 +200,11 @@ func (h *Handler) Cleanup() error {
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	// What the client says about itself reaches nothing below.
 	claims := h.auth.Strip(r)
+	if h.auth.Retired() && r.ProtoMajor == 2 {
+		// The server has told its connections to go away. One whose handshake ended
+		// later has missed that, and would use this config for as long as it is open.
+		w.Header().Set("Connection", "close") // which Go sends as GOAWAY
+	}
 	if h.Whoami != "" && r.URL.Path == h.Whoami {
 		return h.serveWhoami(w, r)
 	}

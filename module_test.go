@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"net/http/httptest"
 	"runtime"
 	"strconv"
@@ -41,7 +42,7 @@ func TestServeHTTP_WaitsForStart(t *testing.T) {
 			if err := h.Cleanup(); err != nil {
 				t.Error(err)
 			}
-		}, false, proxytest.Forbidden},
+		}, false, proxytest.TryAgain},
 		{"client gone", func(_ *Handler, cancel context.CancelFunc) { cancel() }, false, proxytest.TryAgain},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -73,14 +74,38 @@ func TestServeHTTP_WaitsForStart(t *testing.T) {
 	}
 }
 
-// Connections outlive the config that accepted them. Their handler must go on answering.
-func TestCleanup_StartedHandlerKeepsAnswering(t *testing.T) {
-	h := newHandler(t, caddyfile.Config{}, proxytest.AliceNode())
-	if err := h.Cleanup(); err != nil {
-		t.Fatal(err)
-	}
-	if resp, got := proxytest.Serve(t, h, proxytest.NewRequest("GET", "http://k8s/api")); got == nil {
-		t.Errorf("refused after Cleanup: %v", resp.Status)
+// A handler answers on connections from before its Cleanup, which is at a reload, and
+// refuses those from after it. HTTP/2 clients are told to open another connection.
+func TestCleanup_HandlerKeepsEarlierConnections(t *testing.T) {
+	for _, proto := range []int{1, 2} {
+		t.Run(fmt.Sprintf("HTTP/%d", proto), func(t *testing.T) {
+			h := newHandler(t, caddyfile.Config{}, proxytest.AliceNode())
+			request := proxytest.NewConn()
+			ask := func(r *http.Request) (*http.Response, *http.Request) {
+				r.ProtoMajor = proto
+				return proxytest.Serve(t, h, r)
+			}
+			if resp, got := ask(request()); got == nil || resp.Header.Get("Connection") != "" {
+				t.Errorf("before Cleanup: %s with Connection: %q; want an answer without", resp.Status, resp.Header.Get("Connection"))
+			}
+			if err := h.Cleanup(); err != nil {
+				t.Fatal(err)
+			}
+			earlier, got := ask(request())
+			if got == nil {
+				t.Errorf("refused after Cleanup: %s", earlier.Status)
+			}
+			later, got := ask(proxytest.NewConn()())
+			if got != nil {
+				t.Error("a request on a later connection passed")
+			}
+			proxytest.CheckRefused(t, later, proxytest.TryAgain, "no longer in use")
+			for _, resp := range []*http.Response{earlier, later} {
+				if gone := resp.Header.Get("Connection") == "close"; gone != (proto == 2) {
+					t.Errorf("%s has Connection: %q; want close over HTTP/2 only", resp.Status, resp.Header.Get("Connection"))
+				}
+			}
+		})
 	}
 }
 

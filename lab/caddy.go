@@ -89,19 +89,6 @@ func (c *Caddy) Load(caddyfile string) error {
 	return caddy.Load(adapted, true)
 }
 
-// Restart stops Caddy with its listeners and tailnet nodes, and starts it again with
-// a Caddyfile. Unlike [Caddy.Load], it keeps nothing of the old config.
-func (c *Caddy) Restart(ctx context.Context, caddyfile string) error {
-	if err := c.Stop(); err != nil {
-		return err
-	}
-	if err := c.Load(caddyfile); err != nil {
-		return err
-	}
-	_, err := c.Node(ctx, ProxyName)
-	return err
-}
-
 // Adapt returns the JSON of a Caddyfile. Warnings are errors.
 func Adapt(caddyfile string) ([]byte, error) {
 	adapted, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), map[string]any{"filename": "Caddyfile"})

@@ -102,7 +102,11 @@ func newHandler(t *testing.T, node *tailnet.Node) *handler {
 		Revoked:  func(*revocation.Revoked) {},
 	})
 	a.OnStarted(h.auth, func() { h.auth.Start(tailnet.Nodes{node}) })
-	if err := a.Handle(ctx, caddy.Event{}); err != nil {
+	started, err := caddy.NewEvent(ctx, "started", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Handle(ctx, started); err != nil {
 		t.Fatal(err)
 	}
 	h.stop = sync.OnceFunc(func() {

@@ -23,6 +23,7 @@ const (
 	NotFromTailnet Reason = "not_from_tailnet" // no tailnet node accepted its connection
 	AmbiguousNode  Reason = "ambiguous_node"   // no single node can have accepted its connection
 	Starting       Reason = "starting"         // the node, or Caddy, is not up yet
+	Replaced       Reason = "replaced"         // its connection was accepted for a config that is no longer in use
 	UnknownPeer    Reason = "unknown_peer"     // the node does not know the peer
 	Self           Reason = "self"             // the peer is the node itself
 	NoAnswer       Reason = "no_answer"        // the node did not say who the peer is
@@ -43,7 +44,7 @@ const (
 
 // Reasons lists every reason.
 var Reasons = []Reason{
-	Protocol, WebPage, Host, NotFromTailnet, AmbiguousNode, Starting, UnknownPeer, Self, NoAnswer,
+	Protocol, WebPage, Host, NotFromTailnet, AmbiguousNode, Starting, Replaced, UnknownPeer, Self, NoAnswer,
 	NoIdentity, Guard, NoGroups, Impersonation, AmbiguousPath, Rewritten, Recording, NoHandler, NoCredentials, NoPermission, UpstreamAway, Method, Other,
 }
 

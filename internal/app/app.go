@@ -12,11 +12,14 @@ package app
 import (
 	"context"
 	"fmt"
+	"net"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
@@ -28,12 +31,24 @@ func init() {
 	caddy.RegisterModule(new(App))
 }
 
+// The events of Caddy that the app handles.
+const (
+	started  = "started"
+	stopping = "stopping"
+)
+
 // name is the app's name in a config, which need not mention it.
 const name = "tailscale_impersonate"
+
+// retireTimeout is how long a reload waits for the tailnet listeners of the config that
+// it replaces. They take less than a millisecond, unless their node is closed too, which
+// may hang.
+const retireTimeout = 2 * time.Second
 
 // App is the part of this module that each config has once. It has no options, and
 // need not be configured: handlers load it.
 type App struct {
+	ctx        caddy.Context
 	process    *Process
 	generation *revocation.Generation
 	nodes      *nodes
@@ -41,6 +56,7 @@ type App struct {
 	watch    func([]*tailnet.Node)
 	starting []func()
 	running  []*authn.Authenticator
+	retire   sync.Once
 }
 
 // CaddyModule returns the Caddy module information.
@@ -66,12 +82,16 @@ func (a *App) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return fmt.Errorf("getting the events app: %w", err)
 	}
+	a.ctx = ctx
 	a.process = Acquire()
 	a.generation = a.process.Requests.NewGeneration()
 	a.nodes = &nodes{logger: ctx.Logger()}
 	a.watch = func(all []*tailnet.Node) { a.nodes.watch(ctx, all) }
 	metrics.Register(ctx.GetMetricsRegistry(), &a.process.Requests, a.nodes)
-	return events.(*caddyevents.App).On("started", a)
+	return events.(*caddyevents.App).Subscribe(&caddyevents.Subscription{
+		Events:   []string{started, stopping},
+		Handlers: []caddyevents.Handler{a},
+	})
 }
 
 // Generation returns the trackers of the config's handlers.
@@ -84,10 +104,21 @@ func (a *App) OnStarted(authenticator *authn.Authenticator, start func()) {
 	a.running = append(a.running, authenticator)
 }
 
-// Handle handles Caddy's event started: it runs the config's handlers. Only then is
-// the list of a server's listeners complete, and safe to read: Caddy may still add to
-// it while the first listener serves a request.
-func (a *App) Handle(context.Context, caddy.Event) error {
+// Handle handles the events of Caddy about the config.
+func (a *App) Handle(_ context.Context, event caddy.Event) error {
+	switch event.Name() {
+	case started:
+		a.started()
+	case stopping:
+		a.retire.Do(a.retireListeners)
+	}
+	return nil
+}
+
+// started runs the config's handlers. Only now is the list of a server's listeners
+// complete, and safe to read: Caddy may still add to it while the first listener serves
+// a request.
+func (a *App) started() {
 	for _, start := range a.starting {
 		start()
 	}
@@ -98,13 +129,33 @@ func (a *App) Handle(context.Context, caddy.Event) error {
 		all = append(all, authenticator.Nodes()...)
 	}
 	go a.watch(all)
-	return nil
+}
+
+// retireListeners leaves new connections to the config that replaces this one. That is
+// best done before Caddy stops the servers: what they still accept now is answered, and
+// learns of the stop.
+func (a *App) retireListeners() {
+	if caddy.Exiting() {
+		return // no other config accepts connections
+	}
+	servers, err := a.ctx.AppIfConfigured("http")
+	if err != nil {
+		return // it could not be provisioned
+	}
+	// Also of servers without a handler of ours, such as those that redirect to https.
+	var listeners []net.Listener
+	for _, server := range servers.(*caddyhttp.App).Servers {
+		listeners = append(listeners, server.Listeners()...)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), retireTimeout)
+	defer cancel()
+	tailnet.RetireListeners(ctx, listeners)
 }
 
 // Start does nothing: see [App.Handle].
 func (*App) Start() error { return nil }
 
-// Stop does nothing: see [App.Cleanup].
+// Stop does nothing: see [App.Handle].
 func (*App) Stop() error { return nil }
 
 // Cleanup releases the state of the process.
@@ -112,6 +163,8 @@ func (a *App) Cleanup() error {
 	if a.process == nil { // it could not be provisioned
 		return nil
 	}
+	// A config that failed to start, after some of its servers had, was not told to stop.
+	a.retire.Do(a.retireListeners)
 	a.process.remove(a.running)
 	a.process.Release()
 	return nil

@@ -27,6 +27,9 @@ import (
 // provisioned is called for every module user that Caddy provisions.
 var provisioned func(caddy.Context) error
 
+// stopped is called when Caddy stops a module user, unless it is nil.
+var stopped func()
+
 // user is an app that uses the app under test, as handlers do.
 type user struct{}
 
@@ -37,7 +40,12 @@ func (user) CaddyModule() caddy.ModuleInfo {
 }
 func (user) Provision(ctx caddy.Context) error { return provisioned(ctx) }
 func (user) Start() error                      { return nil }
-func (user) Stop() error                       { return nil }
+func (user) Stop() error {
+	if stopped != nil {
+		stopped()
+	}
+	return nil
+}
 
 // run runs a config whose modules use the app as uses does.
 func run(t *testing.T, uses func(caddy.Context) error) {

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -62,6 +63,8 @@ type Authenticator struct {
 	nodes tailnet.Nodes
 	ready chan struct{}
 	start sync.Once
+	// retired is when Retire was called, nil if it was not.
+	retired atomic.Pointer[time.Time]
 }
 
 // New returns an authenticator that has not been started.
@@ -91,6 +94,17 @@ func (a *Authenticator) Nodes() tailnet.Nodes {
 		return nil
 	}
 }
+
+// Retire refuses requests on connections that are accepted from now on, because another
+// config decides about those. An authenticator that was never started refuses all.
+func (a *Authenticator) Retire() {
+	now := time.Now()
+	a.retired.CompareAndSwap(nil, &now)
+	a.Start(nil)
+}
+
+// Retired reports whether [Authenticator.Retire] has been called.
+func (a *Authenticator) Retired() bool { return a.retired.Load() != nil }
 
 // Authenticate returns who sent r, whose headers claimed claims until they were
 // stripped, or why r is refused. A caller that is refused may be known: it is then
@@ -156,6 +170,9 @@ func (a *Authenticator) accepted(r *http.Request) (arrived arrival, err error) {
 	}
 	if arrived.conn, err = connFrom(r.Context()); err != nil {
 		return arrival{}, apistatus.Forbidden(apistatus.NotFromTailnet, "%v", err)
+	}
+	if retired := a.retired.Load(); retired != nil && (a.nodes == nil || arrived.conn.Accepted.After(*retired)) {
+		return arrival{}, apistatus.TryAgain(apistatus.Replaced, "the connection was accepted for a config that is no longer in use; a new connection uses the current one")
 	}
 	if known, ok := a.callers.on(arrived.conn); ok {
 		arrived.node, arrived.known = known.Node, known

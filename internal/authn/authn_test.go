@@ -5,6 +5,7 @@ package authn
 import (
 	"context"
 	"errors"
+	"net/http"
 	"net/netip"
 	"slices"
 	"testing"
@@ -189,4 +190,57 @@ func TestForget_DuringLookupIsNotCached(t *testing.T) {
 	request := proxytest.NewConn()
 	proxytest.CheckUser(t, h, request(), "alice@example.com")
 	proxytest.CheckUser(t, h, request(), "mallory@example.com")
+}
+
+// A config that was replaced decides only about connections from before that.
+func TestRetire_RefusesLaterConnections(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newServer(t, Options{CacheTTL: time.Hour}, proxytest.AliceNode())
+		request := proxytest.NewConn()
+		check := func(r *http.Request, passes bool) {
+			t.Helper()
+			resp, got := proxytest.Serve(t, h, r)
+			if passed := got != nil; passed != passes {
+				t.Errorf("the request passed: %v; want %v", passed, passes)
+			}
+			if !passes {
+				proxytest.CheckRefused(t, resp, proxytest.TryAgain, "no longer in use")
+			}
+		}
+		check(request(), true)
+		earlier := proxytest.NewConn()
+		if h.Retired() {
+			t.Error("Retired() = true before Retire")
+		}
+		time.Sleep(time.Second)
+		h.Retire()
+		time.Sleep(time.Second)
+		if !h.Retired() {
+			t.Error("Retired() = false after Retire")
+		}
+		check(request(), true) // also where the caller is cached
+		check(earlier(), true)
+		later := proxytest.NewConn()
+		check(later(), false)
+		h.Retire() // a second time changes nothing
+		check(later(), false)
+		check(request(), true)
+	})
+}
+
+// A config that never ran decides about no connection.
+func TestRetire_UnstartedRefusesAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) { // which fails if the request waits
+		a, err := New(Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		earlier := proxytest.NewConn()
+		a.Retire()
+		resp, got := proxytest.Serve(t, server{a}, earlier())
+		if got != nil {
+			t.Error("the next handler was called")
+		}
+		proxytest.CheckRefused(t, resp, proxytest.TryAgain, "no longer in use")
+	})
 }

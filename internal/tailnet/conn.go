@@ -185,15 +185,18 @@ func isCaddys(v any) bool {
 	return t.PkgPath() == "github.com/caddyserver/caddy/v2/modules/caddyhttp"
 }
 
-// embedded returns the value of v's embedded field of that name, or nil. It unwraps what
-// has no Unwrap method, and is the only function that looks into types of other packages.
-func embedded(v any, name string) any {
+// embedded returns the value of v's embedded field of that name, or nil.
+func embedded(v any, name string) any { return field(v, name, true) }
+
+// field returns the value of v's field of that name, or nil. It unwraps what has no
+// Unwrap method, and is the only function that looks into types of other packages.
+func field(v any, name string, embedded bool) any {
 	s := reflect.Indirect(reflect.ValueOf(v))
 	if s.Kind() != reflect.Struct {
 		return nil
 	}
 	f, ok := s.Type().FieldByName(name)
-	if !ok || !f.Anonymous {
+	if !ok || embedded && !f.Anonymous {
 		return nil
 	}
 	return s.FieldByIndex(f.Index).Interface()

@@ -43,7 +43,7 @@ func server(ln any) *tsnet.Server {
 			ln = u.Unwrap()
 			continue
 		}
-		ln = embedded(ln, "Listener")
+		ln = field(ln, "Listener", false) // that of the PROXY protocol does not embed it
 	}
 	return nil
 }

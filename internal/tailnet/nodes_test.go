@@ -127,7 +127,8 @@ func TestFromListeners(t *testing.T) {
 		{"plain socket", []net.Listener{plain}, nil},
 		{"plain socket in layers", []net.Listener{embeddingListener{tls.NewListener(plain, nil)}}, nil},
 		{"plain socket beside a node", []net.Listener{plain, a, embeddingListener{plain}}, []string{"a"}},
-		{"node in a layer that shows nothing", []net.Listener{opaqueListener{a}, &proxyproto.Listener{Listener: a}}, nil},
+		{"node in a layer that shows nothing", []net.Listener{opaqueListener{a}}, nil},
+		{"in a field that is not embedded, as of the PROXY protocol", []net.Listener{&proxyproto.Listener{Listener: a}}, []string{"a"}},
 		{"listener without a node", []net.Listener{nodeListener{}}, nil},
 		{"nothing below a layer", []net.Listener{unwrappingListener{}, embeddingListener{}, nil}, nil},
 	} {

@@ -50,7 +50,7 @@ var pitfalls = []pitfall{
 	{id: "21", title: "upgrades to anything, requests behind them", tests: []string{"lab/e2e:TestUpgrade_RefusedUpgradeLeavesConnectionToHTTP"}},
 	{id: "22", title: "silent streams, slow answers", tests: []string{"lab/e2e:TestLong_SilentStreamsContinue", "lab/e2e:TestLong_LateAnswersArrive"}},
 	{id: "23", title: "half-close", tests: []string{"lab/e2e:TestStream_PipeLosesNoByte"}},
-	{id: "24", title: "config reloads", tests: []string{"lab/e2e:TestReload_EndsNoStream", "lab/e2e:TestReload_ConnectionAcceptedByOldConfigKeepsIdentity"}},
+	{id: "24", title: "config reloads", tests: []string{"lab/e2e:TestReload_EndsNoStream", "lab/e2e:TestReload_NewConnectionsUseNewestConfig", "lab/e2e:TestReload_WithdrawnGroupHoldsForNewConnections"}},
 	{id: "25", title: "buffered watches", tests: []string{".:TestBuffers_WarningIsLoggedOnLoad"}},
 	{id: "26", title: "bodies held in memory", tests: []string{"lab/e2e:TestStream_PipeLosesNoByte"}},
 	{id: "27", title: "access withdrawn from open sessions", tests: []string{"lab/e2e:TestRevocation_WithdrawnGrantEndsOpenStreams", "lab/e2e:TestRevocation_LeavingDeviceEndsStreams"}},

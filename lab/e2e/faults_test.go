@@ -185,7 +185,7 @@ func TestFaults_TenReloadsPerSecondKeepIdentities(t *testing.T) {
 		defer tick.Stop()
 		for i := range 10 * seconds {
 			<-tick.C
-			if err := theLab.Caddy.Load(withVersion(theLab, "", fmt.Sprint("reload-", i))); err != nil {
+			if err := theLab.Caddy.Load(withVersion(fmt.Sprint("reload-", i))); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -30,7 +30,7 @@ func TestOutage_ReplacedTokenFailsNoRequest(t *testing.T) {
 		// cut off an exec that has just connected, so none is running.
 		a.commands.Lock()
 		defer a.commands.Unlock()
-		if err := theLab.Caddy.Load(withVersion(theLab, "", "other")); err != nil {
+		if err := theLab.Caddy.Load(withVersion("other")); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -70,7 +70,7 @@ func testReplacedToken(t *testing.T, notice func(*asking)) {
 		t.Fatal(err)
 	}
 	replaceToken(t, old.Status.Token)
-	if err := theLab.Caddy.Load(withVersion(theLab, "", "old-token")); err != nil {
+	if err := theLab.Caddy.Load(withVersion("old-token")); err != nil {
 		t.Fatal(err)
 	}
 	requests := keepAsking(t)

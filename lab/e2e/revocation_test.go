@@ -27,7 +27,7 @@ func TestRevocation_WithdrawnGrantEndsOpenStreams(t *testing.T) {
 		his := startStreamsAs(t, "dave", "dave", p)
 		others := startStreams(t, p)
 		if p.name == "SPDY" {
-			if err := theLab.Caddy.Load(withVersion(theLab, "", "other")); err != nil {
+			if err := theLab.Caddy.Load(withVersion("other")); err != nil {
 				t.Fatal(err)
 			}
 			defer firstConfig(t)

@@ -64,7 +64,7 @@ func TestReload_EndsNoStream(t *testing.T) {
 		defer firstConfig(t)
 		load := func(version string) {
 			t.Helper()
-			if err := theLab.Caddy.Load(withVersion(theLab, "", version)); err != nil {
+			if err := theLab.Caddy.Load(withVersion(version)); err != nil {
 				t.Fatal(err)
 			}
 			// Wait for the new config.
@@ -93,7 +93,7 @@ func TestReload_StreamsEndAfterCloseDelay(t *testing.T) {
 	for _, p := range protocols {
 		streams = append(streams, startStreams(t, p))
 	}
-	if err := theLab.Caddy.Load(withVersion(theLab, "", "other")); err != nil {
+	if err := theLab.Caddy.Load(withVersion("other")); err != nil {
 		t.Fatal(err)
 	}
 	defer firstConfig(t)

@@ -61,10 +61,7 @@ const (
 )
 
 // sites returns the Caddyfile of the lab's Caddy.
-func sites(l *lab.Lab) string { return sitesWith(l, "") }
-
-// sitesWith is [sites] with additional options of the tailscale app.
-func sitesWith(l *lab.Lab, appOptions string) string {
+func sites(l *lab.Lab) string {
 	globals := l.Globals(l.ProxyKey(), "servers tailscale/"+lab.ProxyName+":"+portAuthorize+` {
 	protocols h1
 	expected_dot_headers impersonate-extra-example.com*
@@ -80,7 +77,6 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 }`)
 	nodes := fmt.Sprintf(`
 	tailscale {
-		%s
 		%s {
 			auth_key %s
 		}
@@ -88,7 +84,7 @@ func sitesWith(l *lab.Lab, appOptions string) string {
 			auth_key %s
 			control_url %s
 		}
-`, appOptions, secondNode, secondKey(l), foreignNode, other.key, other.headscale.URL())
+`, secondNode, secondKey(l), foreignNode, other.key, other.headscale.URL())
 	globals = replaceOnce(globals, "\ttailscale {\n", nodes)
 
 	toCluster := fmt.Sprintf(`

@@ -11,8 +11,7 @@
 // and subcommand. It is not meant to be used outside the lab.
 //
 // Configs that name the same node share it and its listeners, because Caddy starts a
-// new config before it stops the old one. App.LingerOnClose selects one of two
-// behaviours of a listener handle that a reload has closed.
+// new config before it stops the old one.
 package standin
 
 import (
@@ -59,13 +58,6 @@ type App struct {
 	// Settings of single nodes, by the name in "bind tailscale/<name>". They
 	// override the settings above.
 	Nodes map[string]*NodeConfig `json:"nodes,omitempty"`
-
-	// Only the stand-in has this option. If true, a listener handle that is closed
-	// while it waits for a connection accepts one more, as the real plugin's does.
-	// So the replaced config gets this connection: it still serves HTTP/2 over TLS,
-	// and closes HTTP/1.1 without an answer. If false, a closed handle accepts
-	// nothing. Default: false.
-	LingerOnClose bool `json:"linger_on_close,omitempty"`
 
 	logger *zap.Logger
 }
@@ -132,13 +124,12 @@ func parseGlobalOption(d *caddyfile.Dispenser, existing any) (any, error) {
 // UnmarshalCaddyfile parses the global option:
 //
 //	tailscale {
-//		auth_key        <key>
-//		control_url     <url>
-//		ephemeral       [true|false]
-//		state_dir       <path>
-//		tags            <tag...>
-//		webui           [true|false]
-//		linger_on_close [true|false]
+//		auth_key    <key>
+//		control_url <url>
+//		ephemeral   [true|false]
+//		state_dir   <path>
+//		tags        <tag...>
+//		webui       [true|false]
 //		<node> {
 //			auth_key    <key>
 //			control_url <url>
@@ -177,8 +168,6 @@ func (a *App) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			a.Tags, err = values(d)
 		case "webui":
 			a.WebUI, err = flag(d)
-		case "linger_on_close":
-			a.LingerOnClose, err = flag(d)
 		default:
 			err = a.unmarshalNode(d)
 		}

@@ -59,7 +59,6 @@ func TestCaddyfile(t *testing.T) {
 				state_dir /data/tailscale
 				tags tag:k8s tag:proxy
 				webui false
-				linger_on_close true
 				k8s {
 					auth_key tskey
 					control_url https://other.example
@@ -76,8 +75,7 @@ func TestCaddyfile(t *testing.T) {
 			`{"auth_key":"{env.TS_AUTHKEY}","control_url":"https://control.example","ephemeral":true,` +
 				`"state_dir":"/data/tailscale","tags":["tag:k8s","tag:proxy"],` +
 				`"nodes":{"k8s":{"auth_key":"tskey","control_url":"https://other.example","ephemeral":false,` +
-				`"hostname":"prod","port":41641,"state_dir":"/data/prod","tags":["tag:prod"],"webui":true},"plain":{}},` +
-				`"linger_on_close":true}`,
+				`"hostname":"prod","port":41641,"state_dir":"/data/prod","tags":["tag:prod"],"webui":true},"plain":{}}}`,
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -112,7 +110,6 @@ func TestCaddyfile_Errors(t *testing.T) {
 		{"tailscale {\nk8s {\n}\nk8s {\n}\n}", `repeated 'k8s' in tailscale`},
 		{"tailscale {\nk8s {\nport 70000\n}\n}", `port '70000'`},
 		{"tailscale {\nk8s {\nport\n}\n}", `missing value for 'port'`},
-		{"tailscale {\nk8s {\nlinger_on_close\n}\n}", `unrecognized option 'linger_on_close' in tailscale node 'k8s'`},
 		{"tailscale {\nk8s {\nhostname a\nhostname b\n}\n}", `repeated 'hostname' in tailscale node 'k8s'`},
 		{"tailscale {\nk8s {\nnested {\n}\n}\n}", `unrecognized option 'nested' in tailscale node 'k8s'`},
 	} {

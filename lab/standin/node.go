@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -23,14 +22,8 @@ import (
 // upTimeout is how long a listener waits for the node's address.
 const upTimeout = time.Minute
 
-// Configs share these, so they belong to the process.
-var (
-	// lifecycle serialises acquiring and releasing nodes and listeners: while the
-	// last user of a listener closes it, no config may open it again, as tsnet would
-	// find it still open.
-	lifecycle sync.Mutex
-	nodes     = caddy.NewUsagePool() // name -> *node
-)
+// nodes holds the nodes that configs share, by name.
+var nodes = caddy.NewUsagePool()
 
 // Node returns the running node of that name, and false if no listener uses one.
 func Node(name string) (*tsnet.Server, bool) {
@@ -54,7 +47,7 @@ type node struct {
 	logger atomic.Pointer[zap.Logger] // the newest config's
 }
 
-// acquireNode starts the node or adds a use of the running one. lifecycle must be held.
+// acquireNode starts the node or adds a use of the running one.
 func acquireNode(app *App, name string) (*node, error) {
 	value, loaded, err := nodes.LoadOrNew(name, func() (caddy.Destructor, error) { return startNode(app, name) })
 	if err != nil {
@@ -67,8 +60,7 @@ func acquireNode(app *App, name string) (*node, error) {
 	return n, nil
 }
 
-// release releases one use of the node and stops it if that was the last. lifecycle
-// must be held.
+// release releases one use of the node and stops it if that was the last.
 func (n *node) release() error {
 	_, err := nodes.Delete(n.name)
 	return err
