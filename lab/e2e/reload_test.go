@@ -158,7 +158,7 @@ func TestReload_NextExecSucceeds(t *testing.T) {
 				reload(t, withVersion(p.name))
 			}
 			stdout, stderr, err := runKubectl(t, theLab.Callers["alice"].Kubeconfig, p.env, "exec", "-v=6", lab.Pod, "--", "echo", "done")
-			if err != nil || stdout != "done\n" || strings.Contains(stderr, "503") {
+			if err != nil || stdout != "done\n" || strings.Contains(stderr, `status="503`) {
 				t.Errorf("kubectl exec after %d reloads: %v: %s%s", 2*(i+1), err, stdout, stderr)
 			}
 		}
