@@ -56,7 +56,7 @@ func TestPermission_IsCheckedWhenConfigStarts(t *testing.T) {
 	logged := func(version string) string {
 		t.Helper()
 		log, lines := tail(t, theLab.Log("caddy")), ""
-		if err := theLab.Caddy.Load(withVersion(theLab, "", version)); err != nil {
+		if err := theLab.Caddy.Load(withVersion(version)); err != nil {
 			t.Fatal(err)
 		}
 		eventually(t, "Caddy has started", func() error {
