@@ -306,7 +306,7 @@ func handshake(path string, headers ...string) string {
 // statusOverTLS is [statusOf] for a site with TLS.
 func statusOverTLS(t *testing.T, caller, port, raw string) int {
 	t.Helper()
-	conn := tls.Client(dial(t, theLab.Callers[caller].Server, lab.ProxyName+":"+port), &tls.Config{ServerName: proxyDomain, InsecureSkipVerify: true}) //nolint:gosec // the lab's CA
+	conn := tls.Client(dial(t, theLab.Callers[caller].Server, lab.ProxyName+":"+port), &tls.Config{ServerName: proxyDomain, InsecureSkipVerify: true})
 	if _, err := conn.Write([]byte(raw)); err != nil {
 		t.Fatal(err)
 	}

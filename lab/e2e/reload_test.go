@@ -225,7 +225,7 @@ func TestReload_EarlierConnectionGoesAway(t *testing.T) {
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(ca)
-	conn, err := new(http2.Transport).NewClientConn(tls.Client(raw, &tls.Config{ServerName: lab.ProxyName + "." + lab.Domain, RootCAs: roots, NextProtos: []string{"h2"}}))
+	conn, err := new(http2.Transport).NewClientConn(tls.Client(raw, &tls.Config{ServerName: lab.ProxyName + "." + lab.Domain, RootCAs: roots, NextProtos: []string{"h2"}})) //nolint:staticcheck // that of http.Transport dials by itself
 	if err != nil {
 		t.Fatal(err)
 	}

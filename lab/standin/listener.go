@@ -150,7 +150,7 @@ func resolve(ctx context.Context, network, host, portRange string, portOffset ui
 type sharedListener struct{ net.Listener }
 
 // Destruct closes the listener. The last handle's Close calls it.
-func (s *sharedListener) Destruct() error { return s.Listener.Close() }
+func (s *sharedListener) Destruct() error { return s.Close() }
 
 // handle is one config's view of a shared listener.
 type handle struct {
