@@ -24,7 +24,7 @@ import (
 // over TLS, which offers HTTP/2.
 const (
 	portReloaded    = "8010"
-	portReloadedTLS = "8444"
+	portReloadedTLS = "8447"
 )
 
 const reloadedTLS = "https://" + lab.ProxyName + "." + lab.Domain + ":" + portReloadedTLS
