@@ -101,7 +101,7 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {name: e2e-act-as-proxy}
 rules:
-- {apiGroups: [""], verbs: [impersonate], resources: [groups], resourceNames: [old-group, other-old-group, acted-group, new-group, g1, g2, g3, g4, "system:authenticated", "system:unauthenticated", "system:nodes"]}
+- {apiGroups: [""], verbs: [impersonate], resources: [groups], resourceNames: [old-group, other-old-group, acted-group, new-group, g1, g2, g3, g4, "system:masters", "system:authenticated", "system:unauthenticated", "system:nodes"]}
 - {apiGroups: [authentication.k8s.io], verbs: [impersonate], resources: [uids, userextras/scopes, userextras/example.com/role, userextras/example.com/other]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
