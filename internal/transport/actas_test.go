@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	authorizationv1 "k8s.io/api/authorization/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
@@ -197,7 +198,8 @@ func TestReview_NeedsCredentials(t *testing.T) {
 	proxytest.CheckRefused(t, roundTrip(t, tr, newActing().request(s, "/api/v1/pods")), proxytest.Unavailable, "no credentials")
 	s.CheckNone(t)
 	// Nor is one sent when the permission is checked again.
-	if _, err := tr.cluster.review(t.Context(), s.Listener.Addr().String(), userAgent, new(authorizationv1.SubjectAccessReview)); err == nil {
+	review := &authorizationv1.SubjectAccessReview{TypeMeta: metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: "SubjectAccessReview"}}
+	if _, err := tr.cluster.review(t.Context(), s.Listener.Addr().String(), userAgent, review); err == nil {
 		t.Error("got no error from a review without credentials")
 	}
 	if len(s.asked) > 0 {
