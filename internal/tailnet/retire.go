@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"strconv"
 	"sync"
-	"time"
 
 	"tailscale.com/tsnet"
 	"tailscale.com/wgengine/netstack"
@@ -42,16 +41,6 @@ func RetireListeners(ctx context.Context, listeners []net.Listener) {
 func retire(ln net.Listener, node *tsnet.Server) {
 	// If ln is the node's last handle, this closes the node, which may hang.
 	_ = ln.Close()
-	visit(ln, node)
-	// A server that had just been started may have called Accept since then.
-	time.AfterFunc(revisit, func() { visit(ln, node) })
-}
-
-// revisit is how long after it was retired a listener is visited again.
-const revisit = time.Second
-
-// visit uses up a call of Accept of ln, a listener on node, that waits.
-func visit(ln net.Listener, node *tsnet.Server) {
 	// Calls of Accept are served in the order in which they came. One of the config that
 	// is in use may be in front of ln's.
 	for range 2 {
