@@ -91,10 +91,10 @@ func (r *Reviewer) Authorize(ctx context.Context, ask Ask, q Question) (*imperso
 	return q.Caller.As(q.Target, groups), nil
 }
 
-// Missing describes the permissions that the proxy's own account lacks to send a request
-// as target, empty if it lacks none. Reviews since that time count.
-func (r *Reviewer) Missing(ctx context.Context, ask Ask, target *impersonate.Target, request requestinfo.Info, since time.Time) (string, error) {
-	missing, _, err := r.missing(ctx, ask, Question{Target: target, Request: request, Since: since})
+// Missing describes the permissions that q's caller lacks to act as q's target, empty if it
+// lacks none.
+func (r *Reviewer) Missing(ctx context.Context, ask Ask, q Question) (string, error) {
+	missing, _, err := r.missing(ctx, ask, q)
 	return missing, err
 }
 

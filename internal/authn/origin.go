@@ -70,10 +70,12 @@ func (a *Authenticator) checkOrigin(r *http.Request, isApp appCheck) error {
 	site, hasSite := value(r, "Sec-Fetch-Site")
 	isBrowser := hasSite || strings.HasPrefix(r.UserAgent(), "Mozilla/")
 	switch {
+	case !hasOrigin && !isBrowser: // a program, such as kubectl
+		return nil
 	case a.allows(pageOf(r)):
 		return nil
 	case !hasOrigin && !hasSite:
-		if isBrowser && !a.allows(ownOrigin(r)) {
+		if !a.allows(ownOrigin(r)) {
 			return refuseUntold(r)
 		}
 		return nil

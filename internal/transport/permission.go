@@ -101,7 +101,11 @@ func (t *Transport) explainForbidden(r *http.Request, resp *http.Response, id *i
 	if id.RequestID != "" {
 		target.Extra[impersonate.ExtraRequestID] = []string{id.RequestID}
 	}
-	missing, err := t.reviewer.Missing(r.Context(), t.askOwn(r.URL.Host), target, requestinfo.Parse(r), time.Now().Add(-permissionMaxAge))
+	missing, err := t.reviewer.Missing(r.Context(), t.askOwn(r.URL.Host), accessreview.Question{
+		Target:  target,
+		Request: requestinfo.Parse(r),
+		Since:   time.Now().Add(-permissionMaxAge),
+	})
 	if err != nil || missing == "" {
 		return resp, nil
 	}
