@@ -5,6 +5,7 @@ package tailscaleimpersonate
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+	"golang.org/x/net/http2"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
@@ -125,5 +127,44 @@ func TestUpstream_PermissionIsCheckedWhenConfigStarts(t *testing.T) {
 		}
 	case <-time.After(10 * time.Second):
 		t.Error("the API server was not asked what the proxy's account may do")
+	}
+}
+
+// The API server often refuses a request before it has read the body, and clients wait
+// for the end of that answer before they give up on sending it. An answer that waited for
+// the body would never end: kubectl hung when it was not allowed to delete something.
+func TestUpstream_EarlyRefusalDoesNotWaitForBody(t *testing.T) {
+	for _, status := range []int{http.StatusForbidden, http.StatusConflict, http.StatusOK} {
+		t.Run(http.StatusText(status), func(t *testing.T) {
+			up := proxytest.NewTunnel(t, nil)
+			up.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.WriteHeader(status)
+				_, _ = io.WriteString(w, `{"message":"alice@example.com cannot impersonate"}`)
+			})
+			s := proxytest.Config{
+				API: up, TLS: true, Nodes: []*tailnet.Node{proxytest.AliceNode()},
+				Body: "tailscale_impersonate\nreverse_proxy $UPSTREAM {\n$KUBERNETES\nflush_interval -1\n}",
+			}.Start(t)
+			conn, err := new(http2.Transport).NewClientConn(s.Dial(t, proxytest.AliceAddr, "h2"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			body, never := io.Pipe()
+			defer never.Close()
+			r, err := http.NewRequestWithContext(t.Context(), "DELETE", "https://k8s/api/v1/namespaces/a/configmaps/b", body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.ContentLength = 35
+			resp, err := conn.RoundTrip(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// The connection has a deadline.
+			if _, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != status {
+				t.Errorf("answered %s, whose body ends with %v; want status %d and its end", resp.Status, err, status)
+			}
+		})
 	}
 }

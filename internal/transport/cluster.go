@@ -266,7 +266,15 @@ func (c *cluster) request(r *http.Request) *http.Request {
 // packets. Upgrades need HTTP/1.1: neither SPDY nor WebSocket runs over HTTP/2.
 func (c *cluster) send(r *http.Request) (*http.Response, error) {
 	if !upgrade.Requested(r.Header) {
-		return c.http2.RoundTrip(r)
+		if r.Body == nil || r.Body == http.NoBody {
+			return c.http2.RoundTrip(r)
+		}
+		r.Body = &requestBody{body: r.Body}
+		resp, err := c.http2.RoundTrip(r)
+		if err == nil {
+			resp.Body = closedLater{resp.Body}
+		}
+		return resp, err
 	}
 	resp, err := c.http1.RoundTrip(r)
 	if err == nil {

@@ -344,6 +344,11 @@ var requests = []file{
 		{name: "an answer that is no review is no yes", old: "\tif resp.StatusCode != http.StatusCreated {", new: "\tif false {"},
 		{name: "an answer that cannot be read is no yes", old: "\tif err := json.Unmarshal(answer, &out); err != nil {", new: "\tif err := json.Unmarshal(answer, &out); false {"},
 	}},
+	{"internal/transport/body.go", "./internal/transport", []mutant{
+		{name: "a body is not closed while it is read", old: "\tif b.reading {\n\t\treturn nil\n\t}\n", new: ""},
+		{name: "a body that was closed while it was read is closed", old: "\tif b.closed {\n\t\t_ = b.body.Close()\n\t}\n", new: ""},
+		{name: "a part of a body is not sent as a whole one", old: "\tb.reading = !b.closed\n", new: "\tb.reading = true\n"},
+	}},
 	{"internal/transport/caddyfile.go", "./internal/transport", []mutant{
 		{name: "options in a Caddyfile are checked", old: "\tif err := t.Validate(); err != nil {\n\t\treturn d.WrapErr(err)\n\t}\n", new: ""},
 	}},
