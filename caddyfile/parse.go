@@ -31,6 +31,8 @@ import (
 //	    deny_groups          <pattern...>
 //	    require_groups
 //	    user_prefix          <prefix>
+//	    tagged_user          name|id
+//	    device_user_prefix   <prefix>
 //	    group_prefix         <prefix>
 //	    allow_tags           <pattern...>
 //	    deny_tags            <pattern...>
@@ -99,6 +101,10 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = on(d, &c.RequireGroups)
 	case "user_prefix":
 		err = single(d, &c.UserPrefix)
+	case "tagged_user":
+		err = single(d, &c.TaggedUser)
+	case "device_user_prefix":
+		err = single(d, &c.DeviceUserPrefix)
 	case "group_prefix":
 		err = single(d, &c.GroupPrefix)
 	case "allow_tags":

@@ -3,6 +3,7 @@
 package impersonate
 
 import (
+	"fmt"
 	"slices"
 
 	"tailscale.com/tailcfg"
@@ -15,6 +16,19 @@ type Explanation struct {
 	Capability tailcfg.PeerCapability
 	// Grants are the values of that capability, in the order of the policy file.
 	Grants []Grant
+	// TagsLeftOut reports whether the tags of the device are not its groups because of
+	// the Problems.
+	TagsLeftOut bool
+}
+
+// Problems returns the problems of all grants, with the numbers of the grants from 1.
+func (e *Explanation) Problems() (problems []string) {
+	for i, grant := range e.Grants {
+		for _, problem := range grant.Problems {
+			problems = append(problems, fmt.Sprintf("grant %d: %s", i+1, problem))
+		}
+	}
+	return problems
 }
 
 // Grant is one value of a capability.
@@ -24,6 +38,8 @@ type Grant struct {
 	// Groups are the groups that it gives, including those that another grant gives
 	// as well.
 	Groups []string
+	// Problems are the keys in Value that are unknown or repeated, a sentence each.
+	Problems []string
 }
 
 // add records that g gives group.

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 
-	"tailscale.com/kube/kubetypes"
 	"tailscale.com/tailcfg"
 )
 
@@ -63,6 +62,9 @@ type Identity struct {
 //	tagged   none               node name    the tags
 //	tagged   some               node name    those
 //
+// A tagged device has no groups, rather than its tags, if its grants give none and one of
+// them has an unknown or repeated key.
+//
 // It reads the grants under the first of capabilities that p has. It returns an
 // error, with a zero Identity and the Explanation found so far, if the grants cannot
 // be read, or if the user or a group is not a name that can be impersonated.
@@ -72,17 +74,16 @@ func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, Explana
 	if err := checkUser(id.User); err != nil {
 		return Identity{}, why, err
 	}
-	name, rules, err := p.rules(capabilities)
-	why.Capability = name
-	for _, value := range p.Capabilities[name] {
-		why.Grants = append(why.Grants, Grant{Value: value})
+	why.Capability = p.capability(capabilities)
+	if why.Capability != "" {
+		for _, value := range p.Capabilities[why.Capability] {
+			why.Grants = append(why.Grants, Grant{Value: value})
+		}
 	}
-	if err != nil {
-		return Identity{}, why, err
-	}
-	for i, rule := range rules {
-		if err := id.Recording.add(rule); err != nil {
-			return Identity{}, why, fmt.Errorf("the grants of %s cannot be read: %w", p, err)
+	for i := range why.Grants {
+		rule, err := why.Grants[i].read(&id.Recording)
+		if err != nil {
+			return Identity{}, why, fmt.Errorf("the grants of %s for %s cannot be read: grant %d: %w", p, why.Capability, i+1, err)
 		}
 		if rule.Impersonate == nil {
 			continue
@@ -101,6 +102,12 @@ func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, Explana
 	// The owners of another tailnet chose the tags of a device shared in from there;
 	// they have no say in this one.
 	if id.Source == SourceNone && p.Tagged() && !p.Shared {
+		// A grant with a key that is misspelt may have been meant to give fewer rights
+		// than the tags.
+		if len(why.Problems()) > 0 {
+			why.TagsLeftOut = true
+			return id, why, nil
+		}
 		for _, tag := range p.Tags {
 			if err := checkTag(tag); err != nil {
 				return Identity{}, why, err
@@ -112,20 +119,14 @@ func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, Explana
 	return id, why, nil
 }
 
-// rules returns the first of capabilities that the peer has, and the grants under it.
-// The name is empty if the peer has none of them.
-func (p Peer) rules(capabilities []tailcfg.PeerCapability) (tailcfg.PeerCapability, []kubetypes.KubernetesCapRule, error) {
+// capability returns the first of capabilities that the peer has, empty if it has none.
+func (p Peer) capability(capabilities []tailcfg.PeerCapability) tailcfg.PeerCapability {
 	for _, name := range capabilities {
-		if !p.Capabilities.HasCapability(name) {
-			continue
+		if p.Capabilities.HasCapability(name) {
+			return name
 		}
-		rules, err := tailcfg.UnmarshalCapJSON[kubetypes.KubernetesCapRule](p.Capabilities, name)
-		if err != nil {
-			return name, nil, fmt.Errorf("the grants of %s for %s cannot be read: %w", p, name, err)
-		}
-		return name, rules, nil
 	}
-	return "", nil, nil
+	return ""
 }
 
 // checkUser returns an error unless user may be impersonated. Names that start with

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"tailscale.com/client/tailscale/apitype"
+	"tailscale.com/kube/kubetypes"
 	"tailscale.com/tailcfg"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
@@ -331,6 +332,9 @@ func FuzzIdentity(f *testing.F) {
 	f.Add("ci.example.ts.net", "tag:ci tag:k8s-readers", `{}`)
 	f.Add("ci.example.ts.net", "tag:ci", `{"impersonate":{"groups":["\u00e9"]}}`)
 	f.Add("alice@example.com", "", `{"enforceRecorder":true,"recorderAddrs":["100.64.0.9:80"]}`)
+	f.Add("alice@example.com", "", `{"impersonate":{"groups":["a"],"Groups":["b"]},"enforceRecorder":true,"enforcerecorder":false}`)
+	f.Add("ci.example.ts.net", "tag:ci", `{"impersonate":{"group":["a"]}}`)
+	f.Add("ci.example.ts.net", "tag:ci", `{"impersonate":{"groups":["a"]},"impersonate":{"groups":[]}}`)
 	f.Add("system:admin", "", `{`)
 	f.Add("alice\r\n", "tag:\x00", `{"impersonate":{"groups":["a\r\nb"," c"]}}`)
 
@@ -345,12 +349,31 @@ func FuzzIdentity(f *testing.F) {
 			refused(t, id, err)
 			return
 		}
+		rules, err := tailcfg.UnmarshalCapJSON[kubetypes.KubernetesCapRule](who.CapMap, impersonate.Capabilities[0])
+		if err != nil {
+			t.Errorf("Tailscale's own proxy cannot read the grants: %v", err)
+		}
+		var granted []string
+		for _, rule := range rules {
+			if rule.EnforceRecorder && !id.Recording.Enforce {
+				t.Error("recording is not enforced")
+			}
+			if rule.Impersonate != nil {
+				granted = append(granted, rule.Impersonate.Groups...)
+			}
+		}
+		if len(granted) > 0 && id.Source != impersonate.SourceGrants {
+			t.Errorf("groups %q are granted; got groups %q from source %q", granted, id.Groups, id.Source)
+		}
 		if !valid.MatchString(id.User) || strings.HasPrefix(id.User, "system:") {
 			t.Errorf("got user %q, which may not be impersonated", id.User)
 		}
 		for i, group := range id.Groups {
 			if !valid.MatchString(group) {
 				t.Errorf("got group %q, which a header cannot carry", group)
+			}
+			if id.Source == impersonate.SourceGrants && !slices.Contains(granted, group) {
+				t.Errorf("got group %q, which is not granted", group)
 			}
 			if id.Source == impersonate.SourceGrants && slices.Contains(id.Groups[:i], group) {
 				t.Errorf("got group %q twice", group)

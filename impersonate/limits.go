@@ -38,12 +38,31 @@ type Limits struct {
 	// Default: `false`.
 	RequireGroups bool `json:"require_groups,omitempty"`
 
-	// A prefix for all users, including the node names of tagged devices. It keeps
+	// A prefix for all users, including those of tagged devices. It keeps
 	// users of the tailnet apart from users of other authenticators, like the API
 	// server's `--oidc-username-prefix`.
 	//
 	// Default: none.
 	UserPrefix string `json:"user_prefix,omitempty"`
+
+	// Which name of a tagged device is its Kubernetes user:
+	//
+	// - `name` is its tailnet name, such as `ci.example.ts.net`. The device itself can
+	//   change that name, and can take over the name of a device that was deleted. Do
+	//   not bind roles to it: bind them to the device's tag, as a group.
+	// - `id` is its stable node ID, such as `nPKaVnLfBZ11CNTRL`, which neither the
+	//   device nor its owner chooses. Headscale numbers its nodes from 1, so use
+	//   `device_user_prefix` as well.
+	//
+	// Default: `name`.
+	TaggedUser string `json:"tagged_user,omitempty"`
+
+	// A prefix for the users of tagged devices, between `user_prefix` and the name. It
+	// keeps tagged devices apart from users: a user whose login name starts with it is
+	// refused.
+	//
+	// Default: none.
+	DeviceUserPrefix string `json:"device_user_prefix,omitempty"`
 
 	// A prefix for all groups, including those that come from tags, like the API
 	// server's `--oidc-groups-prefix`.
@@ -70,6 +89,12 @@ type Limits struct {
 	// Default: `false`.
 	DenyShared bool `json:"deny_shared,omitempty"`
 }
+
+// The values of [Limits.TaggedUser].
+const (
+	TaggedUserName = "name"
+	TaggedUserID   = "id"
+)
 
 // ErrNoGroup is returned by [Limits.Apply] for an identity without groups if
 // require_groups is on.
@@ -102,10 +127,18 @@ func (l *Limits) Validate() error {
 			}
 		}
 	}
-	for option, prefix := range map[string]string{"user_prefix": l.UserPrefix, "group_prefix": l.GroupPrefix} {
+	for option, prefix := range map[string]string{"user_prefix": l.UserPrefix, "group_prefix": l.GroupPrefix, "device_user_prefix": l.DeviceUserPrefix} {
 		if err := checkPrefix(prefix); err != nil {
 			return fmt.Errorf("%s %q: %w", option, prefix, err)
 		}
+	}
+	if both := l.UserPrefix + l.DeviceUserPrefix; strings.HasPrefix(both, reserved) {
+		return fmt.Errorf("user_prefix and device_user_prefix together start with %q: names that start with %s are reserved for the cluster's own components", both, reserved)
+	}
+	switch l.TaggedUser {
+	case "", TaggedUserName, TaggedUserID:
+	default:
+		return fmt.Errorf("tagged_user %q: must be %s or %s", l.TaggedUser, TaggedUserName, TaggedUserID)
 	}
 	return nil
 }
@@ -132,11 +165,13 @@ func (l *Limits) CheckPeer(p Peer) error {
 	return nil
 }
 
-// Apply returns id with the groups that it may have and with the prefixes, and the
-// groups that it removed. The Source does not change, even if no group is left.
-func (l *Limits) Apply(id Identity) (limited Identity, cut []string, err error) {
+// Apply returns id, which is p's, with the user and the groups that it may have here, and
+// the groups that it removed. The Source does not change, even if no group is left.
+func (l *Limits) Apply(p Peer, id Identity) (limited Identity, cut []string, err error) {
 	limited = id
-	limited.User = l.UserPrefix + id.User
+	if limited.User, err = l.user(p, id.User); err != nil {
+		return Identity{}, nil, err
+	}
 	limited.Groups = nil
 	for _, group := range id.Groups {
 		if l.RemovedBy(group) != "" {
@@ -151,10 +186,6 @@ func (l *Limits) Apply(id Identity) (limited Identity, cut []string, err error) 
 		}
 		return Identity{}, nil, ErrNoGroup
 	}
-	// A prefix "sys" makes a user "tem:admin" one of the cluster's own.
-	if l.UserPrefix != "" && strings.HasPrefix(limited.User, reserved) {
-		return Identity{}, cut, fmt.Errorf("user_prefix turns the user into %q, which is reserved for the cluster's own components", limited.User)
-	}
 	if l.GroupPrefix != "" {
 		for _, group := range limited.Groups {
 			if strings.HasPrefix(group, reserved) {
@@ -163,6 +194,28 @@ func (l *Limits) Apply(id Identity) (limited Identity, cut []string, err error) 
 		}
 	}
 	return limited, cut, nil
+}
+
+// user returns p's user, which is called name elsewhere, as it is called here.
+func (l *Limits) user(p Peer, name string) (string, error) {
+	prefix := l.UserPrefix
+	switch {
+	case p.Tagged():
+		prefix += l.DeviceUserPrefix
+		if l.TaggedUser == TaggedUserID {
+			name = string(p.NodeID)
+			if err := checkUser(name); err != nil {
+				return "", fmt.Errorf("tagged_user is %s, and %w", TaggedUserID, err)
+			}
+		}
+	case l.DeviceUserPrefix != "" && strings.HasPrefix(name, l.DeviceUserPrefix):
+		return "", fmt.Errorf("user %q starts with %q, and device_user_prefix keeps such names for tagged devices", name, l.DeviceUserPrefix)
+	}
+	// A prefix "sys" makes a user "tem:admin" one of the cluster's own.
+	if prefix != "" && strings.HasPrefix(prefix+name, reserved) {
+		return "", fmt.Errorf("user_prefix or device_user_prefix turns the user into %q, which is reserved for the cluster's own components", prefix+name)
+	}
+	return prefix + name, nil
 }
 
 // RemovedBy returns the name of the option that removes group, or "" if callers may

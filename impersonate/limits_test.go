@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"tailscale.com/tailcfg"
 )
 
 func groups(names ...string) []string { return names }
@@ -34,7 +35,7 @@ func TestLimits_ApplyRemovesGroupsAndAddsPrefixes(t *testing.T) {
 		{"a prefix makes a reserved group harmless", Limits{GroupPrefix: "x:"}, "alice@example.com", groups("x:system:masters", "x:team:a", "x:team:b"), nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got, cut, err := tt.limits.Apply(granted)
+			got, cut, err := tt.limits.Apply(Peer{}, granted)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -66,7 +67,7 @@ func TestLimits_ApplyRejects(t *testing.T) {
 		{"group_prefix makes a reserved group", Limits{GroupPrefix: "system"}, Identity{User: "alice", Groups: groups(":masters")}, []string{"group_prefix", "system:masters"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got, _, err := tt.limits.Apply(tt.id)
+			got, _, err := tt.limits.Apply(Peer{}, tt.id)
 			if err == nil {
 				t.Fatalf("got %+v; want an error", got)
 			}
@@ -162,6 +163,7 @@ func TestLimits_Validate(t *testing.T) {
 	for _, ok := range []Limits{
 		{}, {AllowGroups: groups("*", "system:masters", "a b")}, {DenyTags: groups("tag:ci", "tag:*", "*", "t*", "ta*i")},
 		{UserPrefix: "tailnet:", GroupPrefix: "tailnet "}, {UserPrefix: "system"},
+		{TaggedUser: "name"}, {TaggedUser: "id", UserPrefix: "tailnet:", DeviceUserPrefix: "device:"}, {DeviceUserPrefix: "system"},
 	} {
 		if err := ok.Validate(); err != nil {
 			t.Errorf("%+v: %v", ok, err)
@@ -188,11 +190,112 @@ func TestLimits_Validate(t *testing.T) {
 		{Limits{GroupPrefix: "system:x"}, "group_prefix"},
 		{Limits{GroupPrefix: " x"}, "group_prefix"},
 		{Limits{UserPrefix: "x\n"}, "user_prefix"},
+		{Limits{DeviceUserPrefix: "system:"}, "device_user_prefix"},
+		{Limits{DeviceUserPrefix: " x"}, "device_user_prefix"},
+		{Limits{DeviceUserPrefix: "{env.PREFIX}"}, "placeholders"},
+		{Limits{UserPrefix: "sys", DeviceUserPrefix: "tem:node:"}, `user_prefix and device_user_prefix together start with "system:node:"`},
+		{Limits{TaggedUser: "hostname"}, `tagged_user "hostname": must be name or id`},
 	} {
 		if err := tt.limits.Validate(); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%+v: got error %v; want one that names %s", tt.limits, err, tt.want)
 		}
 	}
+}
+
+func TestLimits_ApplyNamesDevices(t *testing.T) {
+	const name = "ci.example.ts.net"
+	device := Peer{Node: name, NodeID: "nPKaVnLfBZ11CNTRL", Tags: groups("tag:ci")}
+	foreign := device
+	foreign.Shared = true
+	user := Peer{Node: "laptop.example.ts.net", NodeID: "nQ3sXkDVGX21CNTRL", Login: "alice@example.com"}
+	for _, tt := range []struct {
+		name   string
+		limits Limits
+		peer   Peer
+		want   string
+	}{
+		{"by default", Limits{}, device, name},
+		{"name", Limits{TaggedUser: TaggedUserName}, device, name},
+		{"id", Limits{TaggedUser: TaggedUserID}, device, "nPKaVnLfBZ11CNTRL"},
+		{"id, shared in", Limits{TaggedUser: TaggedUserID}, foreign, "nPKaVnLfBZ11CNTRL"},
+		{"id, of a user's device", Limits{TaggedUser: TaggedUserID}, user, "alice@example.com"},
+		{"prefix", Limits{DeviceUserPrefix: "device:"}, device, "device:" + name},
+		{"prefix, shared in", Limits{DeviceUserPrefix: "device:"}, foreign, "device:" + name},
+		{"prefix, of a user's device", Limits{DeviceUserPrefix: "device:"}, user, "alice@example.com"},
+		{"both prefixes", Limits{UserPrefix: "tailnet:", DeviceUserPrefix: "device:"}, device, "tailnet:device:" + name},
+		{"both prefixes, of a user's device", Limits{UserPrefix: "tailnet:", DeviceUserPrefix: "device:"}, user, "tailnet:alice@example.com"},
+		{"all options", Limits{UserPrefix: "tailnet:", DeviceUserPrefix: "device:", TaggedUser: TaggedUserID}, device, "tailnet:device:nPKaVnLfBZ11CNTRL"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			id, _, err := tt.peer.Identity(Capabilities)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, _, err := tt.limits.Apply(tt.peer, id)
+			if err != nil || got.User != tt.want {
+				t.Errorf("got user %q, %v; want %q", got.User, err, tt.want)
+			}
+		})
+	}
+}
+
+// A user must not look like a tagged device, and no device like a component of the
+// cluster.
+func TestLimits_ApplyRejectsNames(t *testing.T) {
+	device := func(id string) Peer {
+		return Peer{Node: "ci", NodeID: tailcfg.StableNodeID(id), Tags: groups("tag:ci")}
+	}
+	for _, tt := range []struct {
+		name   string
+		limits Limits
+		peer   Peer
+		words  []string
+	}{
+		{"a login name that starts with the prefix of devices", Limits{DeviceUserPrefix: "device:"}, Peer{Login: "device:ci"}, []string{"device_user_prefix", `"device:ci"`}},
+		{"a login name that is the prefix of devices", Limits{UserPrefix: "tailnet:", DeviceUserPrefix: "device:"}, Peer{Login: "device:"}, []string{"device_user_prefix"}},
+		{"a device without an ID", Limits{TaggedUser: TaggedUserID}, device(""), []string{"tagged_user is id", "empty"}},
+		{"an ID that a header does not carry", Limits{TaggedUser: TaggedUserID}, device("n1\n"), []string{"tagged_user is id", "printable"}},
+		{"an ID of the cluster's", Limits{TaggedUser: TaggedUserID}, device("system:admin"), []string{"tagged_user is id", "system:"}},
+		{"a prefix that makes an ID one of the cluster's", Limits{TaggedUser: TaggedUserID, DeviceUserPrefix: "sys"}, device("tem:admin"), []string{"device_user_prefix", "system:admin"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			id, _, err := tt.peer.Identity(Capabilities)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, _, err := tt.limits.Apply(tt.peer, id)
+			if diff := cmp.Diff(Identity{}, got); diff != "" || err == nil {
+				t.Fatalf("got %+v, %v; want an error alone", got, err)
+			}
+			for _, word := range tt.words {
+				if !strings.Contains(err.Error(), word) {
+					t.Errorf("got error %q; want it to mention %q", err, word)
+				}
+			}
+		})
+	}
+}
+
+// FuzzDeviceUser checks that with device_user_prefix, no login name makes the user of a
+// tagged device.
+func FuzzDeviceUser(f *testing.F) {
+	f.Add("device:ci", "ci", "", "device:")
+	f.Add("vice:ci", "ci", "de", "vice:")
+	f.Add("nPKaVnLfBZ11CNTRL", "nPKaVnLfBZ11CNTRL", "t:", "d")
+	f.Fuzz(func(t *testing.T, login, id, userPrefix, devicePrefix string) {
+		l := Limits{TaggedUser: TaggedUserID, UserPrefix: userPrefix, DeviceUserPrefix: devicePrefix}
+		if devicePrefix == "" || l.Validate() != nil {
+			return
+		}
+		device, _, deviceErr := l.Apply(Peer{NodeID: tailcfg.StableNodeID(id), Tags: groups("tag:ci")}, Identity{User: "ci"})
+		user, _, userErr := l.Apply(Peer{Login: login}, Identity{User: login})
+		if deviceErr == nil && userErr == nil && device.User == user.User {
+			t.Errorf("login name %q is device %q: %q", login, id, user.User)
+		}
+		if deviceErr == nil && (strings.HasPrefix(device.User, "system:") || !strings.HasPrefix(device.User, userPrefix+devicePrefix)) {
+			t.Errorf("device %q is %q", id, device.User)
+		}
+	})
 }
 
 // FuzzLimit checks that for all limits and identities, nobody gets a group that is
@@ -212,7 +315,7 @@ func FuzzLimit(f *testing.F) {
 		if r.Validate() != nil {
 			return
 		}
-		got, cut, err := r.Apply(Identity{User: user, Groups: groups(group)})
+		got, cut, err := r.Apply(Peer{}, Identity{User: user, Groups: groups(group)})
 		if err != nil {
 			if got.User != "" || len(got.Groups) > 0 {
 				t.Errorf("got %+v along with error %v", got, err)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -57,6 +58,8 @@ type Authenticator struct {
 
 	// callers caches the callers that peers are.
 	callers *cache[*Caller]
+	// notices are what the log says about the grants of peers.
+	notices *notices
 
 	// nodes are the tailnet nodes that may have accepted a connection. They may be read
 	// once ready is closed.
@@ -71,6 +74,9 @@ type Authenticator struct {
 func New(options Options) (*Authenticator, error) {
 	a := &Authenticator{Options: options, ready: make(chan struct{})}
 	var err error
+	if a.notices, err = newNotices(); err != nil {
+		return nil, err
+	}
 	a.callers, err = newCache(options.CacheTTL, func(ctx context.Context, key peerKey) (*Caller, error) {
 		return a.resolve(ctx, key).caller()
 	})
@@ -297,21 +303,27 @@ func (a *Authenticator) resolve(ctx context.Context, key peerKey) *resolution {
 	peer := res.peer
 	granted, explanation, err := peer.Identity(a.Capabilities)
 	res.explanation = explanation
+	problems := explanation.Problems()
+	if a.notices.isNew(subject{key, "problems"}, peer, problems) {
+		a.Logger.Warn("grants have unknown or repeated keys",
+			zap.Stringer("peer", peer), zap.String("capability", string(explanation.Capability)),
+			zap.Strings("problems", problems), zap.Bool("tags_left_out", explanation.TagsLeftOut))
+	}
 	if err != nil {
 		return res.refuse(apistatus.Forbidden(apistatus.NoIdentity, "no identity for %s: %v", peer.Describe(), err))
 	}
 	if err := a.Limits.CheckPeer(peer); err != nil {
 		return res.refuse(apistatus.Forbidden(apistatus.Guard, "%s may not use this server: %v", peer.Describe(), err))
 	}
-	id, removed, err := a.Limits.Apply(granted)
+	id, removed, err := a.Limits.Apply(peer, granted)
 	res.removed = removed
-	if len(removed) > 0 {
+	if a.notices.isNew(subject{key, "removed groups"}, peer, removed) {
 		a.Logger.Warn("granted groups are left out, as allow_groups and deny_groups say",
 			zap.Stringer("peer", peer), zap.Strings("groups", removed))
 	}
 	switch {
 	case errors.Is(err, impersonate.ErrNoGroup):
-		return res.refuse(apistatus.Forbidden(apistatus.NoGroups, "%s may not use this server: %v: the tailnet policy file has no grant that gives it groups under %q", peer.Describe(), err, a.Capabilities[0]))
+		return res.refuse(apistatus.Forbidden(apistatus.NoGroups, "%s may not use this server: %v: the tailnet policy file has no grant that gives it groups under %q%s", peer.Describe(), err, a.Capabilities[0], inAddition(problems)))
 	case err != nil:
 		return res.refuse(apistatus.Forbidden(apistatus.Guard, "%s may not use this server: %v", peer.Describe(), err))
 	}
@@ -322,6 +334,14 @@ func (a *Authenticator) resolve(ctx context.Context, key peerKey) *resolution {
 	}
 	res.identity = id
 	return res
+}
+
+// inAddition returns problems as the end of a message.
+func inAddition(problems []string) string {
+	if len(problems) == 0 {
+		return ""
+	}
+	return "; " + strings.Join(problems, "; ")
 }
 
 // refuse records why the peer's requests are refused.

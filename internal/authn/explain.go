@@ -114,9 +114,9 @@ func (a *Authenticator) facts(ctx context.Context, key peerKey) (*whoami.Facts, 
 	}
 	peer := &res.peer
 	f.ID, f.Device, f.Login, f.Tags, f.Shared = string(peer.NodeID), peer.Node, peer.Login, peer.Tags, peer.Shared
-	f.Capability = string(res.explanation.Capability)
+	f.Capability, f.TagsLeftOut = string(res.explanation.Capability), res.explanation.TagsLeftOut
 	for _, grant := range res.explanation.Grants {
-		f.Grants = append(f.Grants, whoami.Grant{Value: json.RawMessage(grant.Value), Groups: grant.Groups})
+		f.Grants = append(f.Grants, whoami.Grant{Value: json.RawMessage(grant.Value), Groups: grant.Groups, Problems: grant.Problems})
 	}
 	for _, group := range res.identity.Groups {
 		f.Groups = append(f.Groups, whoami.Group{Name: group, Grants: res.grantsOf(strings.TrimPrefix(group, a.Limits.GroupPrefix))})

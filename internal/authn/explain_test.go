@@ -33,6 +33,33 @@ func TestExplain_RefusedPeer(t *testing.T) {
 	}
 }
 
+// A grant that looks right and is not is explained, and so is that the tags are no groups
+// because of it.
+func TestExplain_ProblemsOfGrants(t *testing.T) {
+	const misspelt = `{"impersonate":{"group":["tailnet-readers"]}}`
+	const problem = `unknown key "impersonate.group"; the nearest known key is "impersonate.groups"`
+	who := proxytest.WhoIsTagged("ci.example.ts.net.", "tag:ci")
+	who.CapMap = proxytest.WhoIs(proxytest.Readers, misspelt).CapMap
+	who.CapMap[impersonate.Capabilities[0]][0] = `{}`
+	node := proxytest.NewNode(who, nil)
+	facts, err := newServer(t, Options{}, node).Explain(proxytest.NewRequest("GET", "https://k8s/whoami"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []whoami.Grant{{Value: []byte(`{}`)}, {Value: []byte(misspelt), Problems: []string{problem}}}
+	if diff := cmp.Diff(want, facts.Grants); diff != "" || !facts.TagsLeftOut || len(facts.Groups) > 0 || facts.Source != "none" {
+		t.Errorf("got %+v; want no groups and the problem (-want +got):\n%s", facts, diff)
+	}
+	// A caller that needs a group reads the problem in the refusal.
+	facts, err = newServer(t, Options{Limits: impersonate.Limits{RequireGroups: true}}, node).Explain(proxytest.NewRequest("GET", "https://k8s/whoami"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasSuffix(facts.Refused, `under "tailscale.com/cap/kubernetes"; grant 2: `+problem) {
+		t.Errorf("got refusal %q; want it to end with the problem", facts.Refused)
+	}
+}
+
 // A request is explained only to a peer that the node knows.
 func TestExplain_UnknownPeerIsAnError(t *testing.T) {
 	for _, tt := range []struct {

@@ -138,6 +138,9 @@ func (f *Facts) text() (string, error) {
 	if len(f.Tags) > 0 {
 		row("tags", strings.Join(f.Tags, ", "))
 	}
+	if f.TagsLeftOut {
+		row("left out", "the tags are not groups, as a grant has a problem")
+	}
 	if f.Shared {
 		row("shared", "the device belongs to another tailnet")
 	}
@@ -153,6 +156,9 @@ func (f *Facts) text() (string, error) {
 	}
 	for i, grant := range f.Grants {
 		row(fmt.Sprintf("grant %d", i+1), f.Capability+": "+oneLine(grant.Value))
+		for _, problem := range grant.Problems {
+			row("problem", problem)
+		}
 	}
 	if len(f.Grants) == 0 {
 		row("grants", "none for "+f.LooksFor)

@@ -42,6 +42,9 @@ type Facts struct {
 	Login   string   `json:"login,omitempty"`
 	Tags    []string `json:"tags,omitempty"`
 	Shared  bool     `json:"shared,omitempty"`
+	// TagsLeftOut reports whether the Tags are not groups because of the problems of
+	// Grants.
+	TagsLeftOut bool `json:"tags_left_out,omitempty"`
 
 	// Capability is the name under which the caller has grants, and Grants are their
 	// values. LooksFor is the name that is looked up first.
@@ -70,10 +73,12 @@ type Group struct {
 	Grants []int `json:"grants,omitempty"`
 }
 
-// Grant is a value of the capability, and the groups that it gives.
+// Grant is a value of the capability, the groups that it gives, and what is wrong with it.
 type Grant struct {
 	Value  json.RawMessage `json:"value"`
 	Groups []string        `json:"groups,omitempty"`
+	// Problems are the keys in Value that are unknown or repeated, a sentence each.
+	Problems []string `json:"problems,omitempty"`
 }
 
 // Cut is a granted group that an option of the handler removes.

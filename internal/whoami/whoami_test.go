@@ -49,6 +49,61 @@ func dave() *whoami.Facts {
 	}
 }
 
+// ci returns facts about a tagged device with a grant that looks right and is not.
+func ci() *whoami.Facts {
+	return &whoami.Facts{
+		User: "ci.example.ts.net", Source: "none", Device: "ci.example.ts.net", Address: "100.64.0.4", Tags: []string{"tag:ci"}, TagsLeftOut: true,
+		Capability: "tailscale.com/cap/kubernetes", LooksFor: "tailscale.com/cap/kubernetes",
+		Grants: []whoami.Grant{
+			{Value: json.RawMessage(`{}`)},
+			{Value: json.RawMessage(`{"impersonate":{"group":["readers"]}}`), Problems: []string{`unknown key "impersonate.group"; the nearest known key is "impersonate.groups"`}},
+		},
+		Proxy: "k8s", Server: "https://k8s.example.ts.net",
+	}
+}
+
+func TestPage_ShowsProblemsOfGrants(t *testing.T) {
+	_, body := get(t, ci(), "GET", "/whoami", browser)
+	text := html.UnescapeString(body)
+	for _, want := range []string{"The tags of this device are not its groups", `Problem: unknown key "impersonate.group"; the nearest known key is "impersonate.groups"`} {
+		if strings.Count(text, want) != 1 {
+			t.Errorf("the page does not say %q once:\n%s", want, text)
+		}
+	}
+	if _, body := get(t, alice(), "GET", "/whoami", browser); strings.Contains(body, "Problem:") || strings.Contains(body, "are not its groups") {
+		t.Errorf("the page has a problem that is not there:\n%s", body)
+	}
+}
+
+// All grants with a problem are open, even if there are many grants.
+func TestPage_OpensGrantsWithProblems(t *testing.T) {
+	f := ci()
+	f.Grants = append(f.Grants, f.Grants[0], f.Grants[0], f.Grants[0])
+	if _, body := get(t, f, "GET", "/whoami", browser); strings.Count(body, "<details open>") != 1 || strings.Count(body, "<details>") != 4 {
+		t.Errorf("the page opens other grants than the second:\n%s", body)
+	}
+}
+
+func TestText_ShowsProblemsOfGrants(t *testing.T) {
+	var out strings.Builder
+	if err := whoami.WriteText(&out, ci()); err != nil {
+		t.Fatal(err)
+	}
+	want := `device ci.example.ts.net (100.64.0.4), says tailnet node "k8s"
+  user        ci.example.ts.net
+  groups      none
+  tags        tag:ci
+  left out    the tags are not groups, as a grant has a problem
+  recording   no
+  grant 1     tailscale.com/cap/kubernetes: {}
+  grant 2     tailscale.com/cap/kubernetes: {"impersonate":{"group":["readers"]}}
+  problem     unknown key "impersonate.group"; the nearest known key is "impersonate.groups"
+`
+	if diff := cmp.Diff(want, out.String()); diff != "" {
+		t.Errorf("text (-want +got):\n%s", diff)
+	}
+}
+
 // get returns the answer to a request with that target and Accept.
 func get(t *testing.T, f *whoami.Facts, method, target, accept string) (*http.Response, string) {
 	t.Helper()
@@ -118,7 +173,7 @@ func TestPage_ShowsTheReasonOfARefusal(t *testing.T) {
 // The page has no script and loads nothing, and its policy would allow neither. The hash in
 // the policy is that of the page's style.
 func TestPage_SelfContained(t *testing.T) {
-	for name, f := range map[string]*whoami.Facts{"known": alice(), "refused": dave()} {
+	for name, f := range map[string]*whoami.Facts{"known": alice(), "refused": dave(), "misspelt": ci()} {
 		resp, body := get(t, f, "GET", "/whoami", browser)
 		if m := regexp.MustCompile(`(?i)<script|<iframe|<form|\son[a-z]+=|javascript:|src=|@import|url\(|style=`).FindString(body); m != "" {
 			t.Errorf("%s: the page holds %q", name, m)
@@ -217,7 +272,7 @@ func TestText_ReplacesTerminalControls(t *testing.T) {
 }
 
 func TestJSON_HoldsAllFacts(t *testing.T) {
-	for name, want := range map[string]*whoami.Facts{"known": alice(), "refused": dave()} {
+	for name, want := range map[string]*whoami.Facts{"known": alice(), "refused": dave(), "misspelt": ci()} {
 		resp, body := get(t, want, "GET", "/whoami", "application/json")
 		var got whoami.Facts
 		if err := json.Unmarshal([]byte(body), &got); err != nil {

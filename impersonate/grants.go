@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package impersonate
+
+import (
+	"bytes"
+	"encoding"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/go-json-experiment/json/jsontext"
+	"tailscale.com/kube/kubetypes"
+)
+
+// read returns the rule that g's value means to encoding/json, which Tailscale's own
+// proxy uses: letter case in keys makes no difference, unknown keys are ignored, and of
+// a repeated key the last value counts. It records in g.Problems which keys are unknown
+// or repeated: such a grant does not give what its author reads in it.
+//
+// It adds to recording what the grant says about that. There every value of a repeated
+// key counts, so that none undoes an enforceRecorder.
+func (g *Grant) read(recording *Recording) (rule kubetypes.KubernetesCapRule, err error) {
+	if err := decodeRule([]byte(g.Value), &rule, recording); err != nil {
+		return rule, err
+	}
+	var check keyCheck
+	if err := check.value([]byte(g.Value), ruleKeys, ""); err != nil {
+		return rule, err
+	}
+	g.Problems = check.problems
+	for _, member := range check.repeated {
+		if err := decodeRule(member, new(kubetypes.KubernetesCapRule), recording); err != nil {
+			return rule, err
+		}
+	}
+	return rule, nil
+}
+
+// decodeRule decodes text into rule, and adds to recording what it says about that.
+func decodeRule(text []byte, rule *kubetypes.KubernetesCapRule, recording *Recording) error {
+	err := json.Unmarshal(text, rule)
+	var wrong *json.UnmarshalTypeError
+	switch {
+	case errors.As(err, &wrong) && wrong.Field != "":
+		return fmt.Errorf("%q has %s where %s belongs", wrong.Field, describeValue(wrong.Value), describeType(wrong.Type))
+	case errors.As(err, &wrong):
+		return fmt.Errorf("it is %s and not an object", describeValue(wrong.Value))
+	case err != nil:
+		return err
+	}
+	return recording.add(*rule)
+}
+
+// describeValue returns what encoding/json calls a value, as users call it.
+func describeValue(value string) string {
+	switch value {
+	case "array":
+		return "a list"
+	case "bool":
+		return "true or false"
+	case "object":
+		return "an object"
+	case "string":
+		return "a string"
+	}
+	return "a number"
+}
+
+// describeType returns what a value of type t is in JSON.
+func describeType(t reflect.Type) string {
+	switch {
+	case t.Kind() == reflect.Bool:
+		return "true or false"
+	case t.Kind() == reflect.Slice:
+		return "a list"
+	case keysOf(t) != nil && !reflect.PointerTo(t).Implements(reflect.TypeFor[encoding.TextUnmarshaler]()):
+		return "an object"
+	}
+	return "a string"
+}
+
+// keys are the keys of a JSON object, with those of the objects that are their values.
+type keys map[string]keys
+
+// ruleKeys are the keys that Tailscale gives a meaning.
+var ruleKeys = keysOf(reflect.TypeFor[kubetypes.KubernetesCapRule]())
+
+func keysOf(t reflect.Type) keys {
+	if t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	if t.Kind() != reflect.Struct {
+		return nil
+	}
+	known := make(keys)
+	for _, field := range reflect.VisibleFields(t) {
+		name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
+		known[name] = keysOf(field.Type)
+	}
+	return known
+}
+
+// find returns the key that name counts as.
+func (k keys) find(name string) (key string, known bool) {
+	for key := range k {
+		if strings.EqualFold(key, name) {
+			return key, true
+		}
+	}
+	return "", false
+}
+
+// paths returns the keys, and those of the objects in them as "<key>.<key>".
+func (k keys) paths() (paths []string) {
+	for _, key := range slices.Sorted(maps.Keys(k)) {
+		paths = append(paths, key)
+		for _, inner := range k[key].paths() {
+			paths = append(paths, key+"."+inner)
+		}
+	}
+	return paths
+}
+
+// keyCheck looks for keys that encoding/json passes over in silence.
+type keyCheck struct {
+	problems []string
+	// repeated are the members of the outermost object with the same key as another,
+	// each as an object of its own.
+	repeated [][]byte
+}
+
+// member is the last member of an object that had a key.
+type member struct {
+	name  string
+	value []byte
+}
+
+// value checks text, the value of the key within, or a whole grant if within is empty.
+func (c *keyCheck) value(text []byte, known keys, within string) error {
+	decoder := jsontext.NewDecoder(bytes.NewBuffer(text), jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))
+	if known == nil || decoder.PeekKind() != '{' {
+		return nil
+	}
+	if _, err := decoder.ReadToken(); err != nil {
+		return err
+	}
+	seen := make(map[string]member)
+	for decoder.PeekKind() != '}' {
+		token, err := decoder.ReadToken()
+		if err != nil {
+			return err
+		}
+		name := token.String()
+		value, err := decoder.ReadValue()
+		if err != nil {
+			return err
+		}
+		key, ok := known.find(name)
+		if !ok {
+			c.unknown(within + name)
+			continue
+		}
+		this := member{name, bytes.Clone(value)}
+		if before, again := seen[key]; again {
+			c.problems = append(c.problems, fmt.Sprintf("key %q repeats %q", within+name, within+before.name))
+			if within == "" {
+				c.repeated = append(c.repeated, before.object(key), this.object(key))
+			}
+		}
+		seen[key] = this
+		if err := c.value(this.value, known[key], within+key+"."); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// object returns an object of which m is the only member.
+func (m member) object(key string) []byte {
+	return fmt.Appendf(nil, "{%q:%s}", key, m.value)
+}
+
+// unknown records that path is no key that has a meaning.
+func (c *keyCheck) unknown(path string) {
+	c.problems = append(c.problems, fmt.Sprintf("unknown key %q; the nearest known key is %q", path, nearest(path, ruleKeys.paths())))
+}
+
+// nearest returns the path whose last key is most like that of path.
+func nearest(path string, paths []string) string {
+	last := func(path string) string { return strings.ToLower(path[strings.LastIndexByte(path, '.')+1:]) }
+	return slices.MinFunc(paths, func(a, b string) int {
+		return distance(last(path), last(a)) - distance(last(path), last(b))
+	})
+}
+
+// distance returns how many characters have to be inserted, removed or replaced to turn a
+// into b.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1) // the distances of the start of a to each start of b
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0]++
+		for j := range len(b) {
+			replaced := diagonal
+			if a[i] != b[j] {
+				replaced++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(replaced, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
