@@ -28,8 +28,8 @@ func (g *Grant) read(recording *Recording) (rule kubetypes.KubernetesCapRule, er
 	if err := decodeRule([]byte(g.Value), &rule, recording); err != nil {
 		return rule, err
 	}
-	var check keyCheck
-	if err := check.value([]byte(g.Value), ruleKeys, ""); err != nil {
+	check, err := checkKeys([]byte(g.Value))
+	if err != nil {
 		return rule, err
 	}
 	g.Problems = check.problems
@@ -124,6 +124,18 @@ func (k keys) paths() (paths []string) {
 		}
 	}
 	return paths
+}
+
+// GrantProblems returns the keys in value, a value of a capability, that are unknown or
+// repeated, a sentence each.
+func GrantProblems(value []byte) ([]string, error) {
+	check, err := checkKeys(value)
+	return check.problems, err
+}
+
+func checkKeys(grant []byte) (check keyCheck, err error) {
+	err = check.value(grant, ruleKeys, "")
+	return check, err
 }
 
 // keyCheck looks for keys that encoding/json passes over in silence.

@@ -131,7 +131,8 @@ func rbacCommand() *cobra.Command {
 		Long: `
 Writes a ClusterRole and its binding. They allow the proxy's service account to
 impersonate the groups that a tailnet policy file names in grants and as tags, and no
-others. Run it again when the policy file changes.`,
+others. Run it again when the policy file changes. Grants with unknown or repeated keys
+are reported on standard error.`,
 		Example: "  caddy tailscale-impersonate rbac --policy policy.hujson | kubectl apply -f -",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -142,6 +143,13 @@ others. Run it again when the policy file changes.`,
 			manifest, err := rbac.FromPolicy(text, options)
 			if err != nil {
 				return fmt.Errorf("%s: %w", policy, err)
+			}
+			problems, err := rbac.Problems(text, options)
+			if err != nil {
+				return fmt.Errorf("%s: %w", policy, err)
+			}
+			for _, problem := range problems {
+				fmt.Fprintf(cmd.ErrOrStderr(), "warning: %s: %s\n", policy, problem)
 			}
 			_, err = cmd.OutOrStdout().Write(manifest)
 			return err

@@ -123,6 +123,17 @@ func TestRBAC_ReadsThePolicyFile(t *testing.T) {
 	}
 }
 
+func TestRBAC_WarnsAboutGrants(t *testing.T) {
+	policy := filepath.Join(t.TempDir(), "policy.hujson")
+	if err := os.WriteFile(policy, []byte(`{"grants": [{"app": {"tailscale.com/cap/kubernetes": [{"impersonates": {"groups": ["ops"]}}]}}]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := run(t, "rbac", "--policy", policy)
+	if err != nil || !strings.Contains(out, "warning: "+policy+`: grant 1: tailscale.com/cap/kubernetes: unknown key "impersonates"; the nearest known key is "impersonate"`) {
+		t.Errorf("printed %q, %v; want a warning", out, err)
+	}
+}
+
 func TestCommands_RejectInvalidArguments(t *testing.T) {
 	for _, args := range [][]string{
 		{"kubeconfig"},

@@ -53,7 +53,11 @@ var (
 // FromPolicy returns manifests, in YAML, that allow the proxy to impersonate any user, and
 // the groups that the tailnet policy file can give to callers.
 func FromPolicy(policy []byte, o Options) ([]byte, error) {
-	groups, err := groupsOf(policy, o)
+	parsed, err := parse(policy)
+	if err != nil {
+		return nil, err
+	}
+	groups, err := parsed.groups(o)
 	if err != nil {
 		return nil, err
 	}
@@ -171,29 +175,61 @@ uids and userextras are for what the handler's option audit tells the audit log.
 	return "# " + strings.TrimSuffix(strings.ReplaceAll(strings.ReplaceAll(text, "\n", "\n# "), "# \n", "#\n"), "# ") + "\n"
 }
 
-// groupsOf returns the groups that a policy file can give to callers: those that its
-// grants name, and its tags.
-func groupsOf(policy []byte, o Options) ([]string, error) {
+// policyFile is the part of a tailnet policy file that is about Kubernetes.
+type policyFile struct {
+	Grants []struct {
+		App map[tailcfg.PeerCapability][]json.RawMessage `json:"app"`
+	} `json:"grants"`
+	TagOwners map[string]json.RawMessage `json:"tagOwners"`
+}
+
+func parse(policy []byte) (parsed policyFile, err error) {
 	standard, err := hujson.Standardize(slices.Clone(policy))
 	if err != nil {
-		return nil, fmt.Errorf("not a tailnet policy file: %w", err)
-	}
-	var parsed struct {
-		Grants []struct {
-			App map[tailcfg.PeerCapability][]json.RawMessage `json:"app"`
-		} `json:"grants"`
-		TagOwners map[string]json.RawMessage `json:"tagOwners"`
+		return parsed, fmt.Errorf("not a tailnet policy file: %w", err)
 	}
 	if err := json.Unmarshal(standard, &parsed); err != nil {
-		return nil, fmt.Errorf("not a tailnet policy file: %w", err)
+		return parsed, fmt.Errorf("not a tailnet policy file: %w", err)
 	}
-	capabilities := impersonate.Capabilities
-	if o.Capability != "" {
-		capabilities = []tailcfg.PeerCapability{tailcfg.PeerCapability(o.Capability)}
+	return parsed, nil
+}
+
+// capabilities returns the names under which callers have grants.
+func (o *Options) capabilities() []tailcfg.PeerCapability {
+	if o.Capability == "" {
+		return impersonate.Capabilities
 	}
-	var groups []string
+	return []tailcfg.PeerCapability{tailcfg.PeerCapability(o.Capability)}
+}
+
+// Problems returns which grants of a tailnet policy file do not give what they seem to,
+// because of an unknown or repeated key, a sentence for each key.
+func Problems(policy []byte, o Options) (problems []string, err error) {
+	parsed, err := parse(policy)
+	if err != nil {
+		return nil, err
+	}
 	for i, grant := range parsed.Grants {
-		for _, capability := range capabilities {
+		for _, capability := range o.capabilities() {
+			for _, value := range grant.App[capability] {
+				found, err := impersonate.GrantProblems(value)
+				if err != nil {
+					return nil, fmt.Errorf("grant %d: %s: %w", i+1, capability, err)
+				}
+				for _, problem := range found {
+					problems = append(problems, fmt.Sprintf("grant %d: %s: %s", i+1, capability, problem))
+				}
+			}
+		}
+	}
+	return problems, nil
+}
+
+// groups returns the groups that a policy file can give to callers: those that its
+// grants name, and its tags.
+func (parsed *policyFile) groups(o Options) (groups []string, err error) {
+	for i, grant := range parsed.Grants {
+		for _, capability := range o.capabilities() {
 			for _, value := range grant.App[capability] {
 				var rule kubetypes.KubernetesCapRule
 				if err := json.Unmarshal(value, &rule); err != nil {

@@ -191,6 +191,30 @@ func TestFromPolicy_RejectsInvalidPolicyFiles(t *testing.T) {
 	}
 }
 
+// A grant that is misspelt is in the policy file for everyone to see, and gives nothing.
+func TestProblems_NamesGrants(t *testing.T) {
+	const policy = `{"grants": [
+		{"app": {"tailscale.com/cap/kubernetes": [{"impersonate": {"groups": ["ops"]}}], "example.com/cap/other": [{"x": 1}]}},
+		{"app": {"https://tailscale.com/cap/kubernetes": [{/* a comment */}, {"impersonate": {"group": ["ops"]}, "enforceRecorder": true, "enforceRecorder": false,}]}},
+	]}`
+	got, err := rbac.Problems([]byte(policy), serviceAccount)
+	want := []string{
+		`grant 2: https://tailscale.com/cap/kubernetes: unknown key "impersonate.group"; the nearest known key is "impersonate.groups"`,
+		`grant 2: https://tailscale.com/cap/kubernetes: key "enforceRecorder" repeats "enforceRecorder"`,
+	}
+	if diff := cmp.Diff(want, got); diff != "" || err != nil {
+		t.Errorf("error %v, problems (-want +got):\n%s", err, diff)
+	}
+	other := serviceAccount
+	other.Capability = "example.com/cap/other"
+	if got, err := rbac.Problems([]byte(policy), other); len(got) != 1 || err != nil {
+		t.Errorf("got %q, %v; want the problem of the capability that counts", got, err)
+	}
+	if got, err := rbac.Problems([]byte("{"), serviceAccount); got != nil || err == nil {
+		t.Errorf("got %q, %v; want an error", got, err)
+	}
+}
+
 // The example manifest holds the output for the example policy file.
 func TestFromPolicy_WritesTheExampleManifest(t *testing.T) {
 	policy, err := os.ReadFile(filepath.Join("..", "..", "examples", "policy.hujson"))

@@ -48,6 +48,7 @@ const (
 	portNarrow           = "8018" // deny_groups, whoami, over TLS
 	portBelowPath        = "8027" // below /cluster-a, with whoami
 	portLocalhost        = "8026" // TLS, with the name localhost
+	portDeviceUsers      = "8031" // users of tagged devices by ID, with a prefix, and whoami
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
 
@@ -129,6 +130,7 @@ func sites(l *lab.Lab) string {
 		site("http://:"+portStrip, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation strip\n\t}\n"+toCluster) +
 		site("http://:"+portGroupLimits, k8s, "\ttailscale_impersonate {\n\t\tallow_groups a b tailnet-admins system:*\n\t\tdeny_groups "+masters()+" b\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
 		site("http://:"+portDeviceLimits, k8s, "\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tallow_tags tag:k8s-*\n\t\tdeny_tags tag:k8s-ops\n\t\tdeny_shared\n\t}\n"+toCluster) +
+		site("http://:"+portDeviceUsers, k8s, "\ttailscale_impersonate {\n\t\twhoami\n\t\ttagged_user id\n\t\tdevice_user_prefix device:\n\t}\n"+toCluster) +
 		site("http://:"+portReadOnly, k8s, exampleRules("read-only")+toCluster) +
 		site("http://:"+portNoShells, k8s, exampleRules("no-shells-for-devices")+toCluster) +
 		site("http://:"+portRewriting, k8s, impersonate+"\t@writes not kubernetes {\n\t\tverb get list watch\n\t}\n\trespond @writes 403\n"+
