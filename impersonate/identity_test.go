@@ -144,6 +144,7 @@ func TestIdentity_FirstCapabilityCounts(t *testing.T) {
 		{"older name that cannot be read does not matter beside the current one", impersonate.Capabilities, tailcfg.PeerCapMap{current: grant("new"), older: raw(`{`)}, []string{"new"}},
 		{"another cluster's name is ignored", impersonate.Capabilities, tailcfg.PeerCapMap{other: grant("staging")}, nil},
 		{"similar names are ignored", impersonate.Capabilities, tailcfg.PeerCapMap{current + "/": grant("a"), "Tailscale.com/cap/kubernetes": grant("b"), "http://" + current: grant("c")}, nil},
+		{"a capability without a name is ignored", impersonate.Capabilities, tailcfg.PeerCapMap{"": grant("nameless")}, nil},
 		{"custom name", custom, tailcfg.PeerCapMap{other: grant("staging")}, []string{"staging"}},
 		{"custom name replaces both others", custom, tailcfg.PeerCapMap{current: grant("new"), older: grant("old")}, nil},
 		{"custom name beside both others", custom, tailcfg.PeerCapMap{current: grant("new"), older: grant("old"), other: grant("staging")}, []string{"staging"}},
