@@ -192,7 +192,7 @@ func (c *keyCheck) value(text []byte, known keys, within string) error {
 	return nil
 }
 
-// object returns an object of which m is the only member.
+// object returns an object with m as its only member, under key.
 func (m member) object(key string) []byte {
 	return fmt.Appendf(nil, "{%q:%s}", key, m.value)
 }
