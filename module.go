@@ -20,6 +20,7 @@
 //	may the caller act as another user?    internal/accessreview
 //	what does a refused client read?       internal/apistatus
 //	what does a caller's page say?         internal/whoami
+//	which CA do the site's clients need?   internal/siteca
 //	what can be configured?                caddyfile
 //	what outlives a config?                internal/app
 package tailscaleimpersonate
@@ -48,6 +49,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recorder"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/siteca"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
@@ -102,6 +104,7 @@ type Handler struct {
 	revocation *revocation.Tracker
 	events     *apievents.Recorder
 	recorders  *recorder.Client
+	site       *siteca.Site
 }
 
 // CaddyModule returns the Caddy module information.
@@ -120,6 +123,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return errors.New("tailscale_impersonate works only inside of an HTTP server")
 	}
 	server.RegisterConnContext(tailnet.ConnContext)
+	h.site = siteca.Of(ctx, server)
 	if err := h.CheckRoutes(ctx.Logger(), server); err != nil {
 		return err
 	}
@@ -331,6 +335,9 @@ func (h *Handler) serveWhoami(w http.ResponseWriter, r *http.Request) error {
 		scheme = "http"
 	}
 	facts.Server = scheme + "://" + r.Host + removedPrefix(r)
+	if facts.CA, err = h.site.CA(r); err != nil {
+		h.logger.Error("cannot find out who issued the site's certificate, and the kubeconfig of the whoami page names no CA", zap.Error(err))
+	}
 	return whoami.Serve(w, r, facts)
 }
 

@@ -35,7 +35,7 @@ func run(t *testing.T, args ...string) (string, error) {
 
 func TestKubeconfig_PrintsWithoutMerge(t *testing.T) {
 	t.Setenv("KUBECONFIG", filepath.Join(t.TempDir(), "config"))
-	out, err := run(t, "kubeconfig", "--server", "https://k8s.example.ts.net", "--context", "prod")
+	out, err := run(t, "kubeconfig", "--server", "http://k8s.example.ts.net", "--context", "prod")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,7 +43,7 @@ func TestKubeconfig_PrintsWithoutMerge(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	if config.CurrentContext != "prod" || config.Clusters["prod"].Server != "https://k8s.example.ts.net" {
+	if config.CurrentContext != "prod" || config.Clusters["prod"].Server != "http://k8s.example.ts.net" {
 		t.Errorf("got %s", out)
 	}
 	if _, err := os.Stat(os.Getenv("KUBECONFIG")); !os.IsNotExist(err) {
@@ -58,7 +58,7 @@ func TestKubeconfig_MergeKeepsTheCurrentContext(t *testing.T) {
 		{"first", "current context is first"},
 		{"second", "Added context \"second\". The current context is still \"first\". To change that:\n\n  kubectl config use-context second\n"},
 	} {
-		out, err := run(t, "kubeconfig", "--server", "https://"+tt.name, "--context", tt.name, "--merge")
+		out, err := run(t, "kubeconfig", "--server", "http://"+tt.name, "--context", tt.name, "--merge")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -139,6 +139,9 @@ func TestCommands_RejectInvalidArguments(t *testing.T) {
 		{"kubeconfig"},
 		{"kubeconfig", "--server", "k8s"},
 		{"kubeconfig", "--server", "https://k8s", "more"},
+		{"kubeconfig", "--server", "https://k8s", "--ca", filepath.Join(t.TempDir(), "none")},
+		{"kubeconfig", "--server", "https://k8s", "--ca", filepath.Join("..", "..", "go.mod")},
+		{"kubeconfig", "--server", "https://k8s", "--ca", "root.crt", "--ca-fingerprint", "00"},
 		{"explain"},
 		{"explain", "--peer", "a", "--address", "127.0.0.1:1"},
 		{"rbac"},

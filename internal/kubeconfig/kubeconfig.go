@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package kubeconfig writes kubeconfigs for an API server behind the proxy. They hold the
-// proxy's URL and no credentials, as the tailnet identifies callers.
+// proxy's URL, its certificate authority where that is a private one, and no credentials, as
+// the tailnet identifies callers.
 package kubeconfig
 
 import (
+	"bytes"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"net/url"
@@ -20,8 +24,9 @@ import (
 const token = "unused"
 
 // New returns a kubeconfig with one context, name, for the proxy at the URL server. If
-// name is empty, it is the server's host and path.
-func New(server, name string) (*api.Config, error) {
+// name is empty, it is the server's host and path. The proxy's certificate is from ca, or
+// from one that clients know if ca is nil.
+func New(server, name string, ca *x509.Certificate) (*api.Config, error) {
 	u, err := url.Parse(server)
 	if err != nil {
 		return nil, fmt.Errorf("server: %w", err)
@@ -42,6 +47,9 @@ func New(server, name string) (*api.Config, error) {
 		// Otherwise kubectl proxy would neither send a server name nor check the
 		// certificate on connections for exec, attach and port-forward.
 		cluster.TLSServerName = u.Hostname()
+		if ca != nil {
+			cluster.CertificateAuthorityData = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Raw})
+		}
 	}
 	config.Clusters[name] = cluster
 	config.AuthInfos[name] = &api.AuthInfo{Token: token}
@@ -66,7 +74,9 @@ func Merge(config *api.Config) (current string, err error) {
 		return "", err
 	}
 	if err := errors.Join(
-		add("cluster", into.Clusters, config.Clusters, func(a, b *api.Cluster) bool { return a.Server == b.Server }),
+		add("cluster", into.Clusters, config.Clusters, func(a, b *api.Cluster) bool {
+			return a.Server == b.Server && (len(b.CertificateAuthorityData) == 0 || bytes.Equal(a.CertificateAuthorityData, b.CertificateAuthorityData))
+		}),
 		add("user", into.AuthInfos, config.AuthInfos, func(a, b *api.AuthInfo) bool { return a.Token == b.Token }),
 		add("context", into.Contexts, config.Contexts, func(a, b *api.Context) bool {
 			return a.Cluster == b.Cluster && a.AuthInfo == b.AuthInfo

@@ -3,7 +3,11 @@
 package kubeconfig_test
 
 import (
+	"bytes"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -21,7 +25,7 @@ const server = "https://k8s.example.ts.net"
 // newConfig returns a kubeconfig for url, and fails the test on an error.
 func newConfig(t *testing.T, url, name string) *api.Config {
 	t.Helper()
-	config, err := kubeconfig.New(url, name)
+	config, err := kubeconfig.New(url, name, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,7 +62,7 @@ func TestNew_ServerAndContext(t *testing.T) {
 		}
 	}
 	for _, url := range []string{"", "k8s.example.ts.net", "ftp://k8s", "https://", "https://k8s/a/../b", "https://k8s//a", "https://k8s/a/./b", "https://k8s?a=b", "https://user@k8s", "https://k8s#a", "https://%"} {
-		if _, err := kubeconfig.New(url, ""); err == nil {
+		if _, err := kubeconfig.New(url, "", nil); err == nil {
 			t.Errorf("server %q: got no error", url)
 		}
 	}
@@ -78,6 +82,54 @@ func TestNew_NamesTLSServer(t *testing.T) {
 				t.Errorf("%s: got TLS server name %q; want %q", url, got, want)
 			}
 		}
+	}
+}
+
+// authority returns a certificate.
+func authority(t *testing.T) *x509.Certificate {
+	t.Helper()
+	server := httptest.NewTLSServer(nil)
+	defer server.Close()
+	return server.Certificate()
+}
+
+func TestNew_NamesCA(t *testing.T) {
+	ca := authority(t)
+	for url, want := range map[string]bool{server: true, "http://k8s:8080": false} {
+		config, err := kubeconfig.New(url, "", ca)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, cluster := range config.Clusters {
+			block, _ := pem.Decode(cluster.CertificateAuthorityData)
+			if got := block != nil && bytes.Equal(block.Bytes, ca.Raw); got != want {
+				t.Errorf("%s: got CA %q; want it there: %v", url, cluster.CertificateAuthorityData, want)
+			}
+		}
+	}
+}
+
+// Otherwise the old CA would stay, and kubectl would not say why it fails.
+func TestMerge_RefusesOtherCA(t *testing.T) {
+	setKubeconfig(t, "")
+	with, err := kubeconfig.New(server, "", authority(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := kubeconfig.Merge(with); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// That of a user who has added the CA.
+	if _, err := kubeconfig.Merge(newConfig(t, server, "")); err != nil {
+		t.Errorf("without a CA: %v; want the cluster left as it is", err)
+	}
+	for _, cluster := range with.Clusters {
+		cluster.CertificateAuthorityData = []byte("other")
+	}
+	if _, err := kubeconfig.Merge(with); !errors.Is(err, kubeconfig.ErrTaken) {
+		t.Errorf("with another CA: got error %v; want ErrTaken", err)
 	}
 }
 

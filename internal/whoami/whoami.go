@@ -7,6 +7,7 @@ package whoami
 import (
 	"bytes"
 	"crypto/sha256"
+	"crypto/x509"
 	_ "embed"
 	"encoding/base64"
 	"encoding/json"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/kubeconfig"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/siteca"
 )
 
 // Facts are what is known about a caller.
@@ -63,6 +65,10 @@ type Facts struct {
 	Server string   `json:"server,omitempty"`
 	// Kubeconfig is a kubeconfig for Server.
 	Kubeconfig string `json:"kubeconfig,omitempty"`
+	// CA is the authority of the server's certificate, nil if clients know it.
+	CA *x509.Certificate `json:"-"`
+	// CAFingerprint is the fingerprint of CA.
+	CAFingerprint string `json:"ca_fingerprint,omitempty"`
 }
 
 // Group is a Kubernetes group of the caller.
@@ -124,7 +130,7 @@ var policy = func() string {
 // Serve answers r with f: as a kubeconfig if r's query is kubeconfig, as JSON if r accepts
 // JSON and not HTML, and as a page otherwise. f.Server must be set.
 func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
-	config, err := kubeconfig.New(f.Server, "")
+	config, err := kubeconfig.New(f.Server, "", f.CA)
 	if err != nil {
 		return fmt.Errorf("making a kubeconfig: %w", err)
 	}
@@ -133,6 +139,9 @@ func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
 		return fmt.Errorf("making a kubeconfig: %w", err)
 	}
 	f.Kubeconfig = string(text)
+	if f.CA != nil {
+		f.CAFingerprint = siteca.Fingerprint(f.CA)
+	}
 
 	header := w.Header()
 	header.Set("Cache-Control", "no-store")

@@ -5,8 +5,11 @@ package whoami_test
 import (
 	"bytes"
 	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"html"
 	"io"
 	"net/http"
@@ -170,6 +173,33 @@ func TestPage_ShowsTheReasonOfARefusal(t *testing.T) {
 	}
 }
 
+// Users compare the fingerprint of a private authority.
+func TestPage_ShowsPrivateCA(t *testing.T) {
+	server := httptest.NewTLSServer(nil)
+	defer server.Close()
+	f := alice()
+	f.CA = server.Certificate()
+	want := fmt.Sprintf("%X", sha256.Sum256(f.CA.Raw))
+	_, body := get(t, f, "GET", "/whoami", browser)
+	if got := strings.ReplaceAll(body, ":", ""); !strings.Contains(got, "<code>"+want+"</code>") {
+		t.Errorf("the page lacks the fingerprint %s:\n%s", want, body)
+	}
+	if !strings.Contains(body, "certificate-authority-data: ") {
+		t.Errorf("the page's kubeconfig has no CA:\n%s", body)
+	}
+	_, body = get(t, f, "GET", "/whoami", "application/json")
+	var facts whoami.Facts
+	if err := json.Unmarshal([]byte(body), &facts); err != nil {
+		t.Fatal(err)
+	}
+	if strings.ReplaceAll(facts.CAFingerprint, ":", "") != want {
+		t.Errorf("as JSON: got fingerprint %q; want %s", facts.CAFingerprint, want)
+	}
+	if _, body := get(t, alice(), "GET", "/whoami", browser); strings.Contains(body, "private authority") {
+		t.Error("the page tells of a private authority where there is none")
+	}
+}
+
 // The page has no script and loads nothing, and its policy would allow neither. The hash in
 // the policy is that of the page's style.
 func TestPage_SelfContained(t *testing.T) {
@@ -216,6 +246,7 @@ func TestPage_EscapesNames(t *testing.T) {
 	f.Cut = []whoami.Cut{{Name: evil, Option: evil}}
 	f.Grants = []whoami.Grant{{Value: json.RawMessage(`"` + strings.ReplaceAll(evil, `"`, `\"`) + `"`)}, {Value: json.RawMessage(evil)}}
 	f.Recording.Recorders = []string{evil}
+	f.CA = &x509.Certificate{Subject: pkix.Name{CommonName: evil}}
 	_, body := get(t, f, "GET", "/whoami", browser)
 	if strings.Contains(body, "<img") || strings.Contains(body, "<script") || strings.Count(body, "</style>") != 1 {
 		t.Errorf("a name became markup:\n%s", body)

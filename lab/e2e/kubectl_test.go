@@ -227,7 +227,7 @@ func TestKubectlProxy_ExecSendsServerName(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	config, err := kubeconfig.New("https://localhost:"+port, "")
+	config, err := kubeconfig.New("https://localhost:"+port, "", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -247,7 +247,7 @@ func TestKubectlProxy_ExecSendsServerName(t *testing.T) {
 	line := proxy.want(t, "Starting to serve on ")
 	_, address, _ := strings.Cut(line, "Starting to serve on ")
 	through := filepath.Join(t.TempDir(), "config")
-	config, err = kubeconfig.New("http://"+address, "")
+	config, err = kubeconfig.New("http://"+address, "", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

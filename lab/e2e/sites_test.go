@@ -142,7 +142,7 @@ func sites(l *lab.Lab) string {
 		"&(plain) {\n" + toPlain + "}\n" +
 		site("http://:"+portAuthorizeHTTP, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t}\n\tinvoke plain\n") +
 		site("http://"+lab.ProxyName+":"+portBelowPath, k8s, "\thandle_path /cluster-a/* {\n\ttailscale_kubernetes {\n\t\tkubeconfig "+l.Kubeconfig()+"\n\t\twhoami\n\t}\n\t}\n") +
-		site("https://localhost:"+portLocalhost, k8s, "\ttls internal\n"+impersonate+toCluster) +
+		site("https://localhost:"+portLocalhost, k8s, "\ttls internal\n\ttailscale_impersonate {\n\t\twhoami\n\t}\n"+toCluster) +
 		site("https://"+name+":"+portNarrow, k8s, "\ttls internal\n\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t\tdeny_groups system:* tailnet-admins\n\t}\n"+toCluster) +
 		site("http://:"+portProxyProtocol, k8s, impersonate+toPlain) +
 		site("http://:"+portTwoNodes, k8s+" tailscale/"+secondNode, impersonate+toPlain) +

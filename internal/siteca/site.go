@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package siteca
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddypki"
+)
+
+// handshakeTimeout is how long a server may take to choose a certificate. It takes longer
+// than a millisecond only where it asks another program.
+const handshakeTimeout = 2 * time.Second
+
+// Site finds the certificate authority of what a server presents.
+type Site struct {
+	// config is the server's TLS configuration.
+	config func() *tls.Config
+	// own returns the roots of Caddy's own authorities.
+	own func() []*x509.Certificate
+}
+
+// Of returns the site of server. It must be called while the config is provisioned, and
+// looks at nothing before the config runs.
+func Of(ctx caddy.Context, server *caddyhttp.Server) *Site {
+	return &Site{
+		config: sync.OnceValue(func() *tls.Config { return server.TLSConnPolicies.TLSConfig(ctx) }),
+		own: func() (roots []*x509.Certificate) {
+			app, err := ctx.AppIfConfigured("pki")
+			if err != nil {
+				return nil // no site has a certificate of Caddy's own
+			}
+			for _, ca := range app.(*caddypki.PKI).CAs {
+				roots = append(roots, ca.RootCertificate())
+			}
+			return roots
+		},
+	}
+}
+
+// CA returns the authority of the certificate that the sender of r was shown. It is nil if
+// that is a public one, or if the root is neither Caddy's own nor in the chain.
+func (s *Site) CA(r *http.Request) (*x509.Certificate, error) {
+	if s == nil || r.TLS == nil {
+		return nil, nil
+	}
+	chain, err := s.chain(r)
+	if err != nil {
+		return nil, fmt.Errorf("a handshake with this server: %w", err)
+	}
+	// First of all Caddy's own: Caddy adds those to what its host trusts.
+	if own := Root(chain, s.own()); own != nil {
+		return own, nil
+	}
+	if Public(chain) {
+		return nil, nil
+	}
+	return Root(chain, SelfSigned(chain)), nil
+}
+
+var errSeen = errors.New("the certificate has been seen")
+
+// chain returns what the server presents to the sender of r. Nothing but a handshake tells
+// what a server presents, which depends on policies for connections, on managers of
+// certificates, and on what the client offers. This one takes place in memory.
+func (s *Site) chain(r *http.Request) (chain []*x509.Certificate, err error) {
+	ctx, cancel := context.WithTimeout(r.Context(), handshakeTimeout)
+	defer cancel()
+	near, far := net.Pipe()
+	defer near.Close()
+	go func() {
+		defer far.Close()
+		_ = tls.Server(endpoints{far, r}, s.config()).HandshakeContext(ctx) // the client says why it failed
+	}()
+	client := tls.Client(near, &tls.Config{
+		ServerName: r.TLS.ServerName,
+		// The certificate is looked at, and nothing is sent.
+		InsecureSkipVerify: true, //nolint:gosec
+		VerifyConnection: func(state tls.ConnectionState) error {
+			chain = state.PeerCertificates
+			_ = near.Close() // or each end may wait for the other to read
+			return errSeen
+		},
+	})
+	if err := client.HandshakeContext(ctx); !errors.Is(err, errSeen) {
+		return nil, err
+	}
+	return chain, nil
+}
+
+// endpoints is a connection with the addresses of a request's.
+type endpoints struct {
+	net.Conn
+	r *http.Request
+}
+
+func (e endpoints) LocalAddr() net.Addr {
+	if addr, ok := e.r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
+		return addr
+	}
+	return e.Conn.LocalAddr()
+}
+
+func (e endpoints) RemoteAddr() net.Addr {
+	addr, err := netip.ParseAddrPort(e.r.RemoteAddr)
+	if err != nil {
+		return e.Conn.RemoteAddr()
+	}
+	return net.TCPAddrFromAddrPort(addr)
+}
