@@ -20,6 +20,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddytls"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
@@ -128,7 +129,26 @@ func (a *App) started() {
 	for _, authenticator := range a.running {
 		all = append(all, authenticator.Nodes()...)
 	}
+	a.nodes.names = tailscaleNames(a.ctx)
 	go a.watch(all)
+}
+
+// tailscaleNames returns the names of the config's sites for which Caddy asks Tailscale for
+// certificates, as it does for names below ts.net unless the config says otherwise.
+func tailscaleNames(ctx caddy.Context) (names []string) {
+	app, err := ctx.AppIfConfigured("tls")
+	if err != nil || app.(*caddytls.TLS).Automation == nil {
+		return nil // no site has a certificate, or none that Caddy looks after
+	}
+	for _, policy := range app.(*caddytls.TLS).Automation.Policies {
+		for _, manager := range policy.Managers {
+			switch manager.(type) {
+			case caddytls.Tailscale, *caddytls.Tailscale:
+				names = append(names, policy.Subjects()...)
+			}
+		}
+	}
+	return names
 }
 
 // retireListeners leaves new connections to the config that replaces this one. That is

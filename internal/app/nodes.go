@@ -5,6 +5,7 @@ package app
 import (
 	"context"
 	"math"
+	"strings"
 	"sync"
 	"time"
 
@@ -27,12 +28,16 @@ const (
 	expiryNotice = 7 * 24 * time.Hour
 	// remedy says what to do about a key that expires.
 	remedy = "Tailscale: turn key expiry off in the admin console; Headscale: headscale nodes expire --disable --identifier <id>"
+	// certRemedy says what to do where a tailnet has no certificates.
+	certRemedy = "Tailscale: turn on HTTPS certificates on the page DNS of the admin console; Headscale has none: configure another certificate, or tls internal"
 )
 
 // nodes watches the tailnet nodes of one config. A node whose key has expired tells
 // nobody: its callers time out.
 type nodes struct {
 	logger *zap.Logger
+	// names are the names of sites whose certificates come from Tailscale.
+	names []string
 
 	mu sync.Mutex
 	// states are how the nodes are, by their names in the config.
@@ -48,6 +53,8 @@ type nodeState struct {
 	logged bool
 	// noticed is the expiry of the key that was announced.
 	noticed time.Time
+	// certless reports whether it was logged that the tailnet has no certificates.
+	certless bool
 }
 
 // watch looks at all until ctx is done.
@@ -111,6 +118,7 @@ func (n *nodes) log(name string, s *nodeState, now time.Time) {
 			s.noticed = s.KeyExpiry
 			n.logger.Warn("the key of a tailnet node expires soon, and callers will time out", node, expiry, zap.String("remedy", remedy))
 		}
+		n.logCertificates(node, s)
 		return
 	}
 	if s.down.IsZero() {
@@ -125,6 +133,27 @@ func (n *nodes) log(name string, s *nodeState, now time.Time) {
 		s.logged = true
 		n.logger.Error("a tailnet node is not connected, and callers time out", node, zap.String("state", s.State), zap.Strings("health", s.Health))
 	}
+}
+
+// logCertificates logs, once, that sites of the tailnet of a node need certificates that the
+// tailnet does not have.
+func (n *nodes) logCertificates(node zap.Field, s *nodeState) {
+	if len(s.CertDomains) > 0 {
+		s.certless = false
+		return
+	}
+	_, tailnet, _ := strings.Cut(s.DNSName, ".")
+	var sites []string
+	for _, name := range n.names {
+		if _, domain, _ := strings.Cut(name, "."); tailnet != "" && strings.EqualFold(domain, tailnet) {
+			sites = append(sites, name)
+		}
+	}
+	if len(sites) == 0 || s.certless {
+		return
+	}
+	s.certless = true
+	n.logger.Error("sites need certificates from Tailscale, and the tailnet has none, so that TLS handshakes fail", node, zap.Strings("sites", sites), zap.String("remedy", certRemedy))
 }
 
 // up reports whether all nodes are up. Until they have been asked, none is.

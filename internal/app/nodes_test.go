@@ -49,10 +49,11 @@ func newFakeNode(name string, status tailnet.Status) *fakeNode {
 var running = tailnet.Status{State: "Running"}
 
 // watching watches nodes, and returns what is logged about them from one call to the next.
-func watching(t *testing.T, all ...*fakeNode) (n *nodes, logged func() []string) {
+// The sites called names need certificates from Tailscale.
+func watching(t *testing.T, names []string, all ...*fakeNode) (n *nodes, logged func() []string) {
 	t.Helper()
 	core, logs := observer.New(zapcore.InfoLevel)
-	n = &nodes{logger: zap.New(core)}
+	n = &nodes{logger: zap.New(core), names: names}
 	list := make([]*tailnet.Node, len(all))
 	for i, node := range all {
 		list[i] = &node.Node
@@ -88,7 +89,7 @@ func TestNodes_ExpiringKeyIsLoggedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		expiry := time.Now().Add(expiryNotice + time.Hour)
 		node := newFakeNode("k8s", tailnet.Status{State: "Running", KeyExpiry: expiry})
-		n, logged := watching(t, node)
+		n, logged := watching(t, nil, node)
 		check(t, "earlier", logged())
 		time.Sleep(2 * time.Hour)
 		check(t, "a week before", logged(), soon)
@@ -126,7 +127,7 @@ func TestNodes_DownNodeIsLoggedOnce(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				node := newFakeNode("k8s", tailnet.Status{State: "Starting"})
-				n, logged := watching(t, node)
+				n, logged := watching(t, nil, node)
 				time.Sleep(downPeriod - time.Second)
 				check(t, "while it starts", logged())
 				if n.up() {
@@ -148,7 +149,7 @@ func TestNodes_DownNodeIsLoggedOnce(t *testing.T) {
 // After a restart, the node does not know when its key expired.
 func TestNodes_ExpiredKeyIsToldByControlServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		_, logged := watching(t, newFakeNode("k8s", tailnet.Status{State: "NoState", Health: []string{
+		_, logged := watching(t, nil, newFakeNode("k8s", tailnet.Status{State: "NoState", Health: []string{
 			"You are logged out. The last login error was: weird: regen=true but server says NodeKeyExpired: nodekey:00",
 		}}))
 		check(t, "after a restart", logged(), expired)
@@ -159,7 +160,7 @@ func TestNodes_ExpiredKeyIsToldByControlServer(t *testing.T) {
 func TestNodes_WorstOfOneNameCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		expiry := time.Unix(4e9, 0)
-		n, logged := watching(t,
+		n, logged := watching(t, nil,
 			newFakeNode("a", running), newFakeNode("b", tailnet.Status{State: "Running", KeyExpiry: expiry}), newFakeNode("b", running),
 			newFakeNode("c", tailnet.Status{State: "Stopped"}), newFakeNode("c", running))
 		logged()
@@ -197,4 +198,46 @@ func TestNodes_NoneAreUp(t *testing.T) {
 			t.Error("no nodes are down")
 		}
 	})
+}
+
+const certless = "error: sites need certificates from Tailscale, and the tailnet has none, so that TLS handshakes fail: k8s"
+
+func TestNodes_TailnetWithoutCertificatesIsLoggedOnce(t *testing.T) {
+	const name = "k8s.example.ts.net"
+	for _, tt := range []struct {
+		what, node string
+		names      []string
+		want       []string
+	}{
+		{"a site has the node's name", name, []string{name}, []string{certless}},
+		{"a site has another name of the tailnet", name, []string{"K8S-1.Example.ts.net"}, []string{certless}},
+		{"a site has a name of another tailnet", name, []string{"k8s.other.ts.net"}, nil},
+		{"no site needs one", name, nil, nil},
+		{"the node has no name yet", "", []string{name, "k8s"}, nil},
+	} {
+		t.Run(tt.what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				node := newFakeNode("k8s", tailnet.Status{State: "Starting", DNSName: tt.node})
+				n, logged := watching(t, tt.names, node)
+				check(t, "while the node starts", logged())
+				up := tailnet.Status{State: "Running", DNSName: tt.node}
+				node.is(up, nil)
+				time.Sleep(nodesPeriod)
+				check(t, "when it has started", logged(), tt.want...)
+				time.Sleep(time.Hour)
+				check(t, "later", logged())
+				with := up
+				with.CertDomains = []string{tt.node}
+				node.is(with, nil)
+				time.Sleep(nodesPeriod)
+				check(t, "when the tailnet has certificates", logged())
+				node.is(up, nil)
+				time.Sleep(nodesPeriod)
+				check(t, "when it has none any more", logged(), tt.want...)
+				if !n.up() {
+					t.Error("the node is down")
+				}
+			})
+		})
+	}
 }

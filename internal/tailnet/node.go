@@ -81,6 +81,11 @@ type Status struct {
 	KeyExpiry time.Time
 	// Health is what the node itself says is wrong.
 	Health []string
+	// DNSName is the tailnet name of the node, empty if it does not know.
+	DNSName string
+	// CertDomains are the names for which the tailnet's control server has certificates
+	// issued. There are none unless an administrator turns that on.
+	CertDomains []string
 }
 
 // Up reports whether peers can reach the node.
@@ -170,8 +175,12 @@ func fromClient(name string, addrs func() (ip4, ip6 netip.Addr), client func() (
 			if err != nil {
 				return Status{}, err
 			}
-			out := Status{State: status.BackendState, Health: status.Health}
-			if status.Self != nil && status.Self.KeyExpiry != nil {
+			out := Status{State: status.BackendState, Health: status.Health, CertDomains: status.CertDomains}
+			if status.Self == nil {
+				return out, nil
+			}
+			out.DNSName = strings.TrimSuffix(status.Self.DNSName, ".")
+			if status.Self.KeyExpiry != nil {
 				out.KeyExpiry = *status.Self.KeyExpiry
 			}
 			return out, nil

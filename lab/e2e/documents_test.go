@@ -287,8 +287,11 @@ func checkCaddy(t *testing.T, root, line string, args []string) {
 	cmd.SetOut(&out)
 	args = slices.Clone(args[1:])
 	for i, arg := range args {
-		if arg == "policy.hujson" {
+		switch arg {
+		case "policy.hujson":
 			args[i] = filepath.Join("examples", arg)
+		case "root.crt":
+			args[i] = rootCertificate(t)
 		}
 	}
 	cmd.SetArgs(args)
