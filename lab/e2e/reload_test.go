@@ -300,6 +300,21 @@ func TestReload_SiteThatIsGoneAcceptsNothing(t *testing.T) {
 	}
 }
 
+// The config with the handler is told that it stops, whatever comes next.
+func TestReload_ConfigWithoutHandlerTakesOver(t *testing.T) {
+	reload(t, withVersion("with"))
+	wantVersion(t, "with")
+	globals, _, _ := strings.Cut(sites(theLab), "\nhttps://")
+	// On all nodes, so that none of them leaves its tailnet.
+	reload(t, fmt.Sprintf("%s\nhttp://:%s {\n\tbind tailscale/%s tailscale/%s tailscale/%s\n\trespond other\n}\n",
+		globals, portReloaded, lab.ProxyName, secondNode, foreignNode))
+	for i := range 3 {
+		if resp, err := trySend(t, theLab.Callers["bob"].Server, lab.ProxyName+":"+portReloaded, get("/api")); err != nil || resp.body != "other" {
+			t.Errorf("connection %d: %q, %v; want the answer of the config without the handler", i, resp.body, err)
+		}
+	}
+}
+
 // Servers of a config that fails to start may already accept connections.
 func TestReload_ConfigThatFailsToStartAcceptsNothing(t *testing.T) {
 	reload(t, withVersion("running"))
