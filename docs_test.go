@@ -49,6 +49,35 @@ func TestDocs_NamedTestsExist(t *testing.T) {
 	}
 }
 
+// docs/compatibility.md names the versions of the clients that the lab pins. Python and
+// Chromium are those of the distribution.
+func TestDocs_CompatibilityNamesPinnedVersions(t *testing.T) {
+	text, err := os.ReadFile("docs/compatibility.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ client, file, pin string }{
+		{"kubectl", "lab/tools/kubernetes/go.mod", `k8s\.io/kubernetes v(\S+)`},
+		{"`kubectl proxy`", "lab/tools/kubernetes/go.mod", `k8s\.io/kubernetes v(\S+)`},
+		{"Helm", "lab/tools/helm/go.mod", `helm\.sh/helm/v4 v(\S+)`},
+		{"client-go", "lab/go.mod", `k8s\.io/client-go v(\S+)`},
+		{"JavaScript `@kubernetes/client-node`", "lab/tools/client-node/package.json", `"@kubernetes/client-node": "([^"]+)"`},
+	} {
+		pins, err := os.ReadFile(tt.file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pin := regexp.MustCompile(tt.pin).FindSubmatch(pins)
+		if pin == nil {
+			t.Errorf("%s does not match %s", tt.file, tt.pin)
+			continue
+		}
+		if row := "\n| " + tt.client + " | " + string(pin[1]) + " | "; !strings.Contains(string(text), row) {
+			t.Errorf("docs/compatibility.md has no row that begins with %q", strings.TrimSpace(row))
+		}
+	}
+}
+
 // docs/faults.md says for each fault what happens, and which test shows it.
 func TestDocs_EachFaultNamesATest(t *testing.T) {
 	text, err := os.ReadFile("docs/faults.md")
