@@ -9,7 +9,7 @@ import "slices"
 // What no test here can tell apart is left out: locks, which the race detector
 // watches over in make test; how long an address that never answers is dialled; and
 // that a daemon is asked through its socket only, which makes a difference on macOS.
-var table = slices.Concat(requests, identities, recordings)
+var table = slices.Concat(requests, identities, kubeconfigs, recordings)
 
 // requests are the lines on the way of a request: who sent it, which node accepted it, what is sent.
 var requests = []file{
