@@ -166,3 +166,16 @@ func TestWhoami_ServerHasPathOfSite(t *testing.T) {
 		})
 	}
 }
+
+// The page names the authority of the certificate that the site presents.
+func TestWhoami_NamesPrivateCA(t *testing.T) {
+	s := proxytest.Config{API: proxytest.NewAPIServer(t), Body: "tailscale_impersonate {\nwhoami\n}", TLS: true, Nodes: []*tailnet.Node{proxytest.AliceNode()}}.Start(t)
+	resp := s.Get(t, "/whoami", "Accept: application/json\r\n")
+	var facts whoami.Facts
+	if err := json.NewDecoder(resp.Body).Decode(&facts); err != nil {
+		t.Fatalf("%s: %v", resp.Status, err)
+	}
+	if facts.CAFingerprint == "" || !strings.Contains(facts.Kubeconfig, "certificate-authority-data: ") {
+		t.Errorf("got fingerprint %q and kubeconfig\n%s\nwant those of the site's certificate, which signs itself", facts.CAFingerprint, facts.Kubeconfig)
+	}
+}

@@ -69,7 +69,7 @@ const (
 func TestWhoami_BrowserShowsUser(t *testing.T) {
 	b := onDevice(t, "erin", "443")
 	page := b.open(t, whoamiURL, "--dump-dom")
-	for _, want := range []string{"You are known here", "erin@example.com", "erin.tailnet.example", "from grant 1", "from grants 1 and 2", "https://k8s.tailnet.example"} {
+	for _, want := range []string{"You are known here", "erin@example.com", "erin.tailnet.example", "from grant 1", "from grants 1 and 2", "https://k8s.tailnet.example", "SHA-256 fingerprint"} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page does not say %q", want)
 		}
@@ -83,9 +83,9 @@ func TestWhoami_BrowserShowsUser(t *testing.T) {
 		screenshot
 		want color.NRGBA
 	}{
-		{screenshot{"whoami-light", image.Pt(900, 1450), nil}, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
-		{screenshot{"whoami-dark", image.Pt(900, 1450), []string{"--blink-settings=preferredColorScheme=0"}}, color.NRGBA{0x11, 0x14, 0x1b, 0xff}},
-		{screenshot{"whoami-phone", image.Pt(390, 1600), nil}, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
+		{screenshot{"whoami-light", image.Pt(900, 1630), nil}, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
+		{screenshot{"whoami-dark", image.Pt(900, 1630), []string{"--blink-settings=preferredColorScheme=0"}}, color.NRGBA{0x11, 0x14, 0x1b, 0xff}},
+		{screenshot{"whoami-phone", image.Pt(390, 1840), nil}, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
 	} {
 		picture := b.shoot(t, whoamiURL, tt.screenshot)
 		for _, corner := range []image.Point{{1, 1}, {tt.size.X - 2, tt.size.Y / 2}} {
