@@ -15,7 +15,7 @@ import (
 // Public reports whether this machine trusts chain, a certificate and its intermediates.
 func Public(chain []*x509.Certificate) bool { return verifies(chain, nil) }
 
-// Root returns the first of candidates that chain leads to, nil if there is none.
+// Root returns the first of candidates that chain leads to, nil if it leads to no candidate.
 func Root(chain, candidates []*x509.Certificate) *x509.Certificate {
 	for _, candidate := range candidates {
 		roots := x509.NewCertPool()

@@ -196,7 +196,7 @@ func TestPage_ShowsPrivateCA(t *testing.T) {
 		t.Errorf("as JSON: got fingerprint %q; want %s", facts.CAFingerprint, want)
 	}
 	if _, body := get(t, alice(), "GET", "/whoami", browser); strings.Contains(body, "private authority") {
-		t.Error("the page tells of a private authority where there is none")
+		t.Error("the page tells a reader of a public site about a private authority")
 	}
 }
 
