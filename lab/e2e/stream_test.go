@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -220,6 +221,38 @@ func (c *counter) Write(p []byte) (int, error) {
 		return len(p), c.complete()
 	}
 	return len(p), nil
+}
+
+// A command may end before it has read its input. Kubernetes itself then loses some exit codes
+// over SPDY, so not every run counts: TestTunnel_LastWordsReachClientThatIsSending is exact.
+func TestStream_ExitCodeOfCommandThatLeavesInput(t *testing.T) {
+	forEachProtocol(t, func(t *testing.T, p protocol) {
+		const runs = 12
+		input, kept := noise(5_000_000), 0
+		for range runs {
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			cmd, err := lab.Kubectl(ctx, theLab.Callers["alice"].Kubeconfig, "exec", "-i", lab.Pod, "--", "sh", "-c", "head -c 10 >/dev/null; exit 6")
+			if err != nil {
+				t.Fatal(err)
+			}
+			cmd.Env = append(cmd.Env, p.env...)
+			cmd.Stdin = bytes.NewReader(input)
+			began := time.Now()
+			out, err := cmd.CombinedOutput()
+			cancel()
+			if took := time.Since(began); took > 4*time.Second {
+				t.Errorf("kubectl ended only after %v", took)
+			}
+			if exit, ok := errors.AsType[*exec.ExitError](err); ok && exit.ExitCode() == 6 {
+				kept++
+			} else {
+				t.Logf("kubectl ended with %v: %s", err, out)
+			}
+		}
+		if kept < runs*2/3 {
+			t.Errorf("the exit code arrived in %d of %d runs", kept, runs)
+		}
+	})
 }
 
 // noise returns n incompressible bytes, the same on every call.
