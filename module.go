@@ -239,7 +239,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	case session != nil:
 		ctx, client = session.Watch(ctx), session.Wrap(w)
 	case upgrade.Requested(r.Header):
-		client = upgrade.Client(w)
+		client = sessionrecording.WrapUnrecorded(ctx, w, r, caller.Conn)
 	}
 	// transport kubernetes takes the identity from the context and writes the headers
 	// again as the request leaves, so that nothing in between can change it.

@@ -89,6 +89,40 @@ func TestSession_TaggedDeviceIsNamedByTags(t *testing.T) {
 	}
 }
 
+// Over SPDY, the end of a connection alone means to kubectl that the command has succeeded.
+func TestSession_ClientIsToldWhyAccessWasWithdrawn(t *testing.T) {
+	up := proxytest.NewPods(t)
+	for name, options := range map[string]string{"unrecorded": "", "recorded": "record " + t.TempDir()} {
+		node := proxytest.NewChangingNode()
+		s := proxytest.Config{
+			API: up, TLS: true, Nodes: []*tailnet.Node{node.Node},
+			Body: "tailscale_impersonate {\nrecheck_interval 1s\n" + options + "\n}\nreverse_proxy https://$UPSTREAM {\n$KUBERNETES\n}",
+		}.Start(t)
+		for protocol, open := range proxytest.Shells {
+			t.Run(name+"/"+protocol, func(t *testing.T) {
+				node.Says(proxytest.WhoIs(proxytest.Readers), nil)
+				since := proxytest.CountsSince(t, "recordings_total")
+				sh := proxytest.MustOpen(t, open, s)
+				sh.Say(t, "alice")
+				sh.Hear(t, "hello alice")
+				node.Says(proxytest.WhoIs(), nil)
+				shown, status := sh.End(t)
+				const why = "access was withdrawn: alice@example.com is no longer in group tailnet-readers"
+				// OpenSPDY and ExecTarget have a terminal.
+				if !strings.Contains(shown, why) {
+					t.Errorf("shown was %q; want the reason", shown)
+				}
+				if !strings.Contains(status, why) || !strings.Contains(status, `"Failure"`) {
+					t.Errorf("the status is %s; want a failure with the reason", status)
+				}
+				if name == "recorded" {
+					proxytest.WaitForCounts(t, since, map[string]float64{"recordings_total recorded": 1})
+				}
+			})
+		}
+	}
+}
+
 // What a client sends right after its request, without waiting for the answer, is
 // recorded as well.
 func TestSession_BytesBeforeSwitchAreRecorded(t *testing.T) {

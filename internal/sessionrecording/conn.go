@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"io"
 	"net"
 	"sync"
 	"time"
@@ -15,8 +14,7 @@ import (
 )
 
 const (
-	// farewellTimeout is how long a client may take to read why its session ends, and
-	// then to close the connection.
+	// farewellTimeout is how long a client may take to read why its session ends.
 	farewellTimeout = 2 * time.Second
 	readBuffer      = 32 << 10
 )
@@ -29,6 +27,8 @@ type conn struct {
 	farewell func(reason string) []byte
 	// cancel cancels the request to the API server.
 	cancel context.CancelFunc
+	// ctx is that of endWith, nil if it was not called.
+	ctx context.Context
 
 	// Only Read uses the following fields. early holds what the client sent before the
 	// connection was hijacked.
@@ -50,6 +50,29 @@ func newConn(nc net.Conn, early []byte, p protocol, cancel context.CancelFunc) *
 		Conn: nc, early: early, buffer: make([]byte, readBuffer), cancel: cancel, said: make(chan struct{}),
 		in: filter{next: p.fromClient}, out: filter{next: p.fromServer}, farewell: p.farewell,
 	}
+}
+
+// endWith ends the session when ctx is cancelled with a cause, and tells the client the
+// cause. It must be called before c is used.
+func (c *conn) endWith(ctx context.Context) {
+	c.ctx = ctx
+	context.AfterFunc(ctx, func() {
+		if cause := c.cancelled(); cause != nil {
+			c.end(cause)
+		}
+	})
+}
+
+// cancelled returns the cause with which the context was cancelled, nil if it was not, or
+// without a cause: the request is over, or the client has gone away.
+func (c *conn) cancelled() error {
+	if c.ctx == nil || c.ctx.Err() == nil {
+		return nil
+	}
+	if cause := context.Cause(c.ctx); cause != context.Canceled { //nolint:errorlint // causes are a context.Canceled as well
+		return cause
+	}
+	return nil
 }
 
 // Read implements [net.Conn]. It returns what the client sends.
@@ -136,28 +159,24 @@ func (c *conn) end(reason error) {
 	c.cancel()
 }
 
-// failed returns why the session was ended, nil if it was not.
+// failed returns why the session was ended or is about to be, nil if it is not.
 func (c *conn) failed() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.reason
+	return cmp.Or(c.reason, c.cancelled())
 }
 
 // CloseWrite closes the connection for writing.
 func (c *conn) CloseWrite() error { return upgrade.CloseWrite(c.Conn) }
 
-// Close closes the connection. If the session was ended, the client gets the time to read
-// why: closing a connection at once, with unread data from the client, would reset it, and
-// the client would lose what it has not read.
+// Close closes the connection, after the client was told why if the session was ended. It
+// does not wait for that.
 func (c *conn) Close() error {
 	if c.failed() == nil {
 		return c.Conn.Close()
 	}
 	go func() {
 		<-c.said
-		_ = c.SetReadDeadline(time.Now().Add(farewellTimeout))
-		_ = c.CloseWrite()
-		_, _ = io.Copy(io.Discard, c.Conn)
 		_ = c.Conn.Close()
 	}()
 	return nil

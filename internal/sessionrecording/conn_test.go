@@ -186,7 +186,6 @@ func (s *slow) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (s *slow) CloseWrite() error              { s.done <- "close for writing"; return nil }
 func (s *slow) Close() error                   { s.done <- "close"; return nil }
 func (*slow) Read([]byte) (int, error)         { return 0, io.EOF }
 func (*slow) SetReadDeadline(time.Time) error  { return nil }
@@ -211,7 +210,7 @@ func TestConn_FarewellPrecedesClose(t *testing.T) {
 	case <-time.After(100 * time.Millisecond): // long enough for a Close that does not wait
 	}
 	close(s.goOn)
-	for _, want := range []string{"write", "close for writing", "close"} {
+	for _, want := range []string{"write", "close"} {
 		select {
 		case got := <-s.done:
 			if got != want {

@@ -112,6 +112,7 @@ func (rec *Recorder) newSession(r *http.Request, caller authn.Caller, d decision
 		started:  now,
 		over:     make(chan struct{}),
 		cancel:   func() {},
+		client:   caller.Conn,
 		header: sessionrecording.CastHeader{
 			Command:       strings.Join(query["command"], " "),
 			SrcNode:       caller.Peer.Node,

@@ -19,6 +19,8 @@ import (
 	"tailscale.com/sessionrecording"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recorder"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
 
 // Session is a request that becomes an exec, an attach or a port-forward.
@@ -30,6 +32,7 @@ type Session struct {
 	enforce  bool
 	started  time.Time
 	header   sessionrecording.CastHeader
+	client   *tailnet.Conn
 	log      *zap.Logger
 
 	terminal   *terminal   // nil for a port-forward
@@ -43,6 +46,7 @@ type Session struct {
 	// of its terminal.
 	headerIsDue *time.Timer
 	over        chan struct{}      // closed by Close
+	ctx         context.Context    // that of Watch
 	cancel      context.CancelFunc // of the request to the API server
 
 	mu       sync.Mutex
@@ -59,6 +63,7 @@ type Session struct {
 // than the API server write after the request was sent does not prove that the command
 // did not run.
 func (s *Session) Watch(ctx context.Context) context.Context {
+	s.ctx = ctx
 	ctx, s.cancel = context.WithCancel(ctx)
 	count := func(n *int) {
 		s.mu.Lock()
@@ -75,6 +80,7 @@ func (s *Session) Watch(ctx context.Context) context.Context {
 // gets one that records. The result has no Unwrap method, so that no handler can reach
 // the client's connection itself.
 func (s *Session) Wrap(w http.ResponseWriter) http.ResponseWriter {
+	w = upgrade.Client(w)
 	return &responseWriter{w, s, http.NewResponseController(w)}
 }
 
@@ -112,7 +118,19 @@ func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		w.session.end(err)
 		return nil, nil, err
 	}
-	nc, buffered, err := w.controller.Hijack()
+	c, buffered, err := hijack(w.controller, protocol, w.session.cancel)
+	if err != nil {
+		return nil, nil, err
+	}
+	w.session.client.AllowFarewell()
+	c.endWith(w.session.ctx)
+	w.session.begin(c)
+	return c, buffered, nil
+}
+
+// hijack returns the client's connection of a session with the given protocol.
+func hijack(w *http.ResponseController, p protocol, cancel context.CancelFunc) (*conn, *bufio.ReadWriter, error) {
+	nc, buffered, err := w.Hijack()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -125,8 +143,7 @@ func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if _, err := io.ReadFull(buffered, early); err != nil {
 		return nil, nil, errors.Join(err, nc.Close())
 	}
-	c := newConn(nc, early, protocol, w.session.cancel)
-	w.session.begin(c)
+	c := newConn(nc, early, p, cancel)
 	return c, bufio.NewReadWriter(bufio.NewReader(c), bufio.NewWriter(c)), nil
 }
 
@@ -283,7 +300,9 @@ func (s *Session) Close() {
 	}
 	if reason != nil {
 		s.log.Warn("the session was ended", zap.NamedError("reason", reason))
-		outcome = Ended
+		if !errors.Is(reason, context.Canceled) { // which is not about its recording
+			outcome = Ended
+		}
 	}
 	fields := []zap.Field{zap.String("outcome", string(outcome)), zap.Duration("duration", time.Since(s.started))}
 	if s.file != nil {

@@ -32,21 +32,28 @@ func newTerminal(tty bool, over <-chan struct{}) *terminal {
 
 // protocol returns the protocol with the given version over upgrade.
 func (t *terminal) protocol(upgrade, version string) (protocol, error) {
+	t.unsized = upgrade == spdyUpgrade &&
+		!slices.Contains([]string{remotecommand.StreamProtocolV3Name, remotecommand.StreamProtocolV4Name, remotecommand.StreamProtocolV5Name}, version)
+	return terminalProtocol(t, t.tty, upgrade, version)
+}
+
+// terminalProtocol returns the protocol of an exec or an attach, with the given version
+// over upgrade.
+func terminalProtocol(o observer, tty bool, upgrade, version string) (protocol, error) {
 	status := slices.Contains([]string{remotecommand.StreamProtocolV4Name, remotecommand.StreamProtocolV5Name, v4Base64Channels}, version)
 	if upgrade == spdyUpgrade {
-		p, err := newSPDY(t)
+		p, err := newSPDY(o)
 		if err != nil {
 			return nil, err
 		}
 		p.status, p.out = status, stderr
-		if t.tty {
+		if tty {
 			p.out = stdout
 		}
-		t.unsized = !slices.Contains([]string{remotecommand.StreamProtocolV3Name, remotecommand.StreamProtocolV4Name, remotecommand.StreamProtocolV5Name}, version)
 		return p, nil
 	}
 	p := &webSocket{
-		observer: t,
+		observer: o,
 		base64:   strings.HasSuffix(version, base64Channels),
 		closes:   version == remotecommand.StreamProtocolV5Name,
 		status:   status,
@@ -54,14 +61,17 @@ func (t *terminal) protocol(upgrade, version string) (protocol, error) {
 		out:      remotecommand.StreamStdErr,
 		errors:   remotecommand.StreamErr,
 	}
-	if t.tty {
+	if tty {
 		p.out = remotecommand.StreamStdOut
 	}
 	return p, nil
 }
 
 // streamOpened implements observer.
-func (*terminal) streamOpened(h streamHeader) (stream, error) {
+func (*terminal) streamOpened(h streamHeader) (stream, error) { return terminalStream(h) }
+
+// terminalStream returns what a stream of an exec or an attach carries.
+func terminalStream(h streamHeader) (stream, error) {
 	what := stream(h.Get(corev1.StreamType))
 	if !slices.Contains([]stream{stdin, stdout, stderr, errs, resize}, what) {
 		return "", fmt.Errorf("a stream of the unknown type %q", what)

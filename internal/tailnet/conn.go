@@ -31,7 +31,17 @@ type Conn struct {
 
 	// end implements End.
 	end func(cause error)
+	// farewell is set by AllowFarewell.
+	farewell atomic.Bool
 }
+
+// farewellTimeout is how long a connection may stay open after its end.
+const farewellTimeout = 10 * time.Second
+
+// AllowFarewell makes End close the connection only after ten seconds. Whoever calls it
+// has taken the connection over, passes nothing on once the context is cancelled, and
+// closes the connection after it has told the client why.
+func (c *Conn) AllowFarewell() { c.farewell.Store(true) }
 
 // End cancels the contexts of all requests on the connection, with cause, and closes the
 // connection. It does not wait.
@@ -68,8 +78,12 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 	ctx, cancel := context.WithCancelCause(ctx)
 	conn.end = func(cause error) {
 		cancel(cause)
+		wait := time.Duration(0)
+		if conn.farewell.Load() {
+			wait = farewellTimeout
+		}
 		// Closing TLS writes to the peer, which may not be reading.
-		go func() { _ = c.Close() }()
+		time.AfterFunc(wait, func() { _ = c.Close() })
 	}
 	return context.WithValue(ctx, connKey{}, connOrError{conn, err})
 }

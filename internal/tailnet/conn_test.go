@@ -326,6 +326,33 @@ func TestEnd_ClosesConnectionAndRequests(t *testing.T) {
 	}
 }
 
+// A session tells its client why it ends. Its requests end at once.
+func TestEnd_LeavesTimeForFarewell(t *testing.T) {
+	dialled, accepted := proxytest.Connect(t, proxytest.AliceAddr, proxytest.NodeAddr)
+	ctx := tailnet.ConnContext(t.Context(), accepted)
+	conn, err := tailnet.ConnFrom(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.AllowFarewell()
+	conn.End(errors.New("withdrawn"))
+	<-ctx.Done()
+	time.Sleep(100 * time.Millisecond) // long enough to close it
+	if _, err := accepted.Write([]byte("goodbye")); err != nil {
+		t.Fatal(err)
+	}
+	if err := dialled.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(dialled)
+	if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() {
+		t.Error("the connection is still open")
+	}
+	if string(got) != "goodbye" {
+		t.Errorf("the client reads %q", got)
+	}
+}
+
 // It must not panic on values that it cannot look into.
 func TestEmbedded_FindsNothing(t *testing.T) {
 	type named struct{ Conn net.Conn }

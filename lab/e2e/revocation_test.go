@@ -44,6 +44,7 @@ func TestRevocation_WithdrawnGrantEndsOpenStreams(t *testing.T) {
 			}
 		}
 		t.Logf("all streams ended within %.1f s", time.Since(withdrawn).Seconds())
+		his.exec.failedWith(t, "access was withdrawn: dave@example.com is no longer in group "+masters())
 		others.flow(t)
 	})
 }

@@ -147,6 +147,24 @@ func (s *session) silentUntil(t *testing.T, then time.Time) {
 	}
 }
 
+// failedWith fails the test unless kubectl has ended, with a non-zero exit code and with the
+// reason on standard error.
+func (s *session) failedWith(t *testing.T, reason string) {
+	t.Helper()
+	select {
+	case <-s.ended:
+	default:
+		t.Errorf("%s still runs", s.what)
+		return
+	}
+	if _, ok := errors.AsType[*exec.ExitError](s.err); !ok {
+		t.Errorf("%s ended with %v; want a non-zero exit code", s.what, s.err)
+	}
+	if !strings.Contains(s.stderr.String(), reason) {
+		t.Errorf("%s wrote %q; want %q", s.what, s.stderr.String(), reason)
+	}
+}
+
 // stop kills kubectl.
 func (s *session) stop() {
 	s.cancel()
