@@ -79,7 +79,7 @@ func (c *conn) cancelled() error {
 func (c *conn) Read(p []byte) (int, error) {
 	for len(c.ready) == 0 {
 		if err := c.failed(); err != nil {
-			return 0, err
+			return 0, c.drain(err)
 		}
 		if c.err != nil {
 			return 0, c.err
@@ -99,6 +99,16 @@ func (c *conn) Read(p []byte) (int, error) {
 	n := copy(p, c.ready)
 	c.ready = c.ready[n:]
 	return n, nil
+}
+
+// drain discards what the client sends after the session was ended, until the client was
+// told why and has closed the connection. It returns reason.
+func (c *conn) drain(reason error) error {
+	<-c.said
+	for c.err == nil {
+		_, c.err = c.Conn.Read(c.buffer)
+	}
+	return reason
 }
 
 // Write implements [net.Conn]. It sends to the client what comes from the API server.
@@ -153,7 +163,7 @@ func (c *conn) end(reason error) {
 		_, _ = c.Conn.Write(c.farewell(shorten("The session was ended by the proxy: " + reason.Error())))
 	}
 	c.write.Unlock()
-	_ = c.SetReadDeadline(time.Now()) // wakes up Read
+	_ = c.Conn.Close() // when the client has had the time to read
 	close(c.said)
 	// reverse_proxy may be waiting for a pod that neither reads nor prints.
 	c.cancel()
@@ -166,18 +176,14 @@ func (c *conn) failed() error {
 	return cmp.Or(c.reason, c.cancelled())
 }
 
-// CloseWrite closes the connection for writing.
-func (c *conn) CloseWrite() error { return upgrade.CloseWrite(c.Conn) }
+// CloseWrite closes the connection: the API server says no more.
+func (c *conn) CloseWrite() error { return c.Close() }
 
-// Close closes the connection, after the client was told why if the session was ended. It
-// does not wait for that.
+// Close closes the connection. If the session was ended, end does that after it has told
+// the client why.
 func (c *conn) Close() error {
-	if c.failed() == nil {
-		return c.Conn.Close()
+	if c.failed() != nil {
+		return nil
 	}
-	go func() {
-		<-c.said
-		_ = c.Conn.Close()
-	}()
-	return nil
+	return c.Conn.Close()
 }

@@ -150,8 +150,9 @@ func (w *wire) Write(p []byte) (int, error) {
 	return w.wrote.Write(p)
 }
 
-// SetReadDeadline and SetWriteDeadline implement [net.Conn].
-func (*wire) SetReadDeadline(time.Time) error  { return nil }
+// Read, Close and SetWriteDeadline implement [net.Conn].
+func (*wire) Read([]byte) (int, error)         { return 0, io.EOF }
+func (*wire) Close() error                     { return nil }
 func (*wire) SetWriteDeadline(time.Time) error { return nil }
 
 // After a part of a frame, the client would read the farewell as output of the pod.
@@ -188,7 +189,6 @@ func (s *slow) Write(p []byte) (int, error) {
 
 func (s *slow) Close() error                   { s.done <- "close"; return nil }
 func (*slow) Read([]byte) (int, error)         { return 0, io.EOF }
-func (*slow) SetReadDeadline(time.Time) error  { return nil }
 func (*slow) SetWriteDeadline(time.Time) error { return nil }
 
 // reverse_proxy may close the connection of a session that ends, but the client is told

@@ -9,11 +9,12 @@
 // the end of every other session. So a write fails while another one is in progress on
 // the same side.
 //
-// A tunnel of reverse_proxy ends with the first error, in either direction. What the API
-// server says last, such as the exit code of a command that did not read all of its
-// input, must reach the client nevertheless. So a write to the API server that fails is
-// no error as long as there may be something to read from it, and closing the client's
-// connection leaves the client the time to read.
+// reverse_proxy ends a tunnel with the first error in either direction, and closes both
+// connections. What the API server says last has to reach the client nevertheless: it may
+// be the exit code of a command that did not read all of its input. So only the API
+// server's silence ends a tunnel, not a failed write to it. And a client that is still
+// sending when its connection is closed has to be read from, as the connection would be
+// reset otherwise: see [clientConn.Close].
 package upgrade
 
 import (
@@ -24,6 +25,7 @@ import (
 	"net/http"
 	"reflect"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -34,6 +36,9 @@ const (
 	// lingerTimeout is how long a client may take to read what it was sent last, and then
 	// to close the connection.
 	lingerTimeout = 5 * time.Second
+	// maxDiscarded is how many bytes of a client are discarded in either case. It is more
+	// than a fast connection has in flight.
+	maxDiscarded = 64 << 20
 )
 
 // ErrBusy is the error of a write while another one is in progress.
@@ -79,27 +84,61 @@ func CloseWrite(conn any) error {
 // clientConn is the client's side.
 type clientConn struct {
 	net.Conn
-	out  writer
-	once sync.Once
+	out writer
+
+	close     sync.Once
+	closed    atomic.Bool   // Close was called
+	discarded int           // by Read since then
+	readEnded chan struct{} // closed once Read has failed
+	endRead   sync.Once     // closes readEnded
+}
+
+// Read implements [net.Conn]. Once c is closed, it discards what the client sends until
+// the client closes the connection.
+func (c *clientConn) Read(p []byte) (int, error) {
+	for {
+		n, err := c.Conn.Read(p)
+		if c.closed.Load() {
+			c.discarded += n
+			n = 0
+			if c.discarded > maxDiscarded {
+				err = net.ErrClosed
+			}
+		}
+		if err != nil {
+			c.endRead.Do(func() { close(c.readEnded) })
+		}
+		if n > 0 || err != nil {
+			return n, err
+		}
+	}
 }
 
 // Write implements [net.Conn].
 func (c *clientConn) Write(p []byte) (int, error) { return c.out.Write(p) }
 
-// CloseWrite closes c for writing.
-func (c *clientConn) CloseWrite() error { return CloseWrite(c.Conn) }
+// CloseWrite closes c: the API server says no more, and listens no more.
+func (c *clientConn) CloseWrite() error { return c.Close() }
 
-// Close closes c, once the client has closed it or has had the time to read: closing a
-// connection at once, with unread data from the client, would reset it, and the client
-// would lose what it has not read. Close does not wait for that.
+// Close tells the client that nothing follows, and closes the connection when the client
+// has closed it as well, or after lingerTimeout. It does not wait for that.
+//
+// A connection that is closed while data arrives is reset, and the client may lose what it
+// has not read yet. So the goroutine that copies to the API server goes on reading.
 func (c *clientConn) Close() error {
-	c.once.Do(func() {
-		// For a Read that waits as well: until then, it reads what the client sends.
-		_ = c.SetReadDeadline(time.Now().Add(lingerTimeout))
+	c.close.Do(func() {
+		c.closed.Store(true)
+		if !c.out.mu.TryLock() { // and keep it: nothing more is written
+			_ = c.Conn.Close() // a client that does not read blocks a write
+			return
+		}
+		timeout := time.After(lingerTimeout)
 		go func() {
-			// Otherwise the client would not notice the end before the timeout.
-			if c.CloseWrite() == nil {
-				_, _ = io.Copy(io.Discard, c.Conn)
+			if CloseWrite(c.Conn) == nil {
+				select {
+				case <-c.readEnded:
+				case <-timeout:
+				}
 			}
 			_ = c.Conn.Close()
 		}()
@@ -112,80 +151,42 @@ type serverConn struct {
 	io.ReadWriteCloser
 	out writer
 
-	mu sync.Mutex
-	// unsent is the error of a write, nil if none has failed. From then on everything
-	// that is written is discarded.
-	unsent error
-	// over is set when there is nothing more to read.
-	over  bool
-	drain *time.Timer // closes the connection after drainTimeout, nil if unsent is
+	deaf      atomic.Bool  // a write has failed
+	discarded atomic.Int64 // bytes since then
 }
 
-// Read implements [io.Reader].
-func (c *serverConn) Read(p []byte) (int, error) {
-	n, err := c.ReadWriteCloser.Read(p)
-	if err != nil {
-		c.mu.Lock()
-		c.over = true
-		c.mu.Unlock()
-	}
-	return n, err
-}
-
-// Write implements [io.Writer]. It reports the error of a write only when there is nothing
-// more to read.
+// Write implements [io.Writer]. If the API server no longer takes what is written, Write
+// discards it without an error.
 func (c *serverConn) Write(p []byte) (int, error) {
-	if discard, err := c.failed(nil); discard {
-		return len(p), err
+	if !c.deaf.Load() {
+		n, err := c.out.Write(p)
+		if err == nil || errors.Is(err, ErrBusy) {
+			return n, err
+		}
+		c.drain()
 	}
-	n, err := c.out.Write(p)
-	if err == nil || errors.Is(err, ErrBusy) {
-		return n, err
-	}
-	if _, err = c.failed(err); err != nil {
-		return n, err
+	if c.discarded.Add(int64(len(p))) > maxDiscarded {
+		_ = c.Close()
 	}
 	return len(p), nil
 }
 
-// CloseWrite closes c for writing. Like Write, it reports an error only when there is
-// nothing more to read, or if c cannot be closed in one direction.
+// CloseWrite closes c for writing. Like Write, it reports no failure, unless c cannot be
+// closed in one direction.
 func (c *serverConn) CloseWrite() error {
-	if discard, err := c.failed(nil); discard {
-		return err
-	}
 	err := CloseWrite(c.ReadWriteCloser)
 	if err == nil || errors.Is(err, errors.ErrUnsupported) {
 		return err
 	}
-	_, err = c.failed(err)
-	return err
+	c.drain()
+	return nil
 }
 
-// failed notes that a write failed with err, unless err is nil. It reports whether any
-// write has failed, and returns the error if there is nothing more to read.
-func (c *serverConn) failed(err error) (failed bool, report error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.unsent == nil && err != nil {
-		c.unsent = err
-		c.drain = time.AfterFunc(drainTimeout, func() { _ = c.ReadWriteCloser.Close() })
+// drain leaves the API server the time to say what it has to say.
+func (c *serverConn) drain() {
+	if !c.deaf.Swap(true) {
+		time.AfterFunc(drainTimeout, func() { _ = c.Close() })
 	}
-	if c.unsent == nil || !c.over {
-		return c.unsent != nil, nil
-	}
-	return true, c.unsent
-}
-
-// Close closes c.
-func (c *serverConn) Close() error {
-	c.mu.Lock()
-	c.over = true
-	if c.drain != nil {
-		c.drain.Stop()
-	}
-	c.mu.Unlock()
-	return c.ReadWriteCloser.Close()
 }
 
 // Server wraps the body of resp, if resp switches protocols, in a connection whose writes
@@ -211,5 +212,5 @@ func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	return &clientConn{Conn: conn, out: writer{Writer: conn}}, buffered, nil
+	return &clientConn{Conn: conn, out: writer{Writer: conn}, readEnded: make(chan struct{})}, buffered, nil
 }
