@@ -308,6 +308,7 @@ func (s *WebSocketShell) End(t testing.TB) (shown, status string) {
 		if err := s.next(); errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Fatalf("there is no end, with %q shown", s.shown)
 		} else if err != nil {
+			s.Leave() // as kubectl does
 			return s.shown, s.status
 		}
 	}
@@ -387,6 +388,7 @@ func (s *spdyShell) End(t testing.TB) (shown, status string) {
 	t.Helper()
 	rest, _ := io.ReadAll(s.stdout)
 	text, _ := io.ReadAll(s.errors)
+	s.Leave() // as kubectl does
 	return s.shown + string(rest), string(text)
 }
 

@@ -115,7 +115,12 @@ func (c *clientConn) Read(p []byte) (int, error) {
 }
 
 // Write implements [net.Conn].
-func (c *clientConn) Write(p []byte) (int, error) { return c.out.Write(p) }
+func (c *clientConn) Write(p []byte) (int, error) {
+	if c.closed.Load() {
+		return 0, net.ErrClosed
+	}
+	return c.out.Write(p)
+}
 
 // CloseWrite closes c: the API server says no more, and listens no more.
 func (c *clientConn) CloseWrite() error { return c.Close() }
@@ -128,7 +133,7 @@ func (c *clientConn) CloseWrite() error { return c.Close() }
 func (c *clientConn) Close() error {
 	c.close.Do(func() {
 		c.closed.Store(true)
-		if !c.out.mu.TryLock() { // and keep it: nothing more is written
+		if !c.out.mu.TryLock() { // which is never unlocked: nothing more is written
 			_ = c.Conn.Close() // a client that does not read blocks a write
 			return
 		}

@@ -39,8 +39,6 @@ func (s *stalled) Read([]byte) (int, error) { return 0, io.EOF }
 
 func (s *stalled) Close() error { close(s.over); return nil }
 
-func (*stalled) SetReadDeadline(time.Time) error { return nil }
-
 // half can be closed in one direction.
 type half struct{ *stalled }
 
@@ -86,16 +84,18 @@ func TestWrite_FailsWhileAnotherIsInProgress(t *testing.T) {
 		if err := c.Close(); err != nil {
 			t.Error(err)
 		}
-		if err := <-written; !errors.Is(err, io.ErrClosedPipe) {
-			t.Errorf("%s: got %v; want the connection's own error", side, err)
+		// What is written to the API server is discarded from now on.
+		want := map[string]error{"client": io.ErrClosedPipe}[side]
+		if err := <-written; !errors.Is(err, want) {
+			t.Errorf("%s: got %v; want %v", side, err, want)
 		}
 	}
 }
 
 func TestCloseWrite(t *testing.T) {
 	for _, tt := range []struct {
-		conn           net.Conn
-		client, server error
+		conn         net.Conn
+		want, server error
 	}{
 		{newStalled(), errors.ErrUnsupported, errors.ErrUnsupported},
 		// There may be something to read from the API server.
@@ -103,11 +103,12 @@ func TestCloseWrite(t *testing.T) {
 		// As Caddy wraps it for the access log.
 		{&wrapped{half{newStalled()}}, errHalf, nil},
 	} {
-		c := sides(t, tt.conn)
-		for side, want := range map[string]error{"client": tt.client, "server": tt.server} {
-			if err := c[side].(interface{ CloseWrite() error }).CloseWrite(); !errors.Is(err, want) {
-				t.Errorf("%s: got %v; want %v", side, err, want)
-			}
+		if err := upgrade.CloseWrite(tt.conn); !errors.Is(err, tt.want) {
+			t.Errorf("got %v; want %v", err, tt.want)
+		}
+		server := sides(t, tt.conn)["server"].(interface{ CloseWrite() error })
+		if err := server.CloseWrite(); !errors.Is(err, tt.server) {
+			t.Errorf("server: got %v; want %v", err, tt.server)
 		}
 	}
 }
@@ -221,32 +222,146 @@ func TestTunnel_LastWordsReachClientThatHasSentAll(t *testing.T) {
 	}
 }
 
-// silent says nothing, and takes nothing.
-type silent struct{ closed chan struct{} }
+// silent is an API server that takes and says nothing.
+type silent struct {
+	closed chan struct{}
+	once   *sync.Once
+}
 
-func (silent) Write([]byte) (int, error)       { return 0, io.ErrClosedPipe }
-func (s silent) Read([]byte) (int, error)      { <-s.closed; return 0, net.ErrClosed }
-func (s silent) Close() error                  { close(s.closed); return nil }
-func (silent) SetReadDeadline(time.Time) error { return nil }
+func newSilent() silent { return silent{make(chan struct{}), new(sync.Once)} }
+
+func (silent) Write([]byte) (int, error)  { return 0, io.ErrClosedPipe }
+func (silent) CloseWrite() error          { return io.ErrClosedPipe }
+func (s silent) Read([]byte) (int, error) { <-s.closed; return 0, net.ErrClosed }
+func (s silent) Close() error             { s.once.Do(func() { close(s.closed) }); return nil }
 
 // An API server that neither takes nor says anything must not keep the tunnel open.
 func TestServer_DrainsForLimitedTime(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		resp := &http.Response{StatusCode: http.StatusSwitchingProtocols, Body: silent{make(chan struct{})}}
-		upgrade.Server(resp)
-		c := resp.Body.(io.ReadWriter)
-		began := time.Now()
-		if n, err := c.Write([]byte("x")); n != 1 || err != nil {
-			t.Errorf("got %d, %v; want no error while there may be something to read", n, err)
+	for what, say := range map[string]func(io.ReadWriter) error{
+		"Write":      func(c io.ReadWriter) error { _, err := c.Write([]byte("x")); return err },
+		"CloseWrite": func(c io.ReadWriter) error { return c.(interface{ CloseWrite() error }).CloseWrite() },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			resp := &http.Response{StatusCode: http.StatusSwitchingProtocols, Body: newSilent()}
+			upgrade.Server(resp)
+			c := resp.Body.(io.ReadWriter)
+			began := time.Now()
+			if err := say(c); err != nil {
+				t.Errorf("%s: got %v; want no error while there may be something to read", what, err)
+			}
+			if _, err := c.Read(make([]byte, 1)); err == nil {
+				t.Errorf("%s: got no error from reading", what)
+			}
+			if waited := time.Since(began); waited != 10*time.Second {
+				t.Errorf("%s: reading ended after %v", what, waited)
+			}
+		})
+	}
+}
+
+func TestServer_DiscardsLimitedAmount(t *testing.T) {
+	s := newSilent()
+	resp := &http.Response{StatusCode: http.StatusSwitchingProtocols, Body: s}
+	upgrade.Server(resp)
+	for range 64 {
+		if n, err := resp.Body.(io.Writer).Write(make([]byte, 1<<20)); n != 1<<20 || err != nil {
+			t.Fatalf("got %d, %v", n, err)
 		}
-		if _, err := c.Read(make([]byte, 1)); err == nil {
-			t.Error("got no error from reading")
-		}
-		if waited := time.Since(began); waited != 10*time.Second {
-			t.Errorf("reading ended after %v", waited)
-		}
-		if _, err := c.Write([]byte("x")); !errors.Is(err, io.ErrClosedPipe) {
-			t.Errorf("got %v; want the error of the write that failed", err)
-		}
-	})
+	}
+	select {
+	case <-s.closed:
+		t.Fatal("the connection is closed after 64 MiB")
+	default:
+	}
+	if _, err := resp.Body.(io.Writer).Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-s.closed:
+	default:
+		t.Error("more than 64 MiB are discarded")
+	}
+}
+
+// sender is a client that sends as long as its connection is open, or nothing.
+type sender struct {
+	net.Conn
+	silent
+	nothing bool
+	sent    *int
+}
+
+func (s sender) Read(p []byte) (int, error) {
+	if s.nothing {
+		return s.silent.Read(p)
+	}
+	select {
+	case <-s.closed:
+		return 0, net.ErrClosed
+	default:
+		*s.sent += len(p)
+		return len(p), nil
+	}
+}
+
+func (s sender) Write(p []byte) (int, error) { return len(p), nil }
+func (s sender) CloseWrite() error           { return nil }
+func (s sender) Close() error                { return s.silent.Close() }
+
+// clientOf returns conn wrapped as a client's side.
+func clientOf(t *testing.T, conn net.Conn) net.Conn {
+	t.Helper()
+	c, _, err := http.NewResponseController(upgrade.Client(hijacked{httptest.NewRecorder(), conn})).Hijack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// A client that does not close its connection must not keep it open.
+func TestClient_LingersForLimitedTime(t *testing.T) {
+	for _, read := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			s := sender{silent: newSilent(), nothing: true}
+			c := clientOf(t, s)
+			began := time.Now()
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if took := time.Since(began); took != 0 {
+				t.Errorf("Close takes %v", took)
+			}
+			if read {
+				if _, err := c.Read(make([]byte, 1)); err == nil {
+					t.Error("got no error from reading")
+				}
+			}
+			<-s.closed
+			if waited := time.Since(began); waited != 5*time.Second {
+				t.Errorf("the connection is closed after %v", waited)
+			}
+		})
+	}
+}
+
+// What a client sends after the end reaches no one.
+func TestClient_DiscardsLimitedAmount(t *testing.T) {
+	s := sender{silent: newSilent(), sent: new(int)}
+	c := clientOf(t, s)
+	if n, err := c.Read(make([]byte, 1<<20)); n != 1<<20 || err != nil {
+		t.Errorf("got %d bytes, %v", n, err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := c.Read(make([]byte, 1<<20)); n != 0 || err == nil {
+		t.Errorf("got %d bytes, %v after Close", n, err)
+	}
+	if *s.sent > 70<<20 {
+		t.Errorf("%d bytes are discarded", *s.sent)
+	}
+	<-s.closed
+	if n, err := c.Write([]byte("x")); n != 0 || !errors.Is(err, net.ErrClosed) {
+		t.Errorf("writing after the end: got %d, %v", n, err)
+	}
 }
