@@ -23,15 +23,14 @@ const (
 // handler returns the part of a kubelet's API through which an API server streams.
 func (s *Server) handler() http.Handler {
 	mux := http.NewServeMux()
-	// An API server keeps the client's method: POST for SPDY, GET for WebSocket.
-	for _, method := range []string{"GET", "POST"} {
-		mux.HandleFunc(method+" /exec/{namespace}/{pod}/{container}", s.serveExec)
-		mux.HandleFunc(method+" /attach/{namespace}/{pod}/{container}", s.serveAttach)
-		mux.HandleFunc(method+" /portForward/{namespace}/{pod}", s.servePortForward)
-	}
 	mux.HandleFunc("GET /containerLogs/{namespace}/{pod}/{container}", s.serveLogs)
+	mux.HandleFunc("/", s.passOn)
+	return s.counted(mux)
+}
+
+// counted returns h for requests that Stop waits for.
+func (s *Server) counted(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// Count the request, so that Stop waits for it.
 		s.mu.Lock()
 		if s.stopped {
 			s.mu.Unlock()
@@ -41,7 +40,7 @@ func (s *Server) handler() http.Handler {
 		s.work.Add(1)
 		s.mu.Unlock()
 		defer s.work.Done()
-		mux.ServeHTTP(w, r)
+		h.ServeHTTP(w, r)
 	})
 }
 

@@ -34,6 +34,7 @@ type Server struct {
 	dir      string
 	http     *http.Server
 	listener *listener
+	runtime  *runtime
 
 	ctx    context.Context // cancelled by Stop
 	cancel context.CancelFunc
@@ -83,6 +84,9 @@ func Start(cfg Config) (*Server, error) {
 	}
 	// Streams hijack connections, which HTTP/2 does not support.
 	s.http.Protocols.SetHTTP1(true)
+	if err := s.startRuntime(); err != nil {
+		return nil, errors.Join(fmt.Errorf("start kubelet: %w", err), tcp.Close(), logFile.Close())
+	}
 	s.work.Go(func() {
 		defer logFile.Close()
 		if err := s.http.ServeTLS(s.listener, "", ""); !errors.Is(err, http.ErrServerClosed) {
@@ -140,7 +144,7 @@ func (s *Server) Stop() error {
 	s.mu.Unlock()
 
 	s.cancel()
-	err := s.http.Close()
+	err := errors.Join(s.http.Close(), s.runtime.stop())
 	s.listener.closeConns() // http.Server does not close hijacked ones
 	for _, p := range pods {
 		p.stop()
