@@ -96,6 +96,9 @@ func (c *conn) Read(p []byte) (int, error) {
 			c.end(err)
 		}
 	}
+	if err := c.cancelled(); err != nil {
+		return 0, c.drain(err)
+	}
 	n := copy(p, c.ready)
 	c.ready = c.ready[n:]
 	return n, nil

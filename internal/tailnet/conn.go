@@ -38,9 +38,9 @@ type Conn struct {
 // farewellTimeout is how long a connection may stay open after its end.
 const farewellTimeout = 10 * time.Second
 
-// AllowFarewell makes End close the connection only after ten seconds. Whoever calls it
-// has taken the connection over, passes nothing on once the context is cancelled, and
-// closes the connection after it has told the client why.
+// AllowFarewell makes End close the connection only after ten seconds. Who calls it has
+// taken the connection over, passes nothing on once the context is cancelled, and closes
+// the connection when the client has been told why.
 func (c *Conn) AllowFarewell() { c.farewell.Store(true) }
 
 // End cancels the contexts of all requests on the connection, with cause, and closes the
@@ -203,7 +203,8 @@ func isCaddys(v any) bool {
 func embedded(v any, name string) any { return field(v, name, true) }
 
 // field returns the value of v's field of that name, or nil. It unwraps what has no
-// Unwrap method, and is the only function that looks into types of other packages.
+// Unwrap method. Besides upgrade.CloseWrite, it is the only function that looks into types
+// of other packages.
 func field(v any, name string, embedded bool) any {
 	s := reflect.Indirect(reflect.ValueOf(v))
 	if s.Kind() != reflect.Struct {

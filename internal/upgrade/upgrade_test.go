@@ -23,10 +23,11 @@ import (
 type stalled struct {
 	net.Conn
 	begun, over chan struct{}
+	once        *sync.Once // closes over
 }
 
 func newStalled() *stalled {
-	return &stalled{begun: make(chan struct{}), over: make(chan struct{})}
+	return &stalled{begun: make(chan struct{}), over: make(chan struct{}), once: new(sync.Once)}
 }
 
 func (s *stalled) Write([]byte) (int, error) {
@@ -37,7 +38,7 @@ func (s *stalled) Write([]byte) (int, error) {
 
 func (s *stalled) Read([]byte) (int, error) { return 0, io.EOF }
 
-func (s *stalled) Close() error { close(s.over); return nil }
+func (s *stalled) Close() error { s.once.Do(func() { close(s.over) }); return nil }
 
 // half can be closed in one direction.
 type half struct{ *stalled }

@@ -11,6 +11,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/util/httpstream"
 	"k8s.io/apimachinery/pkg/util/proxy"
+	"k8s.io/klog/v2"
 )
 
 // A kubelet does not run the streams of exec, attach and port-forward itself. It passes
@@ -70,6 +71,8 @@ func (s *Server) passOn(w http.ResponseWriter, r *http.Request) {
 	}
 	location := s.runtime.url.JoinPath(r.URL.EscapedPath())
 	location.RawQuery = r.URL.RawQuery
+	// It logs each connection that it resets.
+	r = r.WithContext(klog.NewContext(r.Context(), klog.Logger{}))
 	proxy.NewUpgradeAwareHandler(location, nil, false, true, responder{}).ServeHTTP(w, r)
 }
 
