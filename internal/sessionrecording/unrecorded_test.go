@@ -5,6 +5,7 @@ package sessionrecording
 import (
 	"context"
 	"errors"
+	"io"
 	"strings"
 	"testing"
 )
@@ -80,5 +81,31 @@ func TestUnrecorded_TellsOnlyCauses(t *testing.T) {
 	<-c.said
 	if got := w.wrote.String(); !strings.Contains(got, "the reason") || strings.Contains(got, "late") {
 		t.Errorf("the client reads %q; want only the reason", got)
+	}
+}
+
+// ending is a connection whose session is ended while it is read.
+type ending struct {
+	*wire
+	end func()
+}
+
+// Read implements [net.Conn].
+func (e *ending) Read(p []byte) (int, error) {
+	if e.end == nil {
+		return 0, io.EOF
+	}
+	e.end()
+	e.end = nil
+	return copy(p, wsClient("\x00late")), nil
+}
+
+func TestUnrecorded_ReadThatWaitsReturnsNothingAfterEnd(t *testing.T) {
+	e := &ending{wire: new(wire)}
+	c, end := unrecordedConn(t, e.wire, "")
+	c.Conn = e
+	e.end = func() { end(errors.New("the reason")) }
+	if n, err := c.Read(make([]byte, 100)); n != 0 || err == nil || err.Error() != "the reason" {
+		t.Errorf("%d bytes pass to the pod after the end, %v", n, err)
 	}
 }

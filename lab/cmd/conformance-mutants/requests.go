@@ -37,7 +37,7 @@ var requests = []file{
 		{name: "a request that cannot be recorded is not sent", old: "if err := h.events.Record(r, caller); err != nil {", new: "if err := h.events.Record(r, caller); false {"},
 		{name: "it is noted whether a session is sent", old: "\t\tctx, client = session.Watch(ctx), session.Wrap(w)\n", new: "\t\tclient = session.Wrap(w)\n"},
 		{name: "what a session says passes the recorder", old: "\t\tctx, client = session.Watch(ctx), session.Wrap(w)\n", new: "\t\tctx = session.Watch(ctx)\n"},
-		{name: "a client that does not read holds up nobody", old: "\t\tclient = upgrade.Client(w)\n", new: "\t\tclient = w\n"},
+		{name: "a client that does not read holds up nobody", old: "\t\tclient = sessionrecording.WrapUnrecorded(ctx, w, r, caller.Conn)\n", new: "\t\tclient = w\n"},
 		{name: "the identity is in the context", old: "\tr = r.WithContext(ctx)\n", new: ""},
 		{name: "the identity is in the headers", old: "\tcaller.Identity.SetHeaders(r.Header)\n", new: "", by: attacks},
 		{name: "the identity is gone from what handle_errors gets", old: "\tdefer caller.Identity.RemoveHeaders(r.Header)\n", new: ""},
@@ -179,7 +179,8 @@ var requests = []file{
 		{name: "what could not be told is an error", old: "\t\treturn context.WithValue(ctx, connKey{}, connOrError{err: err})\n", new: "\t\treturn context.WithValue(ctx, connKey{}, connOrError{conn: new(Conn)})\n"},
 		{name: "when a connection was accepted is known", old: "\tconn.Accepted = time.Now()\n", new: "\tconn.Accepted = time.Time{}\n"},
 		{name: "End ends requests", old: "\t\tcancel(cause)\n", new: "\t\t_ = cancel\n"},
-		{name: "End closes the connection", old: "\t\tgo func() { _ = c.Close() }()\n", new: ""},
+		{name: "End closes the connection", old: "\t\ttime.AfterFunc(wait, func() { _ = c.Close() })\n", new: "\t\t_ = wait\n"},
+		{name: "a client has the time to read why", old: "\t\t\twait = farewellTimeout\n", new: ""},
 		{name: "a connection that was not looked at is refused", old: "\tif !ok {\n\t\treturn nil, errNotRecorded\n\t}\n", new: "\t_ = ok\n"},
 		{name: "a connection that was accepted by something else is refused", old: "\tif v.err != nil {\n\t\treturn nil, v.err\n\t}\n\treturn v.conn, nil", new: "\treturn v.conn, nil"},
 		{name: "a connection that was not looked at is no socket of the host", old: "\tcase !ok:\n\t\treturn nil, errNotRecorded\n", new: "\tcase !ok && false:\n\t\treturn nil, errNotRecorded\n"},
@@ -288,6 +289,9 @@ var requests = []file{
 	}},
 	{"internal/upgrade/upgrade.go", "./internal/upgrade .", []mutant{
 		{name: "nobody waits for a client that does not read", old: "\tif !w.mu.TryLock() {", new: "\tif w.mu.Lock(); false {"},
+		{name: "the API server is read when it takes nothing more", old: "\t\tc.drain()\n\t}\n", new: "\t\treturn n, err\n\t}\n"},
+		{name: "a client that sends does not lose what it was told", old: "case <-c.readEnded:", new: "default:"},
+		{name: "after the end nothing of a client is read", old: "\t\t\tn = 0\n", new: ""},
 	}},
 	{"internal/matcher/caddyfile.go", "./internal/matcher ./caddyfile", []mutant{
 		{name: "a second matcher does not overwrite the first", old: "\tif d.Next() {\n\t\treturn d.Err(\"kubernetes is given twice", new: "\tif d.Next() && false {\n\t\treturn d.Err(\"kubernetes is given twice"},
