@@ -23,6 +23,7 @@
 //	which CA do the site's clients need?   internal/siteca
 //	what can be configured?                caddyfile
 //	what outlives a config?                internal/app
+//	how do streams end when Caddy exits?   internal/app, internal/revocation
 package tailscaleimpersonate
 
 import (
@@ -131,6 +132,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
+	server.RegisterConnContext(a.Serves)
 	if err := h.setUp(a.Generation(), ctx.Logger(), server.Listen); err != nil {
 		return err
 	}
@@ -228,6 +230,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	// From here on r ends when the caller loses access.
 	open := h.revocation.Track(r, caller)
 	defer open.Close()
+	if err := revocation.StoppingError(open); err != nil {
+		w.Header().Set("Connection", "close") // for a retry over another connection
+		return h.refuse(w, r, caller, err)
+	}
 	// Is r an event to be recorded? That waits for recorders.
 	if err := h.events.Record(r, caller); err != nil {
 		return h.refuse(w, r, caller, err)

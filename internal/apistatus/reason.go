@@ -24,6 +24,7 @@ const (
 	AmbiguousNode  Reason = "ambiguous_node"   // no single node can have accepted its connection
 	Starting       Reason = "starting"         // the node, or Caddy, is not up yet
 	Replaced       Reason = "replaced"         // its connection was accepted for a config that is no longer in use
+	Stopping       Reason = "stopping"         // the node closes, and the request is for a stream
 	UnknownPeer    Reason = "unknown_peer"     // the node does not know the peer
 	Self           Reason = "self"             // the peer is the node itself
 	NoAnswer       Reason = "no_answer"        // the node did not say who the peer is
@@ -44,7 +45,7 @@ const (
 
 // Reasons lists every reason.
 var Reasons = []Reason{
-	Protocol, WebPage, Host, NotFromTailnet, AmbiguousNode, Starting, Replaced, UnknownPeer, Self, NoAnswer,
+	Protocol, WebPage, Host, NotFromTailnet, AmbiguousNode, Starting, Replaced, Stopping, UnknownPeer, Self, NoAnswer,
 	NoIdentity, Guard, NoGroups, Impersonation, AmbiguousPath, Rewritten, Recording, NoHandler, NoCredentials, NoPermission, UpstreamAway, Method, Other,
 }
 

@@ -13,6 +13,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -21,6 +22,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddytls"
+	"go.uber.org/zap"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
@@ -42,8 +44,7 @@ const (
 const name = "tailscale_impersonate"
 
 // retireTimeout is how long a reload waits for the tailnet listeners of the config that
-// it replaces. They take less than a millisecond, unless their node is closed too, which
-// may hang.
+// it replaces. They take less than a millisecond, unless their node is closed too.
 const retireTimeout = 2 * time.Second
 
 // App is the part of this module that each config has once. It has no options, and
@@ -58,6 +59,8 @@ type App struct {
 	starting []func()
 	running  []*authn.Authenticator
 	retire   sync.Once
+	// servers are the config's servers that have had connections.
+	servers sync.Map // *http.Server -> true
 }
 
 // CaddyModule returns the Caddy module information.
@@ -111,7 +114,12 @@ func (a *App) Handle(_ context.Context, event caddy.Event) error {
 	case started:
 		a.started()
 	case stopping:
-		a.retire.Do(a.retireListeners)
+		if caddy.Exiting() {
+			a.newStop(func() { os.Exit(caddy.ExitCodeFailedQuit) }).run()
+		} else {
+			a.leaveNodes()
+			a.retireListeners(retireTimeout)
+		}
 	}
 	return nil
 }
@@ -124,7 +132,7 @@ func (a *App) started() {
 		start()
 	}
 	a.generation.Run()
-	a.process.add(a.running)
+	a.process.add(a)
 	var all []*tailnet.Node
 	for _, authenticator := range a.running {
 		all = append(all, authenticator.Nodes()...)
@@ -153,23 +161,35 @@ func tailscaleNames(ctx caddy.Context) (names []string) {
 
 // retireListeners leaves new connections to the config that replaces this one. That is
 // best done before Caddy stops the servers: what they still accept now is answered, and
-// learns of the stop.
-func (a *App) retireListeners() {
-	if caddy.Exiting() {
-		return // no other config accepts connections
+// learns of the stop. Further calls do nothing.
+//
+// The last listener of a tailnet node closes the node, which may hang. Caddy would wait for
+// that without a limit, whatever its grace_period is. Afterwards it has no such listener
+// left to close.
+func (a *App) retireListeners(limit time.Duration) {
+	a.retire.Do(func() { a.doRetireListeners(limit) })
+}
+
+func (a *App) doRetireListeners(limit time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	if hanging := tailnet.RetireListeners(ctx, a.listeners()); len(hanging) > 0 {
+		a.ctx.Logger().Warn("tailnet nodes take long to close, and Caddy does not wait for them", zap.Strings("nodes", hanging))
 	}
+}
+
+// listeners returns the listeners of all servers of the config, also of those without a
+// handler of ours, such as those that redirect to https.
+func (a *App) listeners() []net.Listener {
 	servers, err := a.ctx.AppIfConfigured("http")
 	if err != nil {
-		return // it could not be provisioned
+		return nil // it could not be provisioned
 	}
-	// Also of servers without a handler of ours, such as those that redirect to https.
 	var listeners []net.Listener
 	for _, server := range servers.(*caddyhttp.App).Servers {
 		listeners = append(listeners, server.Listeners()...)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), retireTimeout)
-	defer cancel()
-	tailnet.RetireListeners(ctx, listeners)
+	return listeners
 }
 
 // Start does nothing: see [App.Handle].
@@ -184,8 +204,8 @@ func (a *App) Cleanup() error {
 		return nil
 	}
 	// A config that failed to start, after some of its servers had, was not told to stop.
-	a.retire.Do(a.retireListeners)
-	a.process.remove(a.running)
+	a.retireListeners(retireTimeout)
+	a.process.remove(a)
 	a.process.Release()
 	return nil
 }
@@ -195,8 +215,9 @@ type Process struct {
 	// Requests knows the open requests.
 	Requests revocation.Registry
 
-	mu      sync.Mutex
-	running []*authn.Authenticator
+	mu sync.Mutex
+	// running are the apps of the running config, and of those that it replaces.
+	running []*App
 }
 
 var pool = caddy.NewUsagePool()
@@ -223,23 +244,30 @@ func (*Process) Destruct() error { return nil }
 
 // Running returns the authenticators of the running config. While Caddy replaces one
 // config by another, it returns those of both.
-func (p *Process) Running() []*authn.Authenticator {
+func (p *Process) Running() (authenticators []*authn.Authenticator) {
+	for _, a := range p.apps() {
+		authenticators = append(authenticators, a.running...)
+	}
+	return authenticators
+}
+
+func (p *Process) apps() []*App {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return slices.Clone(p.running)
 }
 
-func (p *Process) add(authenticators []*authn.Authenticator) {
+func (p *Process) add(a *App) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.running = append(p.running, authenticators...)
+	p.running = append(p.running, a)
 }
 
-// remove removes authenticators, which may never have been added.
-func (p *Process) remove(authenticators []*authn.Authenticator) {
+// remove removes a, which may never have been added.
+func (p *Process) remove(a *App) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.running = slices.DeleteFunc(p.running, func(a *authn.Authenticator) bool { return slices.Contains(authenticators, a) })
+	p.running = slices.DeleteFunc(p.running, func(other *App) bool { return other == a })
 }
 
 // Interface guards

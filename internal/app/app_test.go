@@ -53,7 +53,10 @@ func run(t *testing.T, uses func(caddy.Context) error) {
 	provisioned = uses
 	config, err := json.Marshal(map[string]any{
 		"admin": map[string]any{"disabled": true},
-		"apps":  map[string]any{"app_test_user": struct{}{}},
+		"apps": map[string]any{
+			"app_test_user": struct{}{},
+			"http":          map[string]any{"grace_period": "7s", "shutdown_delay": "2s"},
+		},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -125,6 +128,17 @@ func TestOf_ModulesOfOneConfigShareTheApp(t *testing.T) {
 	}
 	if apps[0] == apps[2] {
 		t.Error("two configs have the same app; want one each")
+	}
+}
+
+func TestPeriods_AreThoseOfTheHTTPApp(t *testing.T) {
+	var a *app.App
+	run(t, func(ctx caddy.Context) (err error) {
+		a, err = app.Of(ctx)
+		return err
+	})
+	if delay, grace := app.Periods(a); delay != 2*time.Second || grace != 7*time.Second {
+		t.Errorf("got shutdown_delay %v and grace_period %v", delay, grace)
 	}
 }
 

@@ -16,7 +16,7 @@ func init() {
 
 // MatchUp is a request matcher for the readiness of this Caddy. It matches any request
 // while all tailnet nodes that the config's `tailscale_impersonate` handlers use are
-// connected. Their state is at most a few seconds old.
+// connected, until Caddy begins to exit. Their state is at most a few seconds old.
 type MatchUp struct{ app *App }
 
 // CaddyModule returns the Caddy module information.
@@ -45,8 +45,10 @@ func (m *MatchUp) Provision(ctx caddy.Context) (err error) {
 	return err
 }
 
-// MatchWithError reports whether all nodes are connected.
-func (m *MatchUp) MatchWithError(*http.Request) (bool, error) { return m.app.nodes.up(), nil }
+// MatchWithError reports whether all nodes are connected and stay so.
+func (m *MatchUp) MatchWithError(*http.Request) (bool, error) {
+	return m.app.nodes.up() && !caddy.Exiting(), nil
+}
 
 // Interface guards
 var (

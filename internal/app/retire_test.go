@@ -24,6 +24,9 @@ var shared net.Listener
 // waiting is how many calls of Accept wait.
 var waiting atomic.Int32
 
+// loaded is the app of the config that was loaded last.
+var loaded *app.App
+
 type handle struct {
 	net.Listener
 	closed atomic.Bool
@@ -56,8 +59,8 @@ func init() {
 // redirects.
 func loadServer(t *testing.T, listen ...string) error {
 	t.Helper()
-	provisioned = func(ctx caddy.Context) error {
-		_, err := app.Of(ctx)
+	provisioned = func(ctx caddy.Context) (err error) {
+		loaded, err = app.Of(ctx)
 		return err
 	}
 	config, err := json.Marshal(map[string]any{
@@ -117,4 +120,35 @@ func TestApp_OnlyRunningConfigAccepts(t *testing.T) {
 		t.Fatal(err)
 	}
 	check("the reload after that")
+}
+
+// Caddy would wait for a listener that it closes itself, whatever its grace_period is. The
+// last one of a tailnet node may never close.
+func TestExit_LeavesCaddyNoTailnetListener(t *testing.T) {
+	t.Setenv("TS_NO_LOGS_NO_SUPPORT", "true")
+	node := &tsnet.Server{Dir: t.TempDir(), ControlURL: "http://127.0.0.1:1", UserLogf: func(string, ...any) {}}
+	defer node.Close()
+	var err error
+	if shared, err = node.Listen("tcp", ":80"); err != nil {
+		t.Fatal(err)
+	}
+	if err := loadServer(t, "sharedtest/node:80"); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := errors.Join(shared.Close(), caddy.Stop()); err != nil {
+			t.Error(err)
+		}
+	}()
+	for deadline := time.Now().Add(10 * time.Second); waiting.Load() != 1; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the server accepts no connection")
+		}
+	}
+	app.Exit(loaded)
+	for deadline := time.Now().Add(10 * time.Second); waiting.Load() != 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the server still accepts connections")
+		}
+	}
 }

@@ -31,6 +31,8 @@ type Registry struct {
 	trackers []*Tracker
 	// open counts the open requests by kind.
 	open [requestinfo.Kinds]int
+	// stopping is set by Stop.
+	stopping bool
 }
 
 // NewGeneration returns a set of trackers for a new Caddy config.

@@ -103,6 +103,9 @@ type Request struct {
 	registry *Registry
 	conn     *tailnet.Conn
 	kind     requestinfo.Kind
+	// cancel cancels the context. Nil for a short request, to which it would add an
+	// allocation.
+	cancel context.CancelCauseFunc
 
 	// The registry's mutex guards what follows.
 
@@ -122,6 +125,9 @@ type Request struct {
 
 // Close records that the request has ended.
 func (r *Request) Close() {
+	if r.cancel != nil {
+		r.cancel(nil)
+	}
 	r.registry.mu.Lock()
 	defer r.registry.mu.Unlock()
 	r.registry.open[r.kind]--

@@ -128,12 +128,16 @@ func (t *Tracker) Track(r *http.Request, caller authn.Caller) *Request {
 
 func (t *Tracker) track(ctx context.Context, caller authn.Caller, kind requestinfo.Kind) *Request {
 	registry := t.generation.registry
-	r := &Request{
-		Context: impersonate.Context{Context: ctx, ID: caller.Identity}, registry: registry,
-		conn: caller.Conn, kind: kind, confirmed: caller.Asked,
+	r := &Request{registry: registry, conn: caller.Conn, kind: kind, confirmed: caller.Asked}
+	if kind != requestinfo.Short {
+		ctx, r.cancel = context.WithCancelCause(ctx)
 	}
+	r.Context = impersonate.Context{Context: ctx, ID: caller.Identity}
 	registry.mu.Lock()
 	defer registry.mu.Unlock()
+	if registry.stopping && r.cancel != nil {
+		r.cancel(Exiting)
+	}
 	registry.open[kind]++
 	for t.next != nil {
 		t = t.next

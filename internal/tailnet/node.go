@@ -108,7 +108,13 @@ func (s Status) WorseThan(other Status) bool {
 
 // FromServer returns the node of s.
 func FromServer(s *tsnet.Server) *Node {
-	n := fromClient(cmp.Or(s.Hostname, defaultHostname()), s.TailscaleIPs, s.LocalClient)
+	addrs := func() (ip4, ip6 netip.Addr) {
+		if s.Sys() == nil { // tsnet panics before the node has been started
+			return
+		}
+		return s.TailscaleIPs()
+	}
+	n := fromClient(cmp.Or(s.Hostname, defaultHostname()), addrs, s.LocalClient)
 	n.DialPeer = s.Dial
 	return n
 }

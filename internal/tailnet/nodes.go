@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"tailscale.com/tsnet"
 )
@@ -46,6 +47,11 @@ func server(ln any) *tsnet.Server {
 		ln = field(ln, "Listener", false) // that of the PROXY protocol does not embed it
 	}
 	return nil
+}
+
+// Own reports whether addr is an address of one of the nodes.
+func (nodes Nodes) Own(addr netip.Addr) bool {
+	return slices.ContainsFunc(nodes, func(n *Node) bool { return n.Is(addr) })
 }
 
 // Accepting returns the node that owns the address local.

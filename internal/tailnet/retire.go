@@ -4,37 +4,47 @@ package tailnet
 
 import (
 	"context"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
-	"sync"
 
 	"tailscale.com/tsnet"
 	"tailscale.com/wgengine/netstack"
 )
 
 // RetireListeners closes those of listeners that end in a tsnet node's, and makes sure
-// that none of them accepts another connection. It stops waiting when ctx ends.
+// that none of them accepts another connection. It stops waiting when ctx ends, and returns
+// the names of the nodes that it no longer waits for.
 //
 // caddy-tailscale shares the node's own listener between configs. To close a config's
 // handle on it does not wake a call of Accept that waits: that call takes one more
 // connection, whenever one comes, for a config that is no longer in use.
-func RetireListeners(ctx context.Context, listeners []net.Listener) {
-	var retiring sync.WaitGroup
+func RetireListeners(ctx context.Context, listeners []net.Listener) (hanging []string) {
+	retired := make(chan string, len(listeners))
+	left := make(map[string]int) // listeners, by node
 	for _, ln := range listeners {
 		if node := server(ln); node != nil {
-			retiring.Go(func() { retire(ln, node) })
+			name := FromServer(node).Name
+			left[name]++
+			go func() {
+				retire(ln, node)
+				retired <- name
+			}()
 		}
 	}
-	done := make(chan struct{})
-	go func() {
-		retiring.Wait()
-		close(done)
-	}()
-	select {
-	case <-done:
-	case <-ctx.Done():
+	for len(left) > 0 {
+		select {
+		case name := <-retired:
+			if left[name]--; left[name] == 0 {
+				delete(left, name)
+			}
+		case <-ctx.Done():
+			return slices.Sorted(maps.Keys(left))
+		}
 	}
+	return nil
 }
 
 // retire closes ln, a listener on node, and uses up a call of Accept that still waits.

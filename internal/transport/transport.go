@@ -28,6 +28,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
 
@@ -145,6 +146,18 @@ func (t *Transport) Cleanup() error {
 // RoundTrip sends r to the API server as the identity in r's context. It answers
 // requests that it does not send with a Kubernetes Status object.
 func (t *Transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := t.send(r)
+	if err != nil {
+		if stopping := revocation.StoppingError(r.Context()); stopping != nil {
+			return t.refuse(r, stopping)
+		}
+		return nil, err
+	}
+	revocation.EndWhenStopping(r, resp)
+	return resp, nil
+}
+
+func (t *Transport) send(r *http.Request) (*http.Response, error) {
 	id, identified := impersonate.FromContext(r.Context())
 	check := isHealthCheck(r)
 	switch {

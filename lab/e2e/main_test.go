@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	sessionrecorder "github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
 )
@@ -28,6 +30,9 @@ var (
 )
 
 var keep = flag.Bool("keep", false, "keep the folder of logs even if all tests pass")
+
+// stopConnections is how many connections a Caddy has had that is stopped.
+var stopConnections = flag.Int("stop-connections", 5000, "how many connections a Caddy has had that is stopped")
 
 // constrained runs the whole suite with the rights that "caddy tailscale-impersonate
 // rbac --constrained" writes.
@@ -70,6 +75,10 @@ var callers = []lab.CallerSpec{
 }
 
 func TestMain(m *testing.M) {
+	if os.Getenv(ownCaddy) != "" {
+		caddycmd.Main()
+		return
+	}
 	flag.Parse()
 	os.Exit(run(m))
 }

@@ -59,6 +59,10 @@ type App struct {
 	// override the settings above.
 	Nodes map[string]*NodeConfig `json:"nodes,omitempty"`
 
+	// Only the stand-in has this option. If true, closing a node never returns, as may
+	// happen to the real plugin's nodes that have had many connections. Default: false.
+	HangOnClose bool `json:"hang_on_close,omitempty"`
+
 	logger *zap.Logger
 }
 
@@ -124,12 +128,13 @@ func parseGlobalOption(d *caddyfile.Dispenser, existing any) (any, error) {
 // UnmarshalCaddyfile parses the global option:
 //
 //	tailscale {
-//		auth_key    <key>
-//		control_url <url>
-//		ephemeral   [true|false]
-//		state_dir   <path>
-//		tags        <tag...>
-//		webui       [true|false]
+//		auth_key      <key>
+//		control_url   <url>
+//		ephemeral     [true|false]
+//		hang_on_close [true|false]
+//		state_dir     <path>
+//		tags          <tag...>
+//		webui         [true|false]
 //		<node> {
 //			auth_key    <key>
 //			control_url <url>
@@ -162,6 +167,8 @@ func (a *App) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			a.ControlURL, err = value(d)
 		case "ephemeral":
 			a.Ephemeral, err = flag(d)
+		case "hang_on_close":
+			a.HangOnClose, err = flag(d)
 		case "state_dir":
 			a.StateDir, err = value(d)
 		case "tags":

@@ -56,6 +56,7 @@ func TestCaddyfile(t *testing.T) {
 				auth_key {env.TS_AUTHKEY}
 				control_url https://control.example
 				ephemeral
+				hang_on_close
 				state_dir /data/tailscale
 				tags tag:k8s tag:proxy
 				webui false
@@ -75,7 +76,7 @@ func TestCaddyfile(t *testing.T) {
 			`{"auth_key":"{env.TS_AUTHKEY}","control_url":"https://control.example","ephemeral":true,` +
 				`"state_dir":"/data/tailscale","tags":["tag:k8s","tag:proxy"],` +
 				`"nodes":{"k8s":{"auth_key":"tskey","control_url":"https://other.example","ephemeral":false,` +
-				`"hostname":"prod","port":41641,"state_dir":"/data/prod","tags":["tag:prod"],"webui":true},"plain":{}}}`,
+				`"hostname":"prod","port":41641,"state_dir":"/data/prod","tags":["tag:prod"],"webui":true},"plain":{}},"hang_on_close":true}`,
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -15,7 +15,6 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
-	"tailscale.com/ipn"
 	"tailscale.com/tsnet"
 )
 
@@ -44,6 +43,7 @@ func Node(name string) (*tsnet.Server, bool) {
 type node struct {
 	name   string
 	server *tsnet.Server
+	hang   bool                       // see App.HangOnClose
 	logger atomic.Pointer[zap.Logger] // the newest config's
 }
 
@@ -66,31 +66,14 @@ func (n *node) release() error {
 	return err
 }
 
-// closeTimeout is how long a node may take to leave the tailnet. It usually takes a
-// tenth of a second.
-const closeTimeout = 10 * time.Second
-
-// Destruct stops the node.
-//
-// Closing a node that has some hundred half-closed connections never returns (tsnet
-// 1.102): it resets each of them into a queue that has no reader left. So the node
-// is disconnected first, and then ends with the process. The plugin that this
-// replaces would wait.
+// Destruct stops the node. As with the real plugin, that can take for ever: tsnet 1.102
+// resets each connection of a node that it closes into a queue that has no reader left.
 func (n *node) Destruct() error {
-	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
-	defer cancel()
-	if client, err := n.server.LocalClient(); err == nil {
-		// If this fails, Close disconnects the node too.
-		_, _ = client.EditPrefs(ctx, &ipn.MaskedPrefs{WantRunningSet: true})
+	if n.hang {
+		select {}
 	}
-	closed := make(chan error, 1)
-	go func() { closed <- n.server.Close() }()
-	select {
-	case err := <-closed:
-		if err != nil {
-			return fmt.Errorf("stopping tailnet node %q: %w", n.name, err)
-		}
-	case <-ctx.Done():
+	if err := n.server.Close(); err != nil {
+		return fmt.Errorf("stopping tailnet node %q: %w", n.name, err)
 	}
 	return nil
 }
@@ -103,7 +86,7 @@ func startNode(app *App, name string) (*node, error) {
 	if err := os.MkdirAll(server.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("state of tailnet node %q: %w", name, err)
 	}
-	n := &node{name: name, server: server}
+	n := &node{name: name, server: server, hang: app.HangOnClose}
 	n.logger.Store(app.logger)
 	server.Logf = func(format string, args ...any) {
 		n.logger.Load().Sugar().With("node", name).Debugf(format, args...)

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package app
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"slices"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+)
+
+const (
+	// streamsTimeout is how long streams and other requests may take to end when Caddy
+	// exits.
+	streamsTimeout = 3 * time.Second
+	// closeTimeout is how long tailnet nodes may then take to close. tsnet gives itself
+	// as long to log out, or to send its logs.
+	closeTimeout = 5 * time.Second
+	// overdue is how long Caddy may take to exit by itself once its grace period is over.
+	overdue = time.Second
+	// reportInterval is the time between two log messages about what Caddy waits for.
+	reportInterval = 10 * time.Second
+)
+
+// stop is what happens when Caddy exits.
+//
+// With its last listener, a tailnet node leaves the tailnet: every client loses its
+// connection, and is not told. So streams end before that.
+type stop struct {
+	requests *revocation.Registry
+	logger   *zap.Logger
+	// closeNodes closes the tailnet listeners.
+	closeNodes func()
+	// delay is Caddy's shutdown_delay, grace its grace_period, 0 if it has none.
+	delay, grace time.Duration
+	// exit ends the process.
+	exit func()
+}
+
+// newStop returns what happens when Caddy exits with the config of a.
+func (a *App) newStop(exit func()) *stop {
+	s := &stop{
+		requests: &a.process.Requests,
+		logger:   a.ctx.Logger(),
+		closeNodes: func() {
+			a.closeIdle()
+			a.retireListeners(closeTimeout)
+		},
+		exit: exit,
+	}
+	// An error means that there is no server.
+	if server, err := a.ctx.AppIfConfigured("http"); err == nil {
+		app := server.(*caddyhttp.App)
+		s.delay, s.grace = time.Duration(app.ShutdownDelay), time.Duration(app.GracePeriod)
+	}
+	return s
+}
+
+// run ends the streams, and then closes the nodes. Without a shutdown_delay, it returns
+// when that is done. With one, it happens at its end, when load balancers and probes know
+// that Caddy exits.
+func (s *stop) run() {
+	go s.watch()
+	if s.delay > streamsTimeout {
+		time.AfterFunc(s.delay-streamsTimeout, s.leave)
+		return
+	}
+	s.leave()
+}
+
+func (s *stop) leave() {
+	logEnded(s.logger, revocation.Exiting, s.requests.Stop(streamsTimeout))
+	s.closeNodes()
+}
+
+// leaveNodes ends the streams on nodes that only the config of a listens on. With that
+// config they close.
+func (a *App) leaveNodes() {
+	var staying tailnet.Nodes
+	for _, other := range a.process.apps() {
+		if other != a {
+			staying = append(staying, tailnet.FromListeners(other.listeners())...)
+		}
+	}
+	leaving := slices.DeleteFunc(tailnet.FromListeners(a.listeners()), func(n *tailnet.Node) bool {
+		ip4, ip6 := n.Addrs()
+		return staying.Own(ip4) || staying.Own(ip6)
+	})
+	if len(leaving) == 0 {
+		return
+	}
+	logEnded(a.ctx.Logger(), revocation.Leaving, a.process.Requests.EndOn(leaving.Own, revocation.Leaving, streamsTimeout))
+	a.closeIdle()
+}
+
+// Serves notes the server that accepts c. It has the shape of [http.Server.ConnContext].
+func (a *App) Serves(ctx context.Context, _ net.Conn) context.Context {
+	if server, ok := ctx.Value(http.ServerContextKey).(*http.Server); ok {
+		a.servers.LoadOrStore(server, true)
+	}
+	return ctx
+}
+
+// closeIdle closes the connections on which no request is open, so that no client sends one
+// to a node that is gone. A node that closes hangs if it has more connections than its queue
+// holds packets.
+func (a *App) closeIdle() {
+	served := false
+	for server := range a.servers.Range {
+		server.(*http.Server).SetKeepAlivesEnabled(false)
+		served = true
+	}
+	if served {
+		time.Sleep(revocation.DeliveryTime)
+	}
+}
+
+func logEnded(logger *zap.Logger, why revocation.Stopping, ended map[requestinfo.Kind]int) {
+	if len(ended) > 0 {
+		logger.Info("streams ended", zap.String("reason", string(why)), zap.Any("streams", byName(ended)))
+	}
+}
+
+func byName(kinds map[requestinfo.Kind]int) map[string]int {
+	out := make(map[string]int)
+	for kind, n := range kinds {
+		out[kind.String()] = n
+	}
+	return out
+}
+
+// watch reports what Caddy waits for, and ends the process if its grace period is over and
+// it still waits.
+func (s *stop) watch() {
+	var over <-chan time.Time
+	if s.grace > 0 {
+		over = time.After(s.delay + s.grace + overdue)
+	}
+	report := time.NewTicker(reportInterval)
+	defer report.Stop()
+	for {
+		select {
+		case <-report.C:
+			s.logger.Warn("Caddy has not exited yet", s.waitsFor()...)
+		case <-over:
+			s.logger.Error("Caddy exits, as its grace period is over and it still waits", s.waitsFor()...)
+			s.exit()
+			return
+		}
+	}
+}
+
+// waitsFor returns what Caddy waits for, as far as it is known.
+func (s *stop) waitsFor() []zap.Field {
+	return []zap.Field{
+		zap.Any("open_requests", byName(s.requests.Open())),
+		zap.Duration("grace_period", s.grace),
+	}
+}
