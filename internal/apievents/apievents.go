@@ -30,6 +30,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recorder"
@@ -56,6 +57,9 @@ type Recorder struct {
 	Log *zap.Logger
 	// BodyLimit is how many bytes of a body go into an event.
 	BodyLimit int64
+	// RefuseCut says that a request with a longer body is refused where recording is
+	// enforced.
+	RefuseCut bool
 	// SecretBodies is whether bodies that may hold secrets go into events as well.
 	SecretBodies bool
 	// Client sends events.
@@ -95,6 +99,12 @@ func (rec *Recorder) Record(r *http.Request, caller authn.Caller) error {
 		events.With(Refused).Inc()
 		return pin.Refuse(r)
 	}
+	if recording.Enforce {
+		if err := rec.checkWhole(r, body); err != nil {
+			events.With(Refused).Inc()
+			return err
+		}
+	}
 	pin.Recorded(r, len(body.data) > 0)
 	payload, err := json.Marshal(event(r, body, caller))
 	if err == nil {
@@ -113,6 +123,25 @@ func (rec *Recorder) Record(r *http.Request, caller authn.Caller) error {
 		rec.Logger.Warn("no recorder takes the event of a request, which goes on", zap.Error(err), zap.String("user", caller.Identity.User))
 		return nil
 	}
+}
+
+// maxTarget is how many bytes of a request's method and URL an event contains. It bounds
+// what an event takes, as parts of the URL are in it several times.
+const maxTarget = 16 << 10
+
+// long reports whether an event does not contain all of r's URL.
+func long(r *http.Request) bool { return len(r.Method)+len(r.URL.String()) > maxTarget }
+
+// checkWhole returns an error if the event of r does not say all of what r asks for, and
+// therefore could hide it.
+func (rec *Recorder) checkWhole(r *http.Request, b body) error {
+	if long(r) {
+		return apistatus.BadRequest(apistatus.Recording, "the request has to be recorded, and its path and query are longer than %d bytes", maxTarget)
+	}
+	if b.cut && rec.RefuseCut {
+		return apistatus.Forbidden(apistatus.Recording, "the request has to be recorded, and its body is longer than the %d bytes of event_body_limit", rec.BodyLimit)
+	}
+	return nil
 }
 
 // body is what an event says about the body of a request.
@@ -184,15 +213,19 @@ func event(r *http.Request, b body, caller authn.Caller) *sessionrecording.Event
 	e := &sessionrecording.Event{
 		Type:      sessionrecording.KubernetesAPIEventType,
 		Timestamp: time.Now().Unix(),
-		UserAgent: r.UserAgent(),
+		UserAgent: clip.String(r.UserAgent()),
 		Request: sessionrecording.Request{
 			Method:          r.Method,
 			Path:            r.URL.String(),
 			Body:            b.forEvent(),
 			QueryParameters: r.URL.Query(),
 		},
-		Kubernetes: kubernetes(r),
-		Source:     sessionrecording.Source{Node: caller.Peer.Node, NodeID: caller.Peer.NodeID},
+		Source: sessionrecording.Source{Node: caller.Peer.Node, NodeID: caller.Peer.NodeID},
+	}
+	if long(r) {
+		e.Request.Method, e.Request.Path, e.Request.QueryParameters = clip.String(r.Method), clip.String(r.URL.String()), nil
+	} else {
+		e.Kubernetes = kubernetes(r)
 	}
 	if caller.Peer.Tagged() {
 		e.Source.NodeTags = caller.Peer.Tags

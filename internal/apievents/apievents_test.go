@@ -5,6 +5,7 @@ package apievents_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -273,6 +274,66 @@ func TestRecord_Bodies(t *testing.T) {
 				t.Errorf("%d bytes are forwarded (%v); want all %d", len(sent), err, len(tt.body))
 			}
 		})
+	}
+}
+
+// An event that would not say all of what is asked for is refused where recording is
+// enforced: the body if the config says so, path and query always.
+func TestRecord_IncompleteEventIsRefused(t *testing.T) {
+	const pods = "/api/v1/namespaces/a/pods"
+	long := pods + "?labelSelector=" + strings.Repeat("<", 16<<10)
+	for _, tt := range []struct {
+		name, target, body string
+		refuseCut, enforce bool
+		code               int32
+	}{
+		{"a body as long as the limit", pods, "0123456789", true, true, 0},
+		{"a longer body", pods, "0123456789a", true, true, http.StatusForbidden},
+		{"a longer body, not enforced", pods, "0123456789a", true, false, 0},
+		{"a longer body, by default", pods, "0123456789a", false, true, 0},
+		{"a long query", long, "", false, true, http.StatusBadRequest},
+		{"a long query, not enforced", long, "", true, false, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			server, node := startRecorder(t)
+			rec := newRecording(t)
+			rec.RefuseCut = tt.refuseCut
+			err := rec.Record(newRequest("POST", tt.target, tt.body), callerAt(node, alice, impersonate.Recording{Recorders: recorders, Events: true, Enforce: tt.enforce}))
+			events := server.TakeEvents()
+			if tt.code != 0 {
+				if message := checkRefused(t, err, tt.code); !strings.Contains(message, "has to be recorded") || len(events) != 0 {
+					t.Errorf("got %q and %d events", message, len(events))
+				}
+				rec.checkCounted(t, apievents.Refused)
+				return
+			}
+			if err != nil || len(events) != 1 {
+				t.Errorf("got %v and %d events; want one", err, len(events))
+			}
+			rec.checkCounted(t, apievents.Sent)
+		})
+	}
+}
+
+// What a client writes is in an event several times, and longer in JSON.
+func TestRecord_EventIsBounded(t *testing.T) {
+	server, node := startRecorder(t)
+	rec := newRecording(t)
+	long := strings.Repeat("<", 900_000)
+	r := newRequest("POST", "/api/v1/namespaces/a/pods/"+long+"?labelSelector="+long, "", "User-Agent", long)
+	if err := rec.Record(r, callerAt(node, alice, impersonate.Recording{Recorders: recorders, Events: true})); err != nil {
+		t.Fatal(err)
+	}
+	events := server.TakeEvents()
+	if len(events) != 1 {
+		t.Fatalf("got %d events", len(events))
+	}
+	b, err := json.Marshal(events[0])
+	if err != nil || len(b) > 8<<10 || !strings.Contains(string(b), "[cut, ") {
+		t.Errorf("the event has %d bytes, %v; want at most 8192, with a mark", len(b), err)
+	}
+	if got := events[0].Request.Path; !strings.HasPrefix(got, "/api/v1/namespaces/a/pods/") {
+		t.Errorf("got the path %q", got)
 	}
 }
 
