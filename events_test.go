@@ -104,6 +104,21 @@ func TestEvents_UnrecordableRequestIsNotSent(t *testing.T) {
 	}
 }
 
+// A body of which a recorder would get only a part is refused if the config says so.
+func TestEvents_LongBodyIsRefused(t *testing.T) {
+	recorder, node := proxytest.StartRecorder(t, proxytest.EventsEnforced)
+	up := proxytest.NewAPIServer(t)
+	s := proxytest.StartSite(t, up, "tailscale_impersonate {\nevent_body_limit 4B refuse\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}", node)
+	post := func(body string) *http.Response {
+		return s.HTTP1(t, proxytest.AliceAddr, fmt.Sprintf("POST /api/v1/namespaces/a/pods HTTP/1.1\r\nHost: k8s\r\nContent-Length: %d\r\n\r\n%s", len(body), body))
+	}
+	proxytest.CheckRefused(t, post("01234"), proxytest.Forbidden, "its body is longer than the 4 bytes of event_body_limit")
+	up.CheckNone(t)
+	if resp := post("0123"); resp.StatusCode != http.StatusOK || len(recorder.TakeEvents()) != 1 {
+		t.Errorf("got %s for a body within the limit", resp.Status)
+	}
+}
+
 // The access log must not name a user for a request that was not forwarded.
 func TestEvents_UnrecordableRequestSetsNoPlaceholders(t *testing.T) {
 	recorder, node := proxytest.StartRecorder(t, proxytest.EventsEnforced)

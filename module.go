@@ -106,6 +106,7 @@ type Handler struct {
 	events     *apievents.Recorder
 	recorders  *recorder.Client
 	site       *siteca.Site
+	recordings *sessionrecording.Dirs // of the process
 }
 
 // CaddyModule returns the Caddy module information.
@@ -133,10 +134,12 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	server.RegisterConnContext(a.Serves)
+	h.recordings = a.Recordings()
 	if err := h.setUp(a.Generation(), ctx.Logger(), server.Listen); err != nil {
 		return err
 	}
 	a.OnStarted(h.auth, func() {
+		go h.sessions.Maintain(ctx)
 		if h.Tailscaled != "" {
 			h.auth.Start(tailnet.Nodes{tailnet.FromDaemon(h.DaemonSocket())})
 			return
@@ -172,10 +175,22 @@ func (h *Handler) setUp(generation *revocation.Generation, logger *zap.Logger, l
 		return fmt.Errorf("record %q: %w", h.Record, err)
 	}
 	h.recorders = new(recorder.Client)
-	h.sessions = &sessionrecording.Recorder{Dir: dir, Client: h.recorders, Logger: logger}
+	h.sessions = &sessionrecording.Recorder{
+		Required:  h.RecordRequired,
+		MaxSize:   h.MaxRecordSize(),
+		Retention: h.Retention(),
+		Input:     h.RecordInput == caddyfile.AllInput,
+		Allowed:   h.EnforcedSessions,
+		Client:    h.recorders,
+		Logger:    logger,
+	}
+	if dir != "" {
+		h.sessions.Dir = h.recordings.At(dir)
+	}
 	h.events = &apievents.Recorder{
 		Client:       h.recorders,
 		BodyLimit:    h.BodyLimit(),
+		RefuseCut:    h.EventBodyRefuse,
 		SecretBodies: h.EventSecretBodies,
 		Logger:       logger,
 	}

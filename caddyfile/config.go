@@ -23,6 +23,7 @@ import (
 	"tailscale.com/tailcfg"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
@@ -127,6 +128,43 @@ type Config struct {
 	// Default: none.
 	Record string `json:"record,omitempty"`
 
+	// The maximum number of bytes that all recordings in the directory take, to the
+	// next 4 KiB for each file. At the limit, sessions that have to be recorded are
+	// refused, or end. Others go on without a recording, which the log and a metric say.
+	// Handlers with the same directory share its size. `0` means no limit.
+	//
+	// Default: `1073741824`, 1 GiB.
+	RecordMaxSize *int64 `json:"record_max_size,omitempty"`
+
+	// How long recordings are kept in the directory, at least an hour. A recording that
+	// has not been written to for longer is deleted. Handlers with the same directory
+	// delete each other's recordings.
+	//
+	// Default: forever.
+	RecordRetention *caddy.Duration `json:"record_retention,omitempty"`
+
+	// All sessions have to be recorded in the directory: what leads past the recording
+	// is refused, as for callers whose grants enforce recording, and so are sessions at
+	// the limit of `record_max_size`.
+	//
+	// Default: `false`.
+	RecordRequired bool `json:"record_required,omitempty"`
+
+	// Record what is typed, besides what is printed. The only value is `all`: the proxy
+	// cannot see what a terminal does not show, so the recordings contain passwords and
+	// keys that are typed or pasted. Of a session without a terminal, the first MiB of
+	// its input is recorded.
+	//
+	// Default: none.
+	RecordInput string `json:"record_input,omitempty"`
+
+	// The sessions that may take place where recording is enforced, by a grant or by
+	// `record_required`: `exec`, `attach` and `port-forward`. Others are refused. A
+	// port-forward is logged, not recorded.
+	//
+	// Default: all three.
+	EnforcedSessions []string `json:"enforced_sessions,omitempty"`
+
 	// A path that shows callers who they are to the cluster, and why. Returns JSON if
 	// the request accepts `application/json` and not `text/html`, or else a page. A
 	// known caller that is refused sees the reason. With the query `?kubeconfig`, it
@@ -159,6 +197,13 @@ type Config struct {
 	// Default: `65536`.
 	EventBodyLimit *int64 `json:"event_body_limit,omitempty"`
 
+	// Refuse a request whose body is longer than `event_body_limit` if its caller's
+	// grants enforce recording. Otherwise the end of the body is not on record. In a
+	// Caddyfile, it is the second argument of `event_body_limit`: `64KiB refuse`.
+	//
+	// Default: `false`.
+	EventBodyRefuse bool `json:"event_body_refuse,omitempty"`
+
 	// Include the bodies of Secrets and TokenReviews in events.
 	//
 	// Default: `false`.
@@ -175,6 +220,18 @@ const (
 
 // LogEvents is the only value of [Config.Events].
 const LogEvents = "log"
+
+// AllInput is the only value of [Config.RecordInput].
+const AllInput = "all"
+
+const (
+	// defaultRecordMaxSize leaves room on the volumes of most installations: a volume
+	// that is full of recordings may keep the node or the certificates from being saved.
+	defaultRecordMaxSize = 1 << 30
+	// minRecordRetention protects recordings from a duration in the wrong unit, and
+	// those that another process writes: it marks them every ten minutes.
+	minRecordRetention = time.Hour
+)
 
 const (
 	defaultEventBodyLimit = 64 << 10
@@ -219,6 +276,44 @@ func (c *Config) BodyLimit() int64 {
 	return *c.EventBodyLimit
 }
 
+// MaxRecordSize returns how many bytes all recordings may take, 0 for no limit.
+func (c *Config) MaxRecordSize() int64 {
+	if c.RecordMaxSize == nil {
+		return defaultRecordMaxSize
+	}
+	return *c.RecordMaxSize
+}
+
+// Retention returns how long recordings are kept, 0 for ever.
+func (c *Config) Retention() time.Duration { return orDefault(c.RecordRetention, 0) }
+
+// checkRecord returns an error if the options about recordings are invalid.
+func (c *Config) checkRecord() error {
+	if c.RecordInput != "" && c.RecordInput != AllInput {
+		return fmt.Errorf("record_input %q: must be %s", c.RecordInput, AllInput)
+	}
+	for _, session := range c.EnforcedSessions {
+		if !slices.Contains(sessionrecording.Kinds, session) {
+			return fmt.Errorf("enforced_sessions %q: must be one of %s", session, strings.Join(sessionrecording.Kinds, ", "))
+		}
+	}
+	switch {
+	case c.MaxRecordSize() < 0:
+		return fmt.Errorf("record_max_size %d: must not be negative", c.MaxRecordSize())
+	case c.RecordRetention != nil && c.Retention() < minRecordRetention:
+		return fmt.Errorf("record_retention %v: must be at least %v", c.Retention(), minRecordRetention)
+	case c.Record != "":
+		return nil
+	case c.RecordMaxSize != nil:
+		return errors.New("record_max_size: needs record, the directory that it limits")
+	case c.RecordRetention != nil:
+		return errors.New("record_retention: needs record, the directory that it applies to")
+	case c.RecordRequired:
+		return errors.New("record_required: needs record, the directory to record to")
+	}
+	return nil
+}
+
 // Validate returns an error that names the option and the reason if c is invalid.
 func (c *Config) Validate() error {
 	if strings.ContainsAny(c.Capability, " \t\r\n") {
@@ -247,8 +342,14 @@ func (c *Config) Validate() error {
 	if c.Events != "" && c.Events != LogEvents {
 		return fmt.Errorf("events %q: must be %s", c.Events, LogEvents)
 	}
+	if err := c.checkRecord(); err != nil {
+		return err
+	}
 	if limit := c.BodyLimit(); limit < 0 || limit > maxEventBodyLimit {
 		return fmt.Errorf("event_body_limit %d: must be between 0 and %d bytes", limit, maxEventBodyLimit)
+	}
+	if c.EventBodyRefuse && c.BodyLimit() == 0 {
+		return errors.New("event_body_limit 0: omits all bodies, so none can be refused for its length")
 	}
 	if err := c.Limits.Validate(); err != nil {
 		return err

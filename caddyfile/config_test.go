@@ -67,6 +67,11 @@ func TestConfig_ErrorsNameOptionAndValue(t *testing.T) {
 
 		{`{"events": "file"}`, "events", `"file"`},
 		{`{"event_body_limit": -1}`, "event_body_limit", "-1"},
+		{`{"record": "a", "record_max_size": -1}`, "record_max_size", "-1"},
+		{`{"record": "a", "record_retention": "59m"}`, "record_retention", "59m0s"},
+		{`{"record": "a", "record_retention": 0}`, "record_retention", "0s"},
+		{`{"record_input": "echoed"}`, "record_input", `"echoed"`},
+		{`{"enforced_sessions": ["exec", "portforward"]}`, "enforced_sessions", `"portforward"`},
 		{`{"event_body_limit": 4194305}`, "event_body_limit", "4194305"},
 
 		{`{"allow_origins": [""]}`, "allow_origins", `""`},

@@ -22,10 +22,15 @@ import (
 //	    recheck_interval     <duration>
 //	    recheck_grace        <duration>
 //	    record               <directory>
+//	    record_max_size      <size>
+//	    record_retention     <duration>
+//	    record_required
+//	    record_input         all
+//	    enforced_sessions    exec|attach|port-forward...
 //	    whoami               [<path>]
 //	    tailscaled           [<socket>]
 //	    events               log
-//	    event_body_limit     <size>
+//	    event_body_limit     <size> [refuse]
 //	    event_secret_bodies
 //	    allow_groups         <pattern...>
 //	    deny_groups          <pattern...>
@@ -83,6 +88,16 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = duration(d, &c.RecheckGrace)
 	case "record":
 		err = single(d, &c.Record)
+	case "record_max_size":
+		err = size(d, &c.RecordMaxSize)
+	case "record_retention":
+		err = duration(d, &c.RecordRetention)
+	case "record_required":
+		err = on(d, &c.RecordRequired)
+	case "record_input":
+		err = single(d, &c.RecordInput)
+	case "enforced_sessions":
+		err = list(d, &c.EnforcedSessions)
 	case "whoami":
 		err = optional(d, &c.Whoami, defaultWhoami)
 	case "tailscaled":
@@ -90,7 +105,7 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 	case "events":
 		err = single(d, &c.Events)
 	case "event_body_limit":
-		err = size(d, &c.EventBodyLimit)
+		err = bodyLimit(d, c)
 	case "event_secret_bodies":
 		err = on(d, &c.EventSecretBodies)
 	case "allow_groups":
@@ -147,8 +162,35 @@ func duration(d *caddyfile.Dispenser, value **caddy.Duration) error {
 	return end(d, option)
 }
 
+// refuse is the second argument of event_body_limit.
+const refuse = "refuse"
+
+// bodyLimit sets the options of c that event_body_limit, which d is at, stands for.
+func bodyLimit(d *caddyfile.Dispenser, c *Config) error {
+	option := d.Val()
+	if err := bytes(d, &c.EventBodyLimit); err != nil {
+		return err
+	}
+	if d.NextArg() {
+		if d.Val() != refuse {
+			return d.Errf("unexpected argument %q after %s", d.Val(), option)
+		}
+		c.EventBodyRefuse = true
+	}
+	return end(d, option)
+}
+
 // size sets value to the single argument of the option that d is at, a number of bytes.
 func size(d *caddyfile.Dispenser, value **int64) error {
+	option := d.Val()
+	if err := bytes(d, value); err != nil {
+		return err
+	}
+	return end(d, option)
+}
+
+// bytes sets value to the next argument of the option that d is at, a number of bytes.
+func bytes(d *caddyfile.Dispenser, value **int64) error {
 	option := d.Val()
 	if *value != nil {
 		return d.Errf("%s is given twice", option)
@@ -162,7 +204,7 @@ func size(d *caddyfile.Dispenser, value **int64) error {
 	}
 	*value = new(int64)
 	**value = int64(parsed)
-	return end(d, option)
+	return nil
 }
 
 // single sets value to the single argument of the option that d is at.

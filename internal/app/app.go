@@ -27,6 +27,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
@@ -100,6 +101,9 @@ func (a *App) Provision(ctx caddy.Context) error {
 
 // Generation returns the trackers of the config's handlers.
 func (a *App) Generation() *revocation.Generation { return a.generation }
+
+// Recordings returns the directories that the process records to.
+func (a *App) Recordings() *sessionrecording.Dirs { return &a.process.Recordings }
 
 // OnStarted calls start once Caddy has started all apps of the config, and from then
 // on lists the authenticator among the running ones.
@@ -214,6 +218,8 @@ func (a *App) Cleanup() error {
 type Process struct {
 	// Requests knows the open requests.
 	Requests revocation.Registry
+	// Recordings knows the directories with recordings.
+	Recordings sessionrecording.Dirs
 
 	mu sync.Mutex
 	// running are the apps of the running config, and of those that it replaces.

@@ -5,6 +5,7 @@ package sessionrecording
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strconv"
 	"sync"
@@ -30,6 +31,8 @@ type cast struct {
 	header sessionrecording.CastHeader
 	start  time.Time
 	begun  bool // the header is written
+	// command is written after the header if it is not empty: the whole command.
+	command string
 	// tails are the starts of characters whose ends have not arrived.
 	tails map[stream][]byte
 	line  []byte // buffer of event
@@ -59,7 +62,31 @@ func (c *cast) resize(width, height uint16) error {
 }
 
 // output records what was printed on a stream.
-func (c *cast) output(s stream, p []byte) error {
+func (c *cast) output(s stream, p []byte) error { return c.record(s, p) }
+
+// input records what was typed.
+func (c *cast) input(p []byte) error { return c.record(stdin, p) }
+
+// mark records a note.
+func (c *cast) mark(note string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.begin(); err != nil {
+		return err
+	}
+	return c.event("m", []byte(note))
+}
+
+// kindOfEvent returns the kind of the events of a stream.
+func kindOfEvent(s stream) string {
+	if s == stdin {
+		return "i"
+	}
+	return "o"
+}
+
+// record records the data of a stream.
+func (c *cast) record(s stream, p []byte) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := c.begin(); err != nil {
@@ -76,7 +103,7 @@ func (c *cast) output(s stream, p []byte) error {
 	if len(p) == 0 {
 		return nil
 	}
-	return c.event("o", p)
+	return c.event(kindOfEvent(s), p)
 }
 
 // wholeRunes returns the length of p without the start of a character at its end.
@@ -105,11 +132,28 @@ func (c *cast) begin() error {
 		return nil
 	}
 	c.begun = true
-	header, err := json.Marshal(c.header)
-	if err != nil {
+	var header bytes.Buffer
+	encoder := json.NewEncoder(&header)
+	encoder.SetEscapeHTML(false) // a caller writes the command
+	if err := encoder.Encode(c.header); err != nil {
 		return err
 	}
-	return c.write(append(header, '\n'))
+	if err := c.write(header.Bytes()); err != nil {
+		return err
+	}
+	command := c.command
+	c.command = ""
+	for at := 0; at < len(command); {
+		piece := command[at:min(at+chunk, len(command))]
+		if whole := wholeRunes([]byte(piece)); whole > 0 {
+			piece = piece[:whole]
+		}
+		if err := c.event("m", fmt.Appendf(nil, "the command from byte %d on: %s", at, piece)); err != nil {
+			return err
+		}
+		at += len(piece)
+	}
+	return nil
 }
 
 // event writes an event with the current time.
@@ -127,7 +171,12 @@ func (c *cast) event(kind string, data []byte) error {
 // Other sinks have reported their failure themselves.
 func (c *cast) write(line []byte) error {
 	for _, s := range c.sinks {
-		if err := s.write(line); err != nil && s.required != nil {
+		err := s.write(line)
+		switch {
+		case err == nil || s.required == nil:
+		case errors.Is(err, errQuota):
+			return errFull
+		default:
 			return s.required
 		}
 	}
@@ -144,7 +193,7 @@ func (c *cast) finish() error {
 	for s, tail := range c.tails {
 		if len(tail) > 0 {
 			c.tails[s] = nil
-			if err := c.event("o", tail); err != nil {
+			if err := c.event(kindOfEvent(s), tail); err != nil {
 				return err
 			}
 		}

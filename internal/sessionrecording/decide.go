@@ -27,6 +27,9 @@ const (
 	ambiguous    kind = "ambiguous"    // may be any of them
 )
 
+// Kinds are the kinds of sessions that are recorded or logged.
+var Kinds = []string{string(exec), string(attach), string(forward)}
+
 // kindOf returns the kind of a request that asks for i.
 func kindOf(i requestinfo.Info) kind {
 	if i.Ambiguous {

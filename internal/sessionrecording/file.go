@@ -3,9 +3,9 @@
 package sessionrecording
 
 import (
+	"bytes"
 	"errors"
 	"os"
-	"path/filepath"
 )
 
 // partial is the suffix of a file whose session has not ended, or whose recording was
@@ -15,26 +15,52 @@ const partial = ".partial"
 // file is a recording on disk.
 type file struct {
 	*os.File
-	path string // its path once it is complete
+	dir   *Dir
+	id    string
+	quota int64  // of dir
+	path  string // its path once it is complete
+	size  int64
+
+	// beyondQuota is called when the quota of dir is used up. From then on, nothing is
+	// written. If it is nil, the quota is an error.
+	beyondQuota func()
+	cut         bool // beyondQuota has been called
 }
 
-// createFile creates the file for the session with the given ID in dir, which it creates
-// as well if it is missing. Only the user that the proxy runs as can read both.
-func createFile(dir, id string) (*file, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, err
+// Write implements [io.Writer].
+func (f *file) Write(p []byte) (int, error) {
+	if f.cut {
+		return len(p), nil
 	}
-	path := filepath.Join(dir, id+".cast")
-	f, err := os.OpenFile(path+partial, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return nil, err
+	err := f.dir.take(f.id, allocated(f.size+int64(len(p))), f.quota)
+	if err == nil {
+		return f.write(p)
 	}
-	return &file{f, path}, nil
+	if f.beyondQuota == nil {
+		return 0, err
+	}
+	f.cut = true
+	f.beyondQuota()
+	// Players do not read a part of a line.
+	if n, err := f.write(p[:bytes.LastIndexByte(p, '\n')+1]); err != nil {
+		return n, err
+	}
+	return len(p), f.dir.take(f.id, allocated(f.size), 0)
+}
+
+func (f *file) write(p []byte) (int, error) {
+	n, err := f.File.Write(p)
+	f.size += int64(n)
+	return n, err
 }
 
 // complete closes the file and gives it its final name. If err is not nil, the file
 // could not be written, and keeps the name of a partial one.
 func (f *file) complete(err error) error {
+	defer f.dir.release(f.id, true)
+	if f.cut {
+		err = errors.Join(err, errQuota)
+	}
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
@@ -43,5 +69,6 @@ func (f *file) complete(err error) error {
 
 // discard closes and removes the file.
 func (f *file) discard() error {
+	defer f.dir.release(f.id, false)
 	return errors.Join(f.Close(), os.Remove(f.path+partial))
 }

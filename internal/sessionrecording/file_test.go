@@ -17,7 +17,7 @@ func TestCreateFile_ModeAndExclusive(t *testing.T) {
 	old := syscall.Umask(0) // it would hide a wrong mode
 	defer syscall.Umask(old)
 	dir := filepath.Join(t.TempDir(), "new", "recordings")
-	f, err := createFile(dir, "s")
+	f, err := newDir(dir).create("s", 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -26,7 +26,7 @@ func TestCreateFile_ModeAndExclusive(t *testing.T) {
 			t.Errorf("%s: got mode %v, %v; want %v", path, info.Mode(), err, want)
 		}
 	}
-	if _, err := createFile(dir, "s"); !errors.Is(err, fs.ErrExist) {
+	if _, err := newDir(dir).create("s", 0); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("creating the same file again: got error %v; want %v", err, fs.ErrExist)
 	}
 	if err := f.discard(); err != nil {
@@ -50,7 +50,7 @@ func TestFile_IncompleteStaysPartial(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := t.TempDir()
-			f, err := createFile(dir, "s")
+			f, err := newDir(dir).create("s", 0)
 			if err != nil {
 				t.Fatal(err)
 			}

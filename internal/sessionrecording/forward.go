@@ -61,6 +61,8 @@ func (f *forwarding) note(port string) {
 	defer f.mu.Unlock()
 	switch {
 	case port == "" || slices.Contains(f.ports, port):
+	case len(port) > len("65535"):
+		// The API server does not forward to it.
 	case len(f.ports) < maxPorts:
 		f.ports = append(f.ports, port)
 	case len(f.ports) == maxPorts:

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -81,5 +82,16 @@ func TestForwarding_PortsOfQuery(t *testing.T) {
 		if diff := cmp.Diff([]string{"80", "443", "8080"}, f.ports); diff != "" {
 			t.Errorf("%s: ports (-want +got):\n%s", version, diff)
 		}
+	}
+}
+
+// What cannot be a port does not get into the log.
+func TestForwarding_NotesOnlyPorts(t *testing.T) {
+	var f forwarding
+	for _, port := range []string{"80", strings.Repeat("8", 900_000), "65535", ""} {
+		f.note(port)
+	}
+	if diff := cmp.Diff([]string{"80", "65535"}, f.noted()); diff != "" {
+		t.Errorf("ports (-want +got):\n%s", diff)
 	}
 }

@@ -44,7 +44,11 @@ func startRecorder(t *testing.T) (*recordertest.Recorder, *tailnet.Node) {
 
 // newRecorder returns a Recorder that keeps its recordings in dir.
 func newRecorder(dir string) *Recorder {
-	return &Recorder{Dir: dir, Client: new(recorder.Client), Logger: zap.NewNop()}
+	rec := &Recorder{Client: new(recorder.Client), Logger: zap.NewNop()}
+	if dir != "" {
+		rec.Dir = newDir(dir)
+	}
+	return rec
 }
 
 // begin begins the session that r becomes. It fails t if there is none.

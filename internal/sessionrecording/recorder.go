@@ -5,7 +5,9 @@ package sessionrecording
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -14,6 +16,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recorder"
@@ -37,8 +40,20 @@ var recordings = metrics.NewCounter("recordings_total",
 
 // Recorder records the sessions of one handler.
 type Recorder struct {
-	// Dir is the directory for recordings, empty if none are kept locally.
-	Dir string
+	// Dir is the directory for recordings, nil if none are kept locally.
+	Dir *Dir
+	// Required says that the sessions of all callers have to be recorded into Dir.
+	Required bool
+	// MaxSize is how many bytes all recordings in Dir may take, 0 for no limit.
+	MaxSize int64
+	// Retention is how long recordings are kept, 0 for ever.
+	Retention time.Duration
+	// Allowed are the kinds of sessions that may take place where recording is enforced,
+	// of [Kinds]. Nil allows all.
+	Allowed []string
+	// Input says that what is typed is recorded as well, even if the terminal does not
+	// show it.
+	Input bool
 	// Client uploads recordings.
 	Client *recorder.Client
 	Logger *zap.Logger
@@ -48,7 +63,7 @@ type Recorder struct {
 // returns nil if r does not become a session, or one that is not recorded, and an error
 // if r has to be refused. If a recorder is required, it has answered.
 func (rec *Recorder) Begin(r *http.Request, caller authn.Caller) (*Session, error) {
-	if rec.Dir == "" && !caller.Identity.Recording.Wanted() {
+	if rec.Dir == nil && !caller.Identity.Recording.Wanted() {
 		return nil, nil
 	}
 	session, err := rec.begin(r, caller)
@@ -67,7 +82,7 @@ func (rec *Recorder) begin(r *http.Request, caller authn.Caller) (*Session, erro
 	case ambiguous:
 		return nil, apistatus.BadRequest(apistatus.Recording, "the path %q can be understood in several ways, and whether the session has to be recorded depends on it", r.URL.EscapedPath())
 	case unrecordable:
-		if caller.Identity.Recording.Enforce {
+		if rec.required(caller) {
 			return nil, apistatus.Forbidden(apistatus.Recording, "the sessions of %s have to be recorded, and what goes through %s cannot be", caller.Peer, r.URL.Path)
 		}
 		rec.Logger.Warn("a session that cannot be recorded goes on without",
@@ -75,6 +90,9 @@ func (rec *Recorder) begin(r *http.Request, caller authn.Caller) (*Session, erro
 		recordings.With(Unrecorded).Inc()
 		return nil, nil
 	case exec, attach, forward:
+		if rec.required(caller) && rec.Allowed != nil && !slices.Contains(rec.Allowed, string(d.kind)) {
+			return nil, apistatus.Forbidden(apistatus.Recording, "the sessions of %s have to be recorded, and enforced_sessions does not allow %s", caller.Peer, d.kind)
+		}
 	default:
 		return nil, nil
 	}
@@ -99,9 +117,16 @@ func (rec *Recorder) begin(r *http.Request, caller authn.Caller) (*Session, erro
 	return session, nil
 }
 
+// required reports whether the sessions of caller have to be recorded, by a recorder or
+// into files.
+func (rec *Recorder) required(caller authn.Caller) bool {
+	return rec.Required || caller.Identity.Recording.Enforce
+}
+
 // newSession returns the session that r becomes.
 func (rec *Recorder) newSession(r *http.Request, caller authn.Caller, d decision, upgrade string) *Session {
 	query := r.URL.Query()
+	command, container := strings.Join(query["command"], " "), clip.String(query.Get("container"))
 	now := time.Now()
 	session := &Session{
 		recorder: rec,
@@ -111,19 +136,20 @@ func (rec *Recorder) newSession(r *http.Request, caller authn.Caller, d decision
 		enforce:  caller.Identity.Recording.Enforce,
 		started:  now,
 		over:     make(chan struct{}),
+		begun:    make(chan struct{}),
 		cancel:   func() {},
 		client:   caller.Conn,
 		header: sessionrecording.CastHeader{
-			Command:       strings.Join(query["command"], " "),
+			Command:       clip.String(command),
 			SrcNode:       caller.Peer.Node,
 			SrcNodeID:     caller.Peer.NodeID,
 			SrcNodeTags:   caller.Peer.Tags,
 			SrcNodeUserID: caller.Peer.UserID,
 			SrcNodeUser:   caller.Peer.Login,
 			Kubernetes: &sessionrecording.Kubernetes{
-				PodName:     d.name,
-				Namespace:   d.namespace,
-				Container:   query.Get("container"),
+				PodName:     clip.String(d.name),
+				Namespace:   clip.String(d.namespace),
+				Container:   container,
 				SessionType: string(d.kind),
 			},
 		},
@@ -132,6 +158,10 @@ func (rec *Recorder) newSession(r *http.Request, caller authn.Caller, d decision
 		session.forwarding = &forwarding{query: query}
 	} else {
 		session.terminal = newTerminal(isTrue(query["tty"]), session.over)
+		session.terminal.input = rec.Input
+		if session.header.Command != command {
+			session.command = command
+		}
 	}
 	session.log = rec.Logger.With(
 		zap.String("session", session.id),
@@ -139,9 +169,9 @@ func (rec *Recorder) newSession(r *http.Request, caller authn.Caller, d decision
 		zap.Stringer("user", caller.Peer),
 		zap.String("node", caller.Peer.Node),
 		zap.Stringer("remote_addr", caller.Conn.Remote),
-		zap.String("namespace", d.namespace),
-		zap.String("pod", d.name),
-		zap.String("container", query.Get("container")),
+		zap.String("namespace", session.header.Kubernetes.Namespace),
+		zap.String("pod", session.header.Kubernetes.PodName),
+		zap.String("container", container),
 	)
 	return session
 }
@@ -158,14 +188,27 @@ func (s *Session) prepare(ctx context.Context, caller authn.Caller) error {
 			return err
 		}
 	}
-	if s.recorder.Dir == "" {
+	if s.recorder.Dir == nil {
 		return nil
 	}
 	var err error
-	if s.file, err = createFile(s.recorder.Dir, s.id); err != nil {
+	s.file, err = s.recorder.Dir.create(s.id, s.recorder.MaxSize)
+	required := s.recorder.required(caller)
+	switch {
+	case err == nil:
+	case errors.Is(err, errQuota) && required:
+		s.abandon()
+		return apistatus.Unavailable(apistatus.Recording, "the session has to be recorded, and the recordings of the proxy have reached record_max_size")
+	case errors.Is(err, errQuota):
+		s.log.Error("the session has no file, as the recordings have reached record_max_size")
+		return nil
+	default:
 		s.log.Error("the session cannot be recorded", zap.Error(err))
 		s.abandon()
 		return apistatus.Unavailable(apistatus.Recording, "the session cannot be recorded, as the proxy cannot write its recordings; its log says why")
+	}
+	if !required {
+		s.file.beyondQuota = s.fileCut
 	}
 	s.toFile = newSink(s.file, errFileLost, s.fileFailed)
 	s.sinks = append(s.sinks, s.toFile)

@@ -72,6 +72,56 @@ func TestBegin_RefusesWhatCannotBeRecorded(t *testing.T) {
 	}
 }
 
+// enforced_sessions says which sessions may take place where recording is enforced.
+func TestBegin_EnforcedSessions(t *testing.T) {
+	at := func(subresource string) *http.Request {
+		r := execRequest(t)
+		r.URL.Path = "/api/v1/namespaces/default/pods/web/" + subresource
+		if subresource == "portforward" {
+			r.Header.Set("Sec-Websocket-Protocol", "SPDY/3.1+portforward.k8s.io")
+		}
+		return r
+	}
+	for _, tt := range []struct {
+		allowed           []string
+		required, enforce bool
+		refused           string // the subresources
+	}{
+		{nil, true, true, ""},
+		{[]string{"exec"}, false, false, ""},
+		{[]string{"exec"}, true, false, "attach portforward"},
+		{[]string{"exec"}, false, true, "attach portforward"},
+		{[]string{"exec", "attach"}, false, true, "portforward"},
+		{[]string{"port-forward", "attach"}, false, true, "exec"},
+	} {
+		for _, subresource := range []string{"exec", "attach", "portforward"} {
+			_, node := startRecorder(t)
+			rec := newRecorder(t.TempDir())
+			rec.Allowed, rec.Required = tt.allowed, tt.required
+			recording := impersonate.Recording{Enforce: tt.enforce}
+			if tt.enforce {
+				recording.Recorders = recorders
+			}
+			s, err := rec.Begin(at(subresource), callerAt(node, recording))
+			if s != nil {
+				s.Close()
+			}
+			if refused := strings.Contains(tt.refused, subresource); refused != (codeOf(err) == http.StatusForbidden) || refused == (s != nil) {
+				t.Errorf("%+v, %s: got %v, %v", tt, subresource, s, err)
+			}
+		}
+	}
+}
+
+// A config that requires files has what leads past the recording refused.
+func TestBegin_RequiredRefusesWhatCannotBeRecorded(t *testing.T) {
+	rec := newRecorder(t.TempDir())
+	rec.Required = true
+	if s, err := rec.Begin(request(t, "GET", "/api/v1/nodes/a/proxy/run"), callerAt(nil, impersonate.Recording{})); s != nil || codeOf(err) != http.StatusForbidden {
+		t.Errorf("got %v, %v; want a 403", s, err)
+	}
+}
+
 func TestBegin_LeavesOtherRequestsAlone(t *testing.T) {
 	check := counted(t)
 	r := execRequest(t)

@@ -33,6 +33,7 @@ type Session struct {
 	started  time.Time
 	header   sessionrecording.CastHeader
 	client   *tailnet.Conn
+	command  string // the whole command if the header has only the start of it
 	log      *zap.Logger
 
 	terminal   *terminal   // nil for a port-forward
@@ -47,6 +48,7 @@ type Session struct {
 	headerIsDue *time.Timer
 	over        chan struct{}      // closed by Close
 	ctx         context.Context    // that of Watch
+	begun       chan struct{}      // closed by begin
 	cancel      context.CancelFunc // of the request to the API server
 
 	mu       sync.Mutex
@@ -58,13 +60,28 @@ type Session struct {
 	closing  bool
 }
 
+// answerTimeout is how long the answer of the API server is waited for after the client
+// has gone away.
+const answerTimeout = 5 * time.Second
+
 // Watch returns ctx for the request to the API server. s notes whether that request is
 // sent and answered, and cancels it when the session has to end. An answer that others
 // than the API server write after the request was sent does not prove that the command
 // did not run.
-func (s *Session) Watch(ctx context.Context) context.Context {
-	s.ctx = ctx
-	ctx, s.cancel = context.WithCancel(ctx)
+//
+// A request that was sent does not end with its client. Otherwise callers that the API
+// server refuses could leave a recording for each request, by not waiting for the answer.
+func (s *Session) Watch(client context.Context) context.Context {
+	s.ctx = client
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(client))
+	stop := context.AfterFunc(client, func() {
+		s.awaitAnswer()
+		cancel(context.Cause(client))
+	})
+	s.cancel = func() {
+		stop()
+		cancel(nil)
+	}
 	count := func(n *int) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -74,6 +91,24 @@ func (s *Session) Watch(ctx context.Context) context.Context {
 		GotConn:              func(httptrace.GotConnInfo) { count(&s.out) },
 		GotFirstResponseByte: func() { count(&s.in) },
 	})
+}
+
+// awaitAnswer waits for the answer to a request that was sent to the API server, until
+// answerTimeout has passed.
+func (s *Session) awaitAnswer() {
+	s.mu.Lock()
+	waits := s.kind != forward && s.out > 0 && s.conn == nil
+	s.mu.Unlock()
+	if !waits {
+		return
+	}
+	timer := time.NewTimer(answerTimeout)
+	defer timer.Stop()
+	select {
+	case <-s.begun:
+	case <-s.over:
+	case <-timer.C:
+	}
 }
 
 // Wrap returns w for the handlers that follow. A handler that hijacks the connection
@@ -173,10 +208,12 @@ func (s *Session) begin(c *conn) {
 	s.started = time.Now()
 	reason := s.reason
 	s.mu.Unlock()
+	close(s.begun)
 	if s.kind == forward {
 		s.log.Info("port-forward begins", zap.Strings("ports", s.forwarding.noted()))
 	} else {
 		s.terminal.cast = newCast(s.header, s.sinks...)
+		s.terminal.cast.command, s.command = s.command, ""
 		s.log.Info("the session is recorded", zap.String("command", s.header.Command))
 		// The header is written even if nothing is ever printed. It holds the size of
 		// the terminal, which the client sends next.
@@ -233,6 +270,7 @@ var errUnanswered = errors.New("no answer of the API server has come; whether th
 var (
 	errRecorderLost = errors.New("this session has to be recorded, and its recorder was lost")
 	errFileLost     = errors.New("this session has to be recorded, and the proxy cannot write its recording")
+	errFull         = errors.New("this session has to be recorded, and the recordings of the proxy have reached record_max_size")
 )
 
 // recorderFailed is called when the recorder fails.
@@ -256,7 +294,16 @@ func (s *Session) recorderFailed(err error) {
 // fileFailed is called when the file cannot be written.
 func (s *Session) fileFailed(err error) {
 	s.log.Error("the recording cannot be written, and the session ends", zap.String("file", s.file.Name()), zap.Error(err))
-	s.end(errFileLost)
+	reason := errFileLost
+	if errors.Is(err, errQuota) {
+		reason = errFull
+	}
+	s.end(reason)
+}
+
+// fileCut is called when the rest of the session is not written to the file.
+func (s *Session) fileCut() {
+	s.log.Error("the recording is cut off, as the recordings have reached record_max_size, and the session goes on", zap.String("file", s.file.Name()))
 }
 
 // Close releases what Begin returned s with. It must be called when the request has
@@ -282,7 +329,8 @@ func (s *Session) Close() {
 	}
 	switch {
 	case c == nil:
-		// The command may have run, so the recording has to say who asked for it.
+		// The command may have run, so the recording has to say who asked for it. It is
+		// small, as the caller may not even be allowed to ask.
 		s.terminal.cast = newCast(s.header, s.sinks...)
 		if reason == nil {
 			reason = errUnanswered

@@ -200,7 +200,7 @@ func TestSession_EndsWhenHeaderCannotBeWritten(t *testing.T) {
 
 // A session may have to end before its connection is hijacked.
 func TestSession_PendingReasonEndsConnection(t *testing.T) {
-	s := &Session{kind: forward, forwarding: new(forwarding), log: zap.NewNop()}
+	s := &Session{kind: forward, forwarding: new(forwarding), log: zap.NewNop(), begun: make(chan struct{})}
 	s.end(errRecorderLost)
 	c := newConn(new(wire), []byte(wsClient("\x00ls\n")), binaryChannels(newNoted()), func() {})
 	s.begin(c)

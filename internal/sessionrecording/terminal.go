@@ -17,13 +17,17 @@ import (
 	"k8s.io/apimachinery/pkg/util/remotecommand"
 )
 
-// terminal is the observer of an exec or an attach. It records what is printed.
+// terminal is the observer of an exec or an attach. It records what is printed, and what is
+// typed if input is set.
 type terminal struct {
 	tty     bool            // the session has a terminal
 	unsized bool            // the protocol does not transmit its size
 	over    <-chan struct{} // closed when the session is over
 	sizes   sizes
 	cast    *cast // nil until the connection is upgraded
+
+	input bool // what is typed is recorded
+	typed int  // how many bytes were, of a session without a terminal
 }
 
 func newTerminal(tty bool, over <-chan struct{}) *terminal {
@@ -34,7 +38,11 @@ func newTerminal(tty bool, over <-chan struct{}) *terminal {
 func (t *terminal) protocol(upgrade, version string) (protocol, error) {
 	t.unsized = upgrade == spdyUpgrade &&
 		!slices.Contains([]string{remotecommand.StreamProtocolV3Name, remotecommand.StreamProtocolV4Name, remotecommand.StreamProtocolV5Name}, version)
-	return terminalProtocol(t, t.tty, upgrade, version)
+	p, err := terminalProtocol(t, t.tty, upgrade, version)
+	if ws, ok := p.(*webSocket); ok {
+		ws.input = t.input
+	}
+	return p, err
 }
 
 // terminalProtocol returns the protocol of an exec or an attach, with the given version
@@ -79,8 +87,37 @@ func terminalStream(h streamHeader) (stream, error) {
 	return what, nil
 }
 
+// maxInput is how many bytes of the input are recorded if there is no terminal: programs
+// such as kubectl cp write any amount.
+const maxInput = 1 << 20
+
+// recordInput records what was typed.
+func (t *terminal) recordInput(p []byte) error {
+	if !t.input || len(p) == 0 {
+		return nil
+	}
+	if t.tty {
+		return t.cast.input(p)
+	}
+	left := maxInput - t.typed
+	t.typed = min(t.typed+len(p), maxInput+1)
+	switch {
+	case len(p) <= left:
+		return t.cast.input(p)
+	case left < 0:
+		return nil
+	}
+	if err := t.cast.input(p[:left]); err != nil {
+		return err
+	}
+	return t.cast.mark(fmt.Sprintf("the input is not recorded after %d bytes", maxInput))
+}
+
 // fromClient implements observer.
 func (t *terminal) fromClient(s stream, p []byte) error {
+	if s == stdin {
+		return t.recordInput(p)
+	}
 	// The API server ignores sizes unless there is a terminal.
 	if s != resize || !t.tty || t.unsized {
 		return nil

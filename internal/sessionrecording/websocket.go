@@ -13,6 +13,7 @@ import (
 type webSocket struct {
 	whole  bool // messages have no channel, and are one stream
 	base64 bool // messages are text: a digit and base64
+	input  bool // the observer receives what the client sends to the pod
 	closes bool // the client can close a channel with a message
 	status bool // errors are reported as a Status
 	// channel returns what a channel carries, and whether it exists.
@@ -51,6 +52,9 @@ const (
 	stderr stream = "stderr"
 	errs   stream = "error"
 	resize stream = "resize"
+
+	// closing carries the numbers of channels that the client closes.
+	closing stream = "closing"
 )
 
 // sessionChannels are the channels of exec and attach.
@@ -175,7 +179,7 @@ func (w *webSocket) next(m *message, b []byte, fromClient bool) (f wsFrame, offs
 	}
 	m.begun = true
 	if fromClient && w.closes && number == closeChannel {
-		m.stream = stdin // the rest of the message is ignored
+		m.stream = closing // the API server ignores all but the number
 		return f, 1, nil
 	}
 	if w.base64 {
@@ -190,8 +194,7 @@ func (w *webSocket) next(m *message, b []byte, fromClient bool) (f wsFrame, offs
 
 func (w *webSocket) fromClient(b []byte) (int, error) {
 	f, offset, err := w.next(&w.client, b, true)
-	// Input is not recorded.
-	if err != nil || offset < 0 || w.client.stream == stdin {
+	if err != nil || offset < 0 || w.client.stream == closing || w.client.stream == stdin && !w.input {
 		return f.length, err
 	}
 	data, err := w.decode(f.unmasked(offset))

@@ -80,6 +80,7 @@ func useRecorder(t *testing.T, mode recordertest.Mode) {
 type cast struct {
 	header sessionrecording.CastHeader
 	output string
+	input  string
 	sizes  []string
 }
 
@@ -106,6 +107,8 @@ func parseCast(t *testing.T, b []byte) (c cast) {
 		switch event[1] {
 		case "o":
 			output.WriteString(data)
+		case "i":
+			c.input += data
 		case "r":
 			c.sizes = append(c.sizes, data)
 		default:

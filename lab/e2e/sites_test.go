@@ -41,6 +41,7 @@ const (
 	portNoShells         = "8015" // as examples/no-shells-for-devices.caddyfile
 	portRewriting        = "8016" // rewrites requests after a matcher
 	portFiles            = "8017" // records sessions to recordings(lab)
+	portInput            = "8061" // the same, with what is typed
 	portAudit            = "8021" // audit
 	portAuthorize        = "8022" // client_impersonation authorize
 	portAuthorizeLimits  = "8023" // the same with audit, deny_groups and allow_groups
@@ -136,6 +137,7 @@ func sites(l *lab.Lab) string {
 		site("http://:"+portRewriting, k8s, impersonate+"\t@writes not kubernetes {\n\t\tverb get list watch\n\t}\n\trespond @writes 403\n"+
 			replaceOnce(toCluster, "\t\tflush_interval -1\n", "\t\tmethod DELETE\n\t\trewrite /api/v1/namespaces/default/configmaps/rewritten\n")) +
 		site("http://:"+portFiles, k8s, "\ttailscale_impersonate {\n\t\trecord "+recordings(l)+"\n\t}\n"+toCluster) +
+		site("http://:"+portInput, k8s, "\ttailscale_impersonate {\n\t\trecord "+recordings(l)+"\n\t\trecord_input all\n\t}\n"+toCluster) +
 		site("http://:"+portAudit, k8s, "\ttailscale_impersonate {\n\t\taudit\n\t}\n"+toCluster) +
 		site("http://:"+portAuthorize, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t}\n"+toCluster) +
 		site("http://:"+portAuthorizeLimits, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t\taudit\n\t\tallow_groups acted-* tailnet-* system:*\n\t\tdeny_groups system:masters system:serviceaccounts system:nodes\n\t}\n"+toCluster) +

@@ -21,7 +21,7 @@ var requests = []file{
 		{name: "answers are kept as long as the config says", old: "\t\tCacheTTL:     h.TTL(),\n", new: "\t\tCacheTTL:     h.TTL() + 1<<42,\n"},
 		{name: "the config says what becomes of kubectl --as", old: "authn.ActAs(h.ClientImpersonation)", new: "authn.StripActAs"},
 		{name: "a directory that is not set is a config error", old: "ReplaceOrErr(h.Record, true, true)", new: "ReplaceOrErr(h.Record, false, false)"},
-		{name: "where a recording goes to is what the config says", old: "Dir: dir, Client", new: "Dir: dir[:0], Client"},
+		{name: "where a recording goes to is what the config says", old: "\t\th.sessions.Dir = h.recordings.At(dir)\n", new: ""},
 		{name: "a handler's policy is for its settings", old: "generation.NewTracker(listen, h.Config,", new: "generation.NewTracker(listen, nil,"},
 		{name: "the grace has an end", old: "h.Grace(),\n", new: "h.Grace() + 1<<42,\n"},
 		{name: "a target that nobody may act as any more is rechecked", old: "\t\tCheckTarget: h.auth.CheckTarget,\n", new: ""},
