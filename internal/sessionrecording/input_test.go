@@ -120,3 +120,15 @@ func TestTerminal_InputEndsWhenRecordingFails(t *testing.T) {
 		t.Errorf("got error %v; want %v", err, errFileLost)
 	}
 }
+
+func TestBegin_InputOnlyIfAskedFor(t *testing.T) {
+	for _, asked := range []bool{false, true} {
+		rec := newRecorder(t.TempDir())
+		rec.Input = asked
+		s := begin(t, rec, execRequest(t))
+		defer s.Close()
+		if s.terminal.input != asked {
+			t.Errorf("asked for %t: got %t", asked, s.terminal.input)
+		}
+	}
+}
