@@ -104,7 +104,7 @@ func TestEvents_UnrecordableRequestIsNotSent(t *testing.T) {
 	}
 }
 
-// A body of which a recorder would get only a part is refused if the config says so.
+// A body that a recorder would get only in part is refused if the config says so.
 func TestEvents_LongBodyIsRefused(t *testing.T) {
 	recorder, node := proxytest.StartRecorder(t, proxytest.EventsEnforced)
 	up := proxytest.NewAPIServer(t)

@@ -57,7 +57,7 @@ func TestDir_CountsRecordings(t *testing.T) {
 	write(t, filepath.Join(path, id(1)+".cast"), 2*block+1, 0)
 	write(t, filepath.Join(path, id(2)+".cast.partial"), 1, 0)
 	write(t, filepath.Join(path, id(3)+".cast"), 0, 0)
-	write(t, filepath.Join(path, "notes.cast"), 10*block, 0) // is none
+	write(t, filepath.Join(path, "notes.cast"), 10*block, 0) // no recording
 	d := newDir(path)
 	used := func(want int64) {
 		t.Helper()
