@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
 	logged "go.uber.org/zap/zaptest/observer"
+	"tailscale.com/sessionrecording"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
@@ -230,6 +231,11 @@ func TestDir_DeletesOldRecordings(t *testing.T) {
 	if err := os.Chtimes(open.Name(), old, old); err != nil {
 		t.Fatal(err)
 	}
+	// So is one that has its final name and is about to be closed.
+	if err := d.take(id(8), block, 0); err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(path, id(8)+".cast"), 1, 2*retention)
 	before := names(t, path)
 	if deleted, err := d.list(retention); deleted != 2 || err != nil {
 		t.Errorf("deleted %d, %v; want 2", deleted, err)
@@ -246,10 +252,14 @@ func TestDir_DeletesOldRecordings(t *testing.T) {
 	if _, err := os.Stat(elsewhere); err != nil {
 		t.Errorf("the target of a link: %v", err)
 	}
-	if d.used != 2*block {
-		t.Errorf("%d bytes are used; want %d", d.used, 2*block)
+	if d.used != 3*block {
+		t.Errorf("%d bytes are used; want %d", d.used, 3*block)
 	}
 	// Another process must not delete what this one writes.
+	d.release(id(8), true)
+	if err := os.Remove(filepath.Join(path, id(8)+".cast")); err != nil {
+		t.Fatal(err)
+	}
 	if deleted, err := newDir(path).list(retention); deleted != 0 || err != nil {
 		t.Errorf("another process deleted %d, %v; want none", deleted, err)
 	}
@@ -365,6 +375,22 @@ func TestSession_AtQuota(t *testing.T) {
 		if err != nil || info.Size() > 8*block+chunk {
 			t.Errorf("the file has %v bytes, %v; want at most %d", info.Size(), err, 8*block+chunk)
 		}
+	}
+}
+
+// Nothing more is printed once the quota is used up.
+func TestCast_EndsAtQuota(t *testing.T) {
+	f, err := newDir(t.TempDir()).create(id(1), block)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	s := newSink(f, errFileLost, func(error) {})
+	c := newCast(sessionrecording.CastHeader{}, s)
+	_ = c.output(stdout, make([]byte, 2*block)) // the sink fails later
+	<-s.dead
+	if err := c.output(stdout, []byte("x")); !errors.Is(err, errFull) {
+		t.Errorf("got error %v; want %v", err, errFull)
 	}
 }
 
