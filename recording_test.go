@@ -117,27 +117,30 @@ func TestRecording_Options(t *testing.T) {
 	for _, tt := range []struct {
 		name, target string
 		options      []string
-		refusal      string // empty if the session begins
+		outcome      string // of a session that begins
+		refusal      string // of any other
 	}{
-		{"required", proxytest.ExecTarget, []string{"record_required"}, ""},
-		{"required, and without a recording", "/api/v1/nodes/n/proxy/run", []string{"record_required"}, "what goes through /api/v1/nodes/n/proxy/run cannot be"},
-		{"a kind that is not allowed", attach, []string{"record_required", "enforced_sessions exec"}, "enforced_sessions does not allow attach"},
-		{"a kind that is not allowed, where nothing is enforced", attach, []string{"enforced_sessions exec"}, ""},
-		{"no room", proxytest.ExecTarget, []string{"record_required", "record_max_size 1KiB"}, "the recordings of the proxy have reached record_max_size"},
-		{"no room, where nothing is enforced", proxytest.ExecTarget, []string{"record_max_size 1KiB"}, ""},
-		{"no limit", proxytest.ExecTarget, []string{"record_required", "record_max_size 0"}, ""},
+		{"required", proxytest.ExecTarget, []string{"record_required"}, "recorded", ""},
+		{"required, and without a recording", "/api/v1/nodes/n/proxy/run", []string{"record_required"}, "", "what goes through /api/v1/nodes/n/proxy/run cannot be"},
+		{"a kind that is not allowed", attach, []string{"record_required", "enforced_sessions exec"}, "", "enforced_sessions does not allow attach"},
+		{"a kind that is not allowed, where nothing is enforced", attach, []string{"enforced_sessions exec"}, "recorded", ""},
+		{"no room", proxytest.ExecTarget, []string{"record_required", "record_max_size 1KiB"}, "", "the recordings of the proxy have reached record_max_size"},
+		{"no room, where nothing is enforced", proxytest.ExecTarget, []string{"record_max_size 1KiB"}, "unrecorded", ""},
+		{"no limit", proxytest.ExecTarget, []string{"record_required", "record_max_size 0"}, "recorded", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			up := proxytest.NewPods(t)
 			dir := t.TempDir()
 			s := startRecordingSite(t, up, dir, proxytest.AliceNode(), tt.options...)
+			since := proxytest.CountsSince(t, "recordings_total")
 			sh, resp := proxytest.OpenWebSocket(t, s, tt.target)
-			if tt.refusal == "" {
+			if tt.outcome != "" {
 				if sh == nil {
 					t.Fatalf("got %s", resp.Status)
 				}
 				sh.Hear(t, "hello ")
 				sh.Leave()
+				proxytest.WaitForCounts(t, since, map[string]float64{"recordings_total " + tt.outcome: 1})
 				return
 			}
 			if sh != nil {
@@ -185,8 +188,10 @@ func TestRecording_RetentionMakesRoom(t *testing.T) {
 	}
 	s := startRecordingSite(t, proxytest.NewPods(t), dir, proxytest.AliceNode(), "record_required", "record_retention 1h", "record_max_size 8KiB")
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		since := proxytest.CountsSince(t, "recordings_total")
 		if sh, _ := proxytest.OpenWebSocket(t, s, proxytest.ExecTarget); sh != nil {
 			sh.Leave()
+			proxytest.WaitForCounts(t, since, map[string]float64{"recordings_total recorded": 1})
 			break
 		}
 		if time.Now().After(deadline) {
