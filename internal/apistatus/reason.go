@@ -4,6 +4,7 @@ package apistatus
 
 import (
 	"errors"
+	"fmt"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -28,6 +29,7 @@ const (
 	UnknownPeer    Reason = "unknown_peer"     // the node does not know the peer
 	Self           Reason = "self"             // the peer is the node itself
 	NoAnswer       Reason = "no_answer"        // the node did not say who the peer is
+	NotAdmitted    Reason = "not_admitted"     // the node no longer lets the peer open a connection
 	NoIdentity     Reason = "no_identity"      // the peer's grants or names make no valid identity
 	Guard          Reason = "guard"            // the operator's limits keep the peer out
 	NoGroups       Reason = "no_groups"        // require_groups is on and the peer has no group
@@ -45,7 +47,7 @@ const (
 
 // Reasons lists every reason.
 var Reasons = []Reason{
-	Protocol, WebPage, Host, NotFromTailnet, AmbiguousNode, Starting, Replaced, Stopping, UnknownPeer, Self, NoAnswer,
+	Protocol, WebPage, Host, NotFromTailnet, AmbiguousNode, Starting, Replaced, Stopping, UnknownPeer, Self, NoAnswer, NotAdmitted,
 	NoIdentity, Guard, NoGroups, Impersonation, AmbiguousPath, Rewritten, Recording, NoHandler, NoCredentials, NoPermission, UpstreamAway, Method, Other,
 }
 
@@ -74,6 +76,17 @@ func About(node, user string, err error) error {
 		}
 	}
 	return err
+}
+
+// Append returns a copy of err, a refusal, with more at the end of its message.
+func Append(err error, format string, args ...any) error {
+	status, ok := From(err)
+	if !ok {
+		return err
+	}
+	longer := status.DeepCopy()
+	longer.Message += fmt.Sprintf(format, args...)
+	return &apierrors.StatusError{ErrStatus: *longer}
 }
 
 // From returns the Status object of err, and whether it has one. The result is not a

@@ -80,7 +80,7 @@ func newPolicy() revocation.Policy {
 	return revocation.Policy{
 		Interval: time.Millisecond,
 		Grace:    time.Hour,
-		Identify: func(context.Context, netip.Addr, netip.Addr, time.Time) (*impersonate.Identity, error) {
+		Identify: func(context.Context, netip.Addr, netip.AddrPort, time.Time) (*impersonate.Identity, error) {
 			return new(impersonate.Identity), nil
 		},
 		Revoked: func(*revocation.Revoked) {},
@@ -221,7 +221,7 @@ func TestHandle_NewConfigJudgesOpenRequests(t *testing.T) {
 	request := track(t, tracker)
 	defer request.Close()
 	refusing := newPolicy()
-	refusing.Identify = func(context.Context, netip.Addr, netip.Addr, time.Time) (*impersonate.Identity, error) {
+	refusing.Identify = func(context.Context, netip.Addr, netip.AddrPort, time.Time) (*impersonate.Identity, error) {
 		return nil, apistatus.Forbidden(apistatus.Guard, "no access")
 	}
 	run(t, use("new", refusing))

@@ -14,6 +14,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
+	"tailscale.com/client/tailscale/apitype"
 	"tailscale.com/tailcfg"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
@@ -56,8 +57,8 @@ type Options struct {
 type Authenticator struct {
 	Options
 
-	// callers caches the callers that peers are.
-	callers *cache[*Caller]
+	// peers caches what nodes have said about peers, and what follows from it.
+	peers *cache[*resolution]
 	// notices are what the log says about the grants of peers.
 	notices *notices
 
@@ -77,8 +78,12 @@ func New(options Options) (*Authenticator, error) {
 	if a.notices, err = newNotices(); err != nil {
 		return nil, err
 	}
-	a.callers, err = newCache(options.CacheTTL, func(ctx context.Context, key peerKey) (*Caller, error) {
-		return a.resolve(ctx, key).caller()
+	a.peers, err = newCache(options.CacheTTL, func(ctx context.Context, key peerKey) (*resolution, error) {
+		res := a.resolve(ctx, key)
+		if _, refused := apistatus.From(res.err); res.err != nil && !refused {
+			return nil, res.err // the node has not answered
+		}
+		return res, nil
 	})
 	return a, err
 }
@@ -130,13 +135,14 @@ func (a *Authenticator) Authenticate(r *http.Request, claims Claims) (Caller, er
 		return Caller{}, err
 	}
 	// Who is the peer, and which identity is that?
-	known := arrived.known
-	if known == nil {
-		if known, err = a.ask(r.Context(), arrived); err != nil {
-			return Caller{}, err
-		}
+	res, err := a.who(r.Context(), arrived)
+	if err != nil {
+		return Caller{}, err
 	}
-	caller := *known
+	if res.err != nil {
+		return Caller{}, res.refusal(a.CacheTTL)
+	}
+	caller := *res.caller
 	caller.Conn = arrived.conn
 	// May it say about itself what it said?
 	if err := a.checkClaims(r, claims, caller.Identity.User); err != nil {
@@ -146,7 +152,7 @@ func (a *Authenticator) Authenticate(r *http.Request, claims Claims) (Caller, er
 	if claims.target != nil {
 		actAs = &impersonate.ActAsRequest{Target: claims.target, MaxAge: a.CacheTTL}
 	}
-	caller.Identity = known.forRequest(r, a.Audit, actAs)
+	caller.Identity = res.caller.forRequest(r, a.Audit, actAs)
 	return caller, nil
 }
 
@@ -155,14 +161,14 @@ type arrival struct {
 	conn *tailnet.Conn
 	// node is the node that accepted conn.
 	node *tailnet.Node
-	// known is the caller that the peer was a short while ago, nil if the node has to be
+	// known is what the node said about the peer a short while ago, nil if it has to be
 	// asked.
-	known *Caller
+	known *resolution
 }
 
 // key returns how the node knows the peer.
 func (arrived arrival) key() peerKey {
-	return peerKey{arrived.node, arrived.conn.Remote.Addr(), arrived.conn.Local}
+	return peerKey{arrived.node, arrived.conn.Remote.Addr(), arrived.conn.Dialled()}
 }
 
 // accepted returns how r arrived at a node that it is meant for.
@@ -180,8 +186,8 @@ func (a *Authenticator) accepted(r *http.Request) (arrived arrival, err error) {
 	if retired := a.retired.Load(); retired != nil && (a.nodes == nil || arrived.conn.Accepted.After(*retired)) {
 		return arrival{}, apistatus.TryAgain(apistatus.Replaced, "the connection was accepted for a config that is no longer in use; a new connection uses the current one")
 	}
-	if known, ok := a.callers.on(arrived.conn); ok {
-		arrived.node, arrived.known = known.Node, known
+	if known, ok := a.peers.on(arrived.conn); ok {
+		arrived.node, arrived.known = known.key.node, known
 	} else if arrived.node, err = a.owner(arrived.conn.Local); err != nil {
 		return arrival{}, err
 	}
@@ -214,80 +220,93 @@ func (a *Authenticator) owner(local netip.Addr) (*tailnet.Node, error) {
 	return node, nil
 }
 
-// ask asks the node who the peer is, unless another connection did a short while ago.
-func (a *Authenticator) ask(ctx context.Context, arrived arrival) (*Caller, error) {
-	key := arrived.key()
-	caller, err := a.callers.get(ctx, key, arrived.conn)
-	if err != nil {
-		return nil, key.refusal(err)
+// who returns what the node says about the peer. It asks, unless it did so a short while
+// ago.
+func (a *Authenticator) who(ctx context.Context, arrived arrival) (*resolution, error) {
+	if arrived.known != nil {
+		return arrived.known, nil
 	}
-	return caller, nil
+	key := arrived.key()
+	res, err := a.peers.get(ctx, key, arrived.conn)
+	if err != nil {
+		return nil, key.noAnswer(err)
+	}
+	return res, nil
 }
 
-// refusal returns err if it is a refusal. Otherwise the node has not answered.
-func (k peerKey) refusal(err error) error {
-	if _, ok := apistatus.From(err); ok {
-		return err
-	}
+// noAnswer returns err, which says why the node has not answered, as a refusal.
+func (k peerKey) noAnswer(err error) error {
 	return apistatus.TryAgain(apistatus.NoAnswer, "tailnet node %q does not say who %v is: %v", k.node.Name, k.remote, err)
 }
 
-// Identify returns the identity of the peer at remote that dialled local, from an
+// Identify returns the identity of the peer at remote that dialled dialled, from an
 // answer that was asked for at since or later.
-func (a *Authenticator) Identify(ctx context.Context, remote, local netip.Addr, since time.Time) (*impersonate.Identity, error) {
+func (a *Authenticator) Identify(ctx context.Context, remote netip.Addr, dialled netip.AddrPort, since time.Time) (*impersonate.Identity, error) {
 	<-a.ready
-	node, err := a.owner(local)
+	node, err := a.owner(dialled.Addr())
 	if err != nil {
 		return nil, err
 	}
-	key := peerKey{node, remote, local}
-	answer, err := a.callers.since(ctx, key, since)
+	key := peerKey{node, remote, dialled}
+	answer, err := a.peers.since(ctx, key, since)
 	if err != nil {
-		return nil, key.refusal(err)
+		return nil, key.noAnswer(err)
 	}
-	return answer.value.Identity, nil
+	if res := answer.value; res.err != nil {
+		return nil, res.err
+	}
+	return answer.value.caller.Identity, nil
 }
 
 // Forget makes the next request of the peer at remote, on local, ask about it again.
 func (a *Authenticator) Forget(remote, local netip.Addr) {
-	for _, node := range a.nodes {
-		a.callers.forget(peerKey{node, remote, local})
-	}
+	a.peers.forget(remote, local)
 }
 
-// Cached calls f with the address of every peer that is cached, the address that it
-// dialled, and the caller that it is.
+// Cached calls f with the address of every peer that is cached and not refused, the
+// address that it dialled, and the caller that it is.
 func (a *Authenticator) Cached(f func(remote, local netip.Addr, caller *Caller)) {
-	a.callers.all(func(key peerKey, caller *Caller) { f(key.remote, key.local, caller) })
+	a.peers.all(func(key peerKey, res *resolution) {
+		if res.caller != nil {
+			f(key.remote, key.dialled.Addr(), res.caller)
+		}
+	})
 }
 
-// resolution is what a node says about a peer, and what follows from it.
+// resolution is what a node says about a peer, and what follows from it. It is cached,
+// and does not change.
 type resolution struct {
 	key   peerKey
 	asked time.Time
 	// peer is the zero Peer if the node knows none.
 	peer        impersonate.Peer
 	explanation impersonate.Explanation
-	// identity is the zero Identity if err is why there is none.
+	// identity is the zero Identity, and caller nil, if err is why there is none.
 	identity impersonate.Identity
+	caller   *Caller
 	// removed are the groups that the limits removed.
 	removed []string
 	err     error
 }
 
-// caller returns the caller that the peer is, or why its requests are refused.
-func (res *resolution) caller() (*Caller, error) {
-	if res.err != nil {
-		return nil, res.err
+// noticeable is the age from which on a refusal says how old it is. Someone who was given
+// access may wonder.
+const noticeable = 5 * time.Second
+
+// refusal returns why the peer's requests are refused. ttl is how long that counts.
+func (res *resolution) refusal(ttl time.Duration) error {
+	age := time.Since(res.asked)
+	if age < noticeable {
+		return res.err
 	}
-	return newCaller(res.key.node, res.peer, res.identity, res.asked), nil
+	return apistatus.Append(res.err, "; that was the answer %v ago, and it counts for %v (cache_ttl), or until there is a new connection", age.Round(time.Second), ttl)
 }
 
 // resolve asks the node of key who the peer is, and decides its identity. It records
 // how, also where it ends in a refusal.
 func (a *Authenticator) resolve(ctx context.Context, key peerKey) *resolution {
 	res := &resolution{key: key, asked: time.Now()}
-	who, err := key.node.WhoIs(ctx, key.remote, key.local)
+	who, err := key.node.WhoIs(ctx, key.remote, key.dialled.Addr())
 	countQuestion(res.asked, err)
 	switch {
 	case errors.Is(err, tailnet.ErrPeerNotFound):
@@ -301,6 +320,13 @@ func (a *Authenticator) resolve(ctx context.Context, key peerKey) *resolution {
 		return res.refuse(apistatus.Forbidden(apistatus.NoIdentity, "no identity for %v: %v", key.remote, err))
 	}
 	peer := res.peer
+	admitted, err := key.admitted(who)
+	switch {
+	case err != nil:
+		return res.refuse(err)
+	case !admitted:
+		return res.refuse(apistatus.Forbidden(apistatus.NotAdmitted, "%s may no longer connect to this server: the tailnet policy file does not let it open a connection to %v", peer.Describe(), key.dialled))
+	}
 	granted, explanation, err := peer.Identity(a.Capabilities)
 	res.explanation = explanation
 	problems := explanation.Problems()
@@ -333,6 +359,7 @@ func (a *Authenticator) resolve(ctx context.Context, key peerKey) *resolution {
 		}
 	}
 	res.identity = id
+	res.caller = newCaller(key.node, peer, id, res.asked)
 	return res
 }
 
@@ -342,6 +369,18 @@ func inAddition(problems []string) string {
 		return ""
 	}
 	return "; " + strings.Join(problems, "; ")
+}
+
+// admitted reports whether the peer, which is who, may still open the connection that it
+// has. It is true if that cannot be told.
+func (k peerKey) admitted(who *apitype.WhoIsResponse) (bool, error) {
+	if k.node.Admits == nil || k.dialled.Port() == 0 {
+		return true, nil
+	}
+	if who.Node.IsJailed {
+		return false, nil // whatever the packet filter says
+	}
+	return k.node.Admits(k.remote, k.dialled)
 }
 
 // refuse records why the peer's requests are refused.

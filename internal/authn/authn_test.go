@@ -118,11 +118,11 @@ func TestResolve_DecisionIsAsOldAsItsQuestion(t *testing.T) {
 			return answer(ctx, remote, local)
 		}
 		began := time.Now()
-		caller, err := newServer(t, Options{}, node).resolve(t.Context(), peerKey{node, aliceAddr, nodeAddr}).caller()
-		if err != nil {
-			t.Fatal(err)
+		res := newServer(t, Options{}, node).resolve(t.Context(), peerKey{node, aliceAddr, netip.AddrPortFrom(nodeAddr, 443)})
+		if res.err != nil {
+			t.Fatal(res.err)
 		}
-		if !caller.Asked.Equal(began) {
+		if caller := res.caller; !caller.Asked.Equal(began) {
 			t.Errorf("asked %v after the question; want no difference", caller.Asked.Sub(began))
 		}
 	})
@@ -146,7 +146,7 @@ func TestIdentify_UnknownPeerIsAnError(t *testing.T) {
 		{"the node does not answer", proxytest.NewNode(nil, errors.New("no LocalAPI")), false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			id, err := newServer(t, Options{}, tt.node).Identify(t.Context(), aliceAddr, nodeAddr, time.Now())
+			id, err := newServer(t, Options{}, tt.node).Identify(t.Context(), aliceAddr, netip.AddrPortFrom(nodeAddr, 443), time.Now())
 			if id != nil || err == nil || apierrors.IsForbidden(err) != tt.final {
 				t.Errorf("got %+v and error %v; want an error, forbidden: %v", id, err, tt.final)
 			}
@@ -160,7 +160,7 @@ func TestIdentify_AsksAgain(t *testing.T) {
 	a := newServer(t, Options{CacheTTL: time.Hour}, node.Node)
 	groups := func() []string {
 		t.Helper()
-		id, err := a.Identify(t.Context(), aliceAddr, nodeAddr, time.Now())
+		id, err := a.Identify(t.Context(), aliceAddr, netip.AddrPortFrom(nodeAddr, 443), time.Now())
 		if err != nil {
 			t.Fatal(err)
 		}

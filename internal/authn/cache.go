@@ -9,14 +9,15 @@ import (
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
-	"tailscale.com/util/singleflight"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/once"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
-// cacheSize is how many peers a cache holds, at a few hundred bytes each. Beyond that,
-// the peers that have been silent for longest are looked up again.
+// cacheSize is how many peers a cache holds, at a few hundred bytes each and what their
+// grants take. Beyond that, the peers that have been silent for longest are looked up
+// again.
 const cacheSize = 8192
 
 type lookupResult string
@@ -37,15 +38,18 @@ var (
 type peerKey struct {
 	// node is the node that accepted the connection.
 	node *tailnet.Node
-	// remote is the peer's address, local the one that it dialled.
-	remote, local netip.Addr
+	// remote is the peer's address, dialled what it dialled. The port is 0 if it has not
+	// dialled yet.
+	remote  netip.Addr
+	dialled netip.AddrPort
 }
 
 // cache caches recent answers of type V about peers, both by peer and on the connection
 // that they were last used for. The latter alone saves a request 40 % of what the
 // handler costs: BenchmarkHandler.
 //
-// Two rules keep an answer from being used for the wrong peer:
+// An answer may be that the peer is refused: a peer that asks again and again must not
+// make the proxy ask. Two rules keep an answer from being used for the wrong peer:
 //
 //   - An answer that was asked for before a connection was accepted is not used for
 //     it: the address may have been another peer's then.
@@ -55,7 +59,7 @@ type cache[V any] struct {
 	ttl     time.Duration
 	find    func(context.Context, peerKey) (V, error)
 	entries *lru.Cache[peerKey, *answer[V]]
-	finding singleflight.Group[peerKey, *answer[V]]
+	asking  once.Group[peerKey, *answer[V]]
 	// forgotten is how often a peer was forgotten. It makes all earlier answers stale.
 	forgotten atomic.Int64
 }
@@ -128,45 +132,44 @@ func (c *cache[V]) all(f func(peerKey, V)) {
 	}
 }
 
-// forget removes the answer about key. A question that is being asked answers only
-// those who already wait for it.
-func (c *cache[V]) forget(key peerKey) {
+// forget removes the answers about the peer at remote that dialled local. A question
+// that is being asked answers only those who already wait for it.
+func (c *cache[V]) forget(remote, local netip.Addr) {
 	c.forgotten.Add(1)
-	c.entries.Remove(key)
-	c.finding.Forget(key)
+	for _, key := range c.entries.Keys() {
+		if key.remote == remote && key.dialled.Addr() == local {
+			c.entries.Remove(key)
+		}
+	}
 }
 
-// ask asks about key.
+// ask asks about key, once for all who wait.
 func (c *cache[V]) ask(ctx context.Context, key peerKey, since time.Time) (*answer[V], error) {
 	ctx, cancel := context.WithTimeout(ctx, tailnet.WhoIsTimeout)
 	defer cancel()
+	forgotten := c.forgotten.Load()
 	for {
-		// All concurrent callers wait for the same answer, which does not end with
-		// the request of the first of them.
-		asking := c.finding.DoChan(key, func() (*answer[V], error) {
-			// Both before the question: the answer may be about what changes later.
-			a := &answer[V]{cache: c, asked: time.Now(), forgotten: c.forgotten.Load()}
-			ctx, cancel := context.WithTimeout(context.Background(), tailnet.WhoIsTimeout)
+		a, err := c.asking.Ask(ctx, key, since, func(ctx context.Context, asked time.Time) (*answer[V], error) {
+			// Before the question: the answer may be about what changes later.
+			a := &answer[V]{cache: c, asked: asked, forgotten: c.forgotten.Load()}
+			ctx, cancel := context.WithTimeout(ctx, tailnet.WhoIsTimeout)
 			defer cancel()
 			var err error
 			if a.value, err = c.find(ctx, key); err != nil {
 				c.entries.Remove(key)
-				return a, err
+				return nil, err
 			}
 			if a.forgotten == c.forgotten.Load() {
 				c.entries.Add(key, a)
 			}
 			return a, nil
 		})
-		select {
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		case got := <-asking:
-			// A question that was already being asked at since may be about another
-			// peer. The next one is not.
-			if !got.Val.asked.Before(since) {
-				return got.Val, got.Err
-			}
+		if err != nil {
+			return nil, err
 		}
+		if a.forgotten >= forgotten {
+			return a, nil
+		}
+		since = time.Now() // the question is from before the peer was forgotten
 	}
 }

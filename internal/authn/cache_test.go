@@ -47,7 +47,7 @@ func testCache(t *testing.T, ttl time.Duration, a *asker) *cache[string] {
 
 var (
 	node  = &tailnet.Node{Name: "k8s"}
-	alice = peerKey{node, netip.MustParseAddr("100.64.0.2"), netip.MustParseAddr("100.64.0.1")}
+	alice = peerKey{node, netip.MustParseAddr("100.64.0.2"), netip.MustParseAddrPort("100.64.0.1:443")}
 )
 
 // want fails t unless key's answer is want. asked after since.
@@ -125,9 +125,10 @@ func TestCache_KeysThatDifferInAnyPartAreSeparate(t *testing.T) {
 	accepted := time.Now()
 	want(t, c, alice, accepted, "1")
 	for i, other := range []peerKey{
-		{&tailnet.Node{Name: "k8s"}, alice.remote, alice.local},
-		{node, netip.MustParseAddr("100.64.0.3"), alice.local},
-		{node, alice.remote, netip.MustParseAddr("fd7a:115c:a1e0::1")},
+		{&tailnet.Node{Name: "k8s"}, alice.remote, alice.dialled},
+		{node, netip.MustParseAddr("100.64.0.3"), alice.dialled},
+		{node, alice.remote, netip.MustParseAddrPort("[fd7a:115c:a1e0::1]:443")},
+		{node, alice.remote, netip.MustParseAddrPort("100.64.0.1:80")},
 	} {
 		want(t, c, other, accepted, strconv.Itoa(i+2))
 	}
@@ -259,7 +260,7 @@ func TestCache_ForgottenAnswerIsAskedForAgain(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c.forget(a)
+	c.forget(a.remote, a.dialled.Addr())
 	known := make(map[peerKey]int)
 	c.all(func(key peerKey, value int) { known[key] = value })
 	if len(known) != 1 || known[b] != 1 {
@@ -294,21 +295,22 @@ func TestCache_ForgetDuringQuestionDiscardsAnswer(t *testing.T) {
 	}
 	go get()
 	<-asked
-	c.forget(peerKey{})
+	c.forget(netip.Addr{}, netip.Addr{})
 	go get()
 	select {
-	case <-asked: // anew
-	case <-time.After(10 * time.Second):
-		t.Fatal("a later request waits for the earlier question")
+	case <-asked:
+		t.Fatal("two questions are asked at a time")
+	case answers <- 1:
 	}
-	answers <- 1
-	answers <- 1
-	<-got
-	<-got
-	c.forget(peerKey{})
+	<-asked // for the later request
+	answers <- 2
+	if first, later := <-got, <-got; first+later != 3 {
+		t.Errorf("the requests got %d and %d; want an answer each", first, later)
+	}
+	c.forget(netip.Addr{}, netip.Addr{})
 	go get()
 	<-asked
-	c.forget(peerKey{})
+	c.forget(netip.Addr{}, netip.Addr{})
 	answers <- 2
 	if value := <-got; value != 2 {
 		t.Errorf("the request that waits got %d; want 2", value)
@@ -344,7 +346,7 @@ func TestCache_AnswerOnConnection(t *testing.T) {
 		wantOn(c, "")
 		get(c)
 		wantOn(c, "2")
-		c.forget(peerKey{}) // any peer
+		c.forget(netip.Addr{}, netip.Addr{}) // any peer
 		wantOn(c, "")
 		get(other)
 		wantOn(c, "")

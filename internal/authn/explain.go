@@ -38,7 +38,11 @@ func (a *Authenticator) Explain(r *http.Request) (*whoami.Facts, error) {
 	if err != nil {
 		return nil, err
 	}
-	return a.facts(r.Context(), arrived.key())
+	res, err := a.who(r.Context(), arrived)
+	if err != nil {
+		return nil, err
+	}
+	return a.facts(res)
 }
 
 // ExplainPeer returns what each of the server's nodes, and its configuration, says
@@ -65,7 +69,7 @@ func (a *Authenticator) ExplainPeer(ctx context.Context, name string) (all []*wh
 			if !local.IsValid() {
 				continue
 			}
-			facts, refused := a.facts(ctx, peerKey{node, addr, local})
+			facts, refused := a.facts(a.resolve(ctx, peerKey{node, addr, netip.AddrPortFrom(local, 0)}))
 			if refused != nil {
 				err = errors.Join(err, refused)
 				continue
@@ -88,23 +92,22 @@ func addressesOf(ctx context.Context, node *tailnet.Node, name string) ([]netip.
 	return node.Lookup(ctx, name)
 }
 
-// facts asks the node again who the peer of key is, and explains its identity. It is
-// an error if the peer is unknown, or the node does not answer. That a known peer is
-// refused is one of the facts.
-func (a *Authenticator) facts(ctx context.Context, key peerKey) (*whoami.Facts, error) {
-	res := a.resolve(ctx, key)
+// facts explains the identity of a peer. It is an error if the peer is unknown, or its
+// node has not answered. That a known peer is refused is one of the facts.
+func (a *Authenticator) facts(res *resolution) (*whoami.Facts, error) {
 	f := &whoami.Facts{
-		Address:  key.remote.String(),
-		Proxy:    key.node.Name,
+		Address:  res.key.remote.String(),
+		Proxy:    res.key.node.Name,
 		LooksFor: string(a.Capabilities[0]),
 	}
 	if res.err != nil {
-		status, ok := apistatus.From(res.err)
+		refusal := res.refusal(a.CacheTTL)
+		status, ok := apistatus.From(refusal)
 		switch {
 		case !ok:
-			return nil, key.refusal(res.err)
+			return nil, res.key.noAnswer(res.err)
 		case res.peer.Node == "" && res.peer.Login == "":
-			return nil, res.err
+			return nil, refusal
 		}
 		f.Refused, f.Reason = status.Message, string(apistatus.ReasonOf(res.err))
 	} else {

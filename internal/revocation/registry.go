@@ -52,15 +52,15 @@ type Client struct {
 func (r *Registry) Clients() []Client {
 	// Two tailnets may give the same addresses to different devices.
 	type device struct {
-		address
-		name string
+		remote, local netip.Addr
+		name          string
 	}
 	var clients []Client
 	index := make(map[device]int)
 	r.mu.Lock()
 	for _, t := range r.trackers {
 		for req := t.open; req != nil; req = req.next {
-			key := device{address{req.conn.Remote.Addr(), req.conn.Local}, req.ID.Node}
+			key := device{req.conn.Remote.Addr(), req.conn.Local, req.ID.Node}
 			i, ok := index[key]
 			if !ok { // the list starts with the latest request
 				i, index[key] = len(clients), len(clients)

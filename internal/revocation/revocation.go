@@ -83,11 +83,11 @@ type Policy struct {
 	// Interval is the time between two checks. A caller who cannot be checked may go
 	// on for Grace after the last check that succeeded.
 	Interval, Grace time.Duration
-	// Identify returns the identity of the peer at remote that dialled local, from an
+	// Identify returns the identity of the peer at remote that dialled dialled, from an
 	// answer that was asked for at since or later. An error that is forbidden
 	// ([apierrors.IsForbidden]) says that the peer has no access; any other, that the
 	// question has no answer.
-	Identify func(ctx context.Context, remote, local netip.Addr, since time.Time) (*impersonate.Identity, error)
+	Identify func(ctx context.Context, remote netip.Addr, dialled netip.AddrPort, since time.Time) (*impersonate.Identity, error)
 	// CheckTarget returns an error, which is forbidden, if nobody may act as target.
 	// Nil allows every target.
 	CheckTarget func(target *impersonate.Target) error
@@ -151,7 +151,10 @@ func (r *Request) endWhenEnforced() {
 
 // address identifies a caller in questions to a node: one answer serves all its
 // requests.
-type address struct{ remote, local netip.Addr }
+type address struct {
+	remote  netip.Addr
+	dialled netip.AddrPort
+}
 
 // check asks about every caller that has an open request, ends the requests of those
 // who lost access, and schedules itself as long as there are requests.
@@ -168,7 +171,7 @@ func (t *Tracker) check() {
 	policies := t.policies
 	callers := make(map[address][]*Request)
 	for r := t.open; r != nil; r = r.next {
-		a := address{r.conn.Remote.Addr(), r.conn.Local}
+		a := address{r.conn.Remote.Addr(), r.conn.Dialled()}
 		callers[a] = append(callers[a], r)
 	}
 	registry.mu.Unlock()
@@ -197,7 +200,7 @@ type checking struct {
 func (r *Registry) judge(c checking) {
 	verdicts := make([]verdict, len(c.policies))
 	for i, policy := range c.policies {
-		id, err := policy.Identify(context.Background(), c.remote, c.local, c.began)
+		id, err := policy.Identify(context.Background(), c.remote, c.dialled, c.began)
 		verdicts[i] = verdict{id, err, policy.Grace}
 	}
 	acting := make(map[*Request][]verdict)

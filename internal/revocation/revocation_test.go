@@ -59,13 +59,13 @@ func (n *network) policy() Policy {
 	return Policy{
 		Interval: interval,
 		Grace:    grace,
-		Identify: func(_ context.Context, remote, local netip.Addr, since time.Time) (*impersonate.Identity, error) {
+		Identify: func(_ context.Context, remote netip.Addr, dialled netip.AddrPort, since time.Time) (*impersonate.Identity, error) {
 			n.mu.Lock()
 			defer n.mu.Unlock()
 			n.asked[remote]++
 			switch id, ok := n.known[remote]; {
-			case local != nodeAddr:
-				return nil, apistatus.Forbidden(apistatus.UnknownPeer, "asked with the local address %v", local)
+			case dialled != netip.AddrPortFrom(nodeAddr, 0):
+				return nil, apistatus.Forbidden(apistatus.UnknownPeer, "asked with the local address %v", dialled)
 			case since != time.Now(): // the bubble's clock stands still meanwhile
 				return nil, apistatus.Forbidden(apistatus.UnknownPeer, "an answer from %v will do", since)
 			case n.err != nil:
@@ -541,12 +541,12 @@ func TestCheck_CallersAreLookedUpConcurrently(t *testing.T) {
 		silence := make(chan struct{})
 		defer close(silence)
 		identify := policy.Identify
-		policy.Identify = func(ctx context.Context, remote, local netip.Addr, since time.Time) (*impersonate.Identity, error) {
+		policy.Identify = func(ctx context.Context, remote netip.Addr, dialled netip.AddrPort, since time.Time) (*impersonate.Identity, error) {
 			if remote == aliceAddr {
 				<-silence
 				return nil, errors.New("no answer")
 			}
-			return identify(ctx, remote, local, since)
+			return identify(ctx, remote, dialled, since)
 		}
 		tracker := registry.NewGeneration().NewTracker(nil, nil, policy)
 		silent, c := connect(t, aliceAddr), connect(t, bobAddr)
@@ -566,7 +566,7 @@ func TestCheck_ConcurrentLookupsAreBounded(t *testing.T) {
 		silence := make(chan struct{})
 		defer close(silence)
 		var asking atomic.Int32
-		policy.Identify = func(context.Context, netip.Addr, netip.Addr, time.Time) (*impersonate.Identity, error) {
+		policy.Identify = func(context.Context, netip.Addr, netip.AddrPort, time.Time) (*impersonate.Identity, error) {
 			asking.Add(1)
 			<-silence
 			return nil, errors.New("no answer")

@@ -22,6 +22,8 @@ type Conn struct {
 	Remote netip.AddrPort
 	// Local is the address that the peer dialled: one of the accepting node's.
 	Local netip.Addr
+	// Port is the port that it dialled.
+	Port uint16
 	// Accepted is when the connection was accepted. An answer about Remote from before
 	// that may be about another peer.
 	Accepted time.Time
@@ -42,6 +44,9 @@ const farewellTimeout = 10 * time.Second
 // taken the connection over, passes nothing on once the context is cancelled, and closes
 // the connection when the client has been told why.
 func (c *Conn) AllowFarewell() { c.farewell.Store(true) }
+
+// Dialled returns the address and the port that the peer dialled.
+func (c *Conn) Dialled() netip.AddrPort { return netip.AddrPortFrom(c.Local, c.Port) }
 
 // End cancels the contexts of all requests on the connection, with cause, and closes the
 // connection. It does not wait.
@@ -176,6 +181,7 @@ func tailnetConn(c net.Conn) (*Conn, error) {
 	return &Conn{
 		Remote: netip.AddrPortFrom(remote.Addr().Unmap(), remote.Port()),
 		Local:  local.Addr().Unmap(),
+		Port:   local.Port(),
 	}, nil
 }
 

@@ -21,6 +21,8 @@ import (
 	"tailscale.com/ipn"
 	"tailscale.com/net/tsaddr"
 	"tailscale.com/tsnet"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/once"
 )
 
 // WhoIsTimeout bounds one question to a node. A node answers from memory within
@@ -55,6 +57,10 @@ type Node struct {
 	// local. It returns [ErrPeerNotFound] if there is no such peer.
 	Ask func(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error)
 
+	// Admits reports whether the node lets the peer at remote open a connection to
+	// dialled. Nil if it cannot tell. Use [Node.WhoIs].
+	Admits func(remote netip.Addr, dialled netip.AddrPort) (bool, error)
+
 	// Lookup returns the addresses of the peers with this tailnet name, first label of
 	// one, or node ID.
 	Lookup func(ctx context.Context, name string) ([]netip.Addr, error)
@@ -70,8 +76,19 @@ type Node struct {
 	DialPeer func(ctx context.Context, network, address string) (net.Conn, error)
 
 	// lastName is the last result of DNSName.
-	lastName atomic.Pointer[string]
+	lastName atomic.Pointer[nodeName]
+	naming   once.Group[string, *nodeName]
 }
+
+// nodeName is the name of a node at the time when it was asked for.
+type nodeName struct {
+	name  string
+	asked time.Time
+}
+
+// namePeriod is how long the name of a node counts in requests for other hosts. A client
+// writes the host, and must not make the node answer each time.
+const namePeriod = time.Second
 
 // Status is how a node is connected to its tailnet.
 type Status struct {
@@ -115,6 +132,7 @@ func FromServer(s *tsnet.Server) *Node {
 		return s.TailscaleIPs()
 	}
 	n := fromClient(cmp.Or(s.Hostname, defaultHostname()), addrs, s.LocalClient)
+	n.Admits = admits(s)
 	n.DialPeer = s.Dial
 	return n
 }
@@ -243,17 +261,24 @@ func (n *Node) Owns(ctx context.Context, host string) (bool, error) {
 	if addr, err := netip.ParseAddr(host); err == nil {
 		return n.Is(addr.Unmap()), nil
 	}
-	if name := n.lastName.Load(); name != nil && names(*name, host) {
-		return true, nil
+	if last := n.lastName.Load(); last != nil && (names(last.name, host) || time.Since(last.asked) < namePeriod) {
+		return names(last.name, host), nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, WhoIsTimeout)
-	defer cancel()
-	name, err := n.DNSName(ctx)
+	last, err := n.naming.Ask(ctx, "", time.Time{}, func(ctx context.Context, asked time.Time) (*nodeName, error) {
+		ctx, cancel := context.WithTimeout(ctx, WhoIsTimeout)
+		defer cancel()
+		name, err := n.DNSName(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("asking node %q for its own name: %w", n.Name, err)
+		}
+		last := &nodeName{name, asked}
+		n.lastName.Store(last)
+		return last, nil
+	})
 	if err != nil {
-		return false, fmt.Errorf("asking node %q for its own name: %w", n.Name, err)
+		return false, err
 	}
-	n.lastName.Store(&name)
-	return names(name, host), nil
+	return names(last.name, host), nil
 }
 
 // names reports whether host is the node name fqdn or its first label.

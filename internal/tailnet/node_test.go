@@ -8,7 +8,10 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"tailscale.com/client/tailscale/apitype"
@@ -329,28 +332,64 @@ func TestOwns_UnknownNameIsAnError(t *testing.T) {
 	}
 }
 
-func TestOwns_AsksAgainOnMismatch(t *testing.T) {
-	name := "k8s.example.ts.net"
-	node, asked := named(&name)
-	owns := func(host string, want bool) {
-		t.Helper()
-		if got, err := node.Owns(t.Context(), host); err != nil || got != want {
-			t.Errorf("host %q: got %v, %v; want %v", host, got, err, want)
+// A host that does not match may be the node's new name. Clients choose how many they
+// ask for.
+func TestOwns_AsksAgainOnMismatchOnceASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		name := "k8s.example.ts.net"
+		node, asked := named(&name)
+		owns := func(host string, want bool) {
+			t.Helper()
+			if got, err := node.Owns(t.Context(), host); err != nil || got != want {
+				t.Errorf("host %q: got %v, %v; want %v", host, got, err, want)
+			}
 		}
-	}
 
-	for range 3 {
-		owns("k8s.example.ts.net", true)
-	}
-	if *asked != 1 {
-		t.Errorf("asked %d times for a name that matches; want once", *asked)
-	}
-	owns("k8s-1.example.ts.net", false)
+		for range 3 {
+			owns("k8s.example.ts.net", true)
+			owns("k8s-1.example.ts.net", false)
+		}
+		time.Sleep(namePeriod - time.Nanosecond)
+		owns("evil.example", false)
+		if *asked != 1 {
+			t.Errorf("asked %d times within a second; want once", *asked)
+		}
 
-	name = "k8s-1.example.ts.net"
-	owns("k8s-1.example.ts.net", true)
-	owns("k8s.example.ts.net", false)
-	owns("k8s-1", true)
+		name = "k8s-1.example.ts.net"
+		time.Sleep(time.Nanosecond)
+		owns("k8s-1.example.ts.net", true)
+		owns("k8s.example.ts.net", false)
+		owns("k8s-1", true)
+		if *asked != 2 {
+			t.Errorf("asked %d times; want twice", *asked)
+		}
+	})
+}
+
+func TestOwns_ConcurrentQuestionsAreMerged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var asked atomic.Int32
+		node := &Node{
+			Addrs: func() (ip4, ip6 netip.Addr) { return node4, netip.Addr{} },
+			DNSName: func(context.Context) (string, error) {
+				asked.Add(1)
+				time.Sleep(time.Millisecond)
+				return "k8s.example.ts.net", nil
+			},
+		}
+		var wg sync.WaitGroup
+		for range 100 {
+			wg.Go(func() {
+				if owns, err := node.Owns(t.Context(), "evil.example"); owns || err != nil {
+					t.Errorf("got %v, %v; want false", owns, err)
+				}
+			})
+		}
+		wg.Wait()
+		if got := asked.Load(); got != 1 {
+			t.Errorf("100 requests asked %d times; want once", got)
+		}
+	})
 }
 
 func TestHostname(t *testing.T) {
