@@ -40,6 +40,11 @@ type Target struct {
 // many it sends, and the API server is asked about each of them.
 const maxAttributes = 64
 
+// maxValue is how long each value of a target, and the name of its header, may be, in
+// bytes. Names in Kubernetes are shorter. The API server is sent each value, and gets to
+// log it, whether or not it refuses.
+const maxValue = 1024
+
 // ParseTarget returns the target that the headers h, as the client sent them, ask for.
 // It returns nil if they ask for none.
 //
@@ -75,10 +80,16 @@ func ParseTarget(h http.Header) (*Target, error) {
 
 // parse sets what the header name asks for.
 func (t *Target) parse(name string, values []string) error {
+	if len(name) > maxValue {
+		return fmt.Errorf("the name of header %.64s... has %d bytes; at most %d are allowed", name, len(name), maxValue)
+	}
 	if len(values) == 0 {
 		return fmt.Errorf("header %s has no value", name)
 	}
 	for _, value := range values {
+		if len(value) > maxValue {
+			return fmt.Errorf("a value of header %s has %d bytes; at most %d are allowed", name, len(value), maxValue)
+		}
 		if err := checkName("value of header "+name, value); err != nil {
 			return err
 		}

@@ -222,6 +222,35 @@ func TestSetHeaders_UnauthorizedActAsCannotBeSent(t *testing.T) {
 	}
 }
 
+// The client chooses how long each value is, and would have the API server receive it.
+func TestParseTarget_LongValues(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		set  func(h http.Header, value string)
+		max  int
+	}{
+		{"user", func(h http.Header, value string) { h["Impersonate-User"] = []string{value} }, 1024},
+		{"UID", func(h http.Header, value string) { h["Impersonate-Uid"] = []string{value} }, 1024},
+		{"group", func(h http.Header, value string) { h["Impersonate-Group"] = []string{"a", value} }, 1024},
+		{"extra", func(h http.Header, value string) { h["Impersonate-Extra-Scopes"] = []string{"a", value} }, 1024},
+		{"key", func(h http.Header, value string) { h["Impersonate-Extra-"+value] = []string{"a"} }, 1024 - len("Impersonate-Extra-")},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, n := range []int{tt.max, tt.max + 1, 450_000} {
+				h := http.Header{"Impersonate-User": {"bob"}}
+				tt.set(h, strings.Repeat("a", n))
+				target, err := impersonate.ParseTarget(h)
+				if accepted := n <= tt.max; (err == nil) != accepted || (target != nil) != accepted {
+					t.Errorf("%d bytes: got error %.200v; want it accepted: %v", n, err, accepted)
+				}
+				if err != nil && len(err.Error()) > 200 {
+					t.Errorf("%d bytes: the error has %d", n, len(err.Error()))
+				}
+			}
+		})
+	}
+}
+
 // FuzzParseTarget checks that for all headers of clients, ParseTarget returns an error,
 // or the same target that the API server reads from the headers that SetHeaders writes.
 func FuzzParseTarget(f *testing.F) {

@@ -21,6 +21,7 @@ package accessreview
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -37,14 +38,24 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/once"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
 // Timeout limits the time that all reviews for one request take together.
 const Timeout = 5 * time.Second
 
-// size is how many allowed reviews are cached.
-const size = 4096
+const (
+	// size is how many reviews are cached that were allowed, and how many that were not.
+	size = 4096
+	// maxReason is how much of the API server's reason is kept, in bytes.
+	maxReason = 1024
+	// maxRequest is how much a request may say about what it is for, in bytes. The client
+	// writes it, and the API server gets it twice.
+	maxRequest = 4096
+	// noticeable is the age from which on a refusal says how old it is.
+	noticeable = 5 * time.Second
+)
 
 // Ask sends a review to the API server and returns the result. The review's kind is
 // SubjectAccessReview, or SelfSubjectAccessReview if the review has no user.
@@ -59,20 +70,57 @@ type Question struct {
 	Since time.Time
 }
 
-// Reviewer answers questions. It caches the reviews that were allowed.
+// Reviewer answers questions. It caches the results of reviews, and sends each review
+// once for all who wait for its result.
 type Reviewer struct {
-	// allowed holds when each review was sent. Its keys are whole reviews: one that
-	// left out a part of the caller would give its permissions to other callers.
-	allowed *lru.Cache[string, time.Time]
+	// Two caches, so that callers who try what they may not do do not displace the
+	// others.
+	allowed, denied *lru.Cache[key, result]
+	asking          once.Group[key, result]
 }
 
-// NewReviewer returns a Reviewer with an empty cache.
+// key is the hash of a whole review: one that left out a part of the caller would give
+// its permissions to other callers. Callers choose how long a review is.
+type key [sha256.Size]byte
+
+// result is the API server's answer to a review.
+type result struct {
+	sent    time.Time
+	allowed bool
+	reason  string
+}
+
+// NewReviewer returns a Reviewer with empty caches.
 func NewReviewer() (*Reviewer, error) {
-	allowed, err := lru.New[string, time.Time](size)
+	allowed, err := lru.New[key, result](size)
 	if err != nil {
 		return nil, err
 	}
-	return &Reviewer{allowed}, nil
+	denied, err := lru.New[key, result](size)
+	if err != nil {
+		return nil, err
+	}
+	return &Reviewer{allowed: allowed, denied: denied}, nil
+}
+
+// cached returns the result of a review that was sent at since or later.
+func (r *Reviewer) cached(review key, since time.Time) (result, bool) {
+	for _, cache := range []*lru.Cache[key, result]{r.allowed, r.denied} {
+		if res, ok := cache.Get(review); ok && !res.sent.Before(since) {
+			return res, true
+		}
+	}
+	return result{}, false
+}
+
+// remember caches res in place of what was known before.
+func (r *Reviewer) remember(review key, res result) {
+	in, out := r.denied, r.allowed
+	if res.allowed {
+		in, out = out, in
+	}
+	in.Add(review, res)
+	out.Remove(review)
 }
 
 // Authorize returns the identity that q's caller has when it acts as q's target. The
@@ -80,6 +128,9 @@ func NewReviewer() (*Reviewer, error) {
 func (r *Reviewer) Authorize(ctx context.Context, ask Ask, q Question) (*impersonate.Identity, error) {
 	if q.Request.Ambiguous {
 		return nil, apistatus.Forbidden(apistatus.Impersonation, "kubectl --as cannot be used with a path that can be understood in more than one way: %q", q.Request.Path)
+	}
+	if n := to("", q.Request).size(); n > maxRequest {
+		return nil, apistatus.Forbidden(apistatus.Impersonation, "kubectl --as cannot be used with a request this long: what it is for takes %d bytes, and at most %d are allowed", n, maxRequest)
 	}
 	missing, groups, err := r.missing(ctx, ask, q)
 	switch {
@@ -94,6 +145,9 @@ func (r *Reviewer) Authorize(ctx context.Context, ask Ask, q Question) (*imperso
 // Missing describes the permissions that q's caller lacks to act as q's target, empty if it
 // lacks none.
 func (r *Reviewer) Missing(ctx context.Context, ask Ask, q Question) (string, error) {
+	if to("", q.Request).size() > maxRequest {
+		return "", errors.New("the request is too long to ask about")
+	}
 	missing, _, err := r.missing(ctx, ask, q)
 	return missing, err
 }
@@ -185,27 +239,52 @@ func (r *Reviewer) review(ctx context.Context, ask Ask, q Question, p permission
 	if err != nil {
 		return "", fmt.Errorf("encoding a review: %w", err)
 	}
-	key := string(text)
-	if sent, ok := r.allowed.Get(key); ok && !sent.Before(q.Since) {
+	review := key(sha256.Sum256(text))
+	res, ok := r.cached(review, q.Since)
+	if !ok {
+		// The permission may be withdrawn after it was sent and before the result arrives.
+		res, err = r.asking.Ask(ctx, review, q.Since, func(ctx context.Context, sent time.Time) (result, error) {
+			ctx, cancel := context.WithTimeout(ctx, Timeout)
+			defer cancel()
+			status, err := ask(ctx, &authorizationv1.SubjectAccessReview{
+				TypeMeta: metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: kind},
+				Spec:     spec,
+			})
+			if err != nil {
+				return result{}, err
+			}
+			res := result{sent: sent}
+			res.allowed, res.reason = decide(status)
+			r.remember(review, res)
+			return res, nil
+		})
+		if err != nil {
+			return "", err
+		}
+	}
+	if res.allowed {
 		return "", nil
 	}
-	sent := time.Now() // the permission may be withdrawn before the result arrives
-	status, err := ask(ctx, &authorizationv1.SubjectAccessReview{
-		TypeMeta: metav1.TypeMeta{APIVersion: authorizationv1.SchemeGroupVersion.String(), Kind: kind},
-		Spec:     spec,
-	})
-	switch {
-	case err != nil:
-		return "", err
-	case status.Allowed && status.Denied:
-		return message(q.Caller, p, "the API server both allows and denies it"), nil
-	case status.Allowed && status.EvaluationError != "":
-		return message(q.Caller, p, "the API server allows it, but reports that it failed to evaluate it: "+status.EvaluationError), nil
-	case !status.Allowed:
-		return message(q.Caller, p, reason(status)), nil
+	lacks = message(q.Caller, p, res.reason)
+	if age := time.Since(res.sent); age >= noticeable {
+		lacks += fmt.Sprintf("; that was the answer %v ago, and it counts for %v (cache_ttl)", age.Round(time.Second), time.Since(q.Since).Round(time.Second))
 	}
-	r.allowed.Add(key, sent)
-	return "", nil
+	return lacks, nil
+}
+
+// decide returns whether status allows what was asked, or the reason why it does not.
+func decide(status *authorizationv1.SubjectAccessReviewStatus) (allowed bool, why string) {
+	switch {
+	case status.Allowed && status.Denied:
+		return false, "the API server both allows and denies it"
+	case status.Allowed && status.EvaluationError != "":
+		why = "the API server allows it, but reports that it failed to evaluate it: " + status.EvaluationError
+	case !status.Allowed:
+		why = reason(status)
+	default:
+		return true, ""
+	}
+	return false, strings.ToValidUTF8(why[:min(len(why), maxReason)], "")
 }
 
 // reason returns the API server's reason why something is not allowed.

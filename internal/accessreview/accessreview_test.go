@@ -219,19 +219,6 @@ func TestCache_AgeCountsFromSending(t *testing.T) {
 	})
 }
 
-func TestCache_HoldsNoRefusals(t *testing.T) {
-	r := newReviewer(t)
-	q := asBob("/api/v1/pods")
-	no, _ := answering(authorizationv1.SubjectAccessReviewStatus{}, nil)
-	if _, err := r.Authorize(t.Context(), no, q); err == nil {
-		t.Fatal("got no refusal")
-	}
-	yes, _ := answering(allowed, nil)
-	if _, err := r.Authorize(t.Context(), yes, q); err != nil {
-		t.Errorf("got %v after the permission was given", err)
-	}
-}
-
 // Callers that differ in any way do not share permissions.
 func TestCache_KeyHasTheWholeCaller(t *testing.T) {
 	for name, change := range map[string]func(*impersonate.Identity){
