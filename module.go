@@ -157,6 +157,7 @@ func (h *Handler) setUp(generation *revocation.Generation, logger *zap.Logger, l
 		Capabilities: h.Capabilities(),
 		Limits:       h.Limits,
 		CacheTTL:     h.TTL(),
+		MaxConnAge:   h.ConnectionAge(),
 		Audit:        h.Audit,
 		ActAs:        authn.ActAs(h.ClientImpersonation),
 		AllowOrigins: h.AllowOrigins,
@@ -221,10 +222,8 @@ func (h *Handler) Cleanup() error {
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	// What the client says about itself reaches nothing below.
 	claims := h.auth.Strip(r)
-	if h.auth.Retired() && r.ProtoMajor == 2 {
-		// The server has told its connections to go away. One whose handshake ended
-		// later has missed that, and would use this config for as long as it is open.
-		w.Header().Set("Connection", "close") // which Go sends as GOAWAY
+	if h.auth.IsLast(r) {
+		w = upgrade.Last(w)
 	}
 	if h.Whoami != "" && r.URL.Path == h.Whoami {
 		return h.serveWhoami(w, r)

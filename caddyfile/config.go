@@ -96,9 +96,11 @@ type Config struct {
 	// Default: none.
 	AllowHosts []string `json:"allow_hosts,omitempty"`
 
-	// How long a caller's identity is cached. `0` disables caching. A new connection
-	// always looks up its caller. After a grant is withdrawn, new requests on an
-	// open connection can use it for this long.
+	// How long what was found out about a caller is cached: its identity, or why it is
+	// refused, and whether it may act as another user. `0` disables caching. A new
+	// connection always looks up its caller. After a grant is withdrawn, new requests on
+	// an open connection can use it for this long; after one is given, they can be
+	// refused for this long.
 	//
 	// Default: `1s`.
 	CacheTTL *caddy.Duration `json:"cache_ttl,omitempty"`
@@ -116,6 +118,13 @@ type Config struct {
 	//
 	// Default: `30s`.
 	RecheckGrace *caddy.Duration `json:"recheck_grace,omitempty"`
+
+	// How long clients can send requests on one connection, up to a tenth less at random.
+	// After that, the next answer makes the client open another one: the tailnet lets
+	// only those in that may connect now. What is open goes on. `0` sets no limit.
+	//
+	// Default: `15m`.
+	MaxConnectionAge *caddy.Duration `json:"max_connection_age,omitempty"`
 
 	// A directory for recordings of the `kubectl exec` and `attach` sessions of all
 	// callers, one asciicast v2 file per session. It is created if it does not exist.
@@ -242,9 +251,10 @@ const (
 
 // The default durations.
 const (
-	defaultCacheTTL        = time.Second
-	defaultRecheckInterval = 5 * time.Second
-	defaultRecheckGrace    = 30 * time.Second
+	defaultCacheTTL         = time.Second
+	defaultRecheckInterval  = 5 * time.Second
+	defaultRecheckGrace     = 30 * time.Second
+	defaultMaxConnectionAge = 15 * time.Minute
 )
 
 // minRecheckInterval protects the nodes from an interval in the wrong unit.
@@ -260,6 +270,11 @@ func (c *Config) Interval() time.Duration {
 
 // Grace returns how long requests of a caller that cannot be checked may continue.
 func (c *Config) Grace() time.Duration { return orDefault(c.RecheckGrace, defaultRecheckGrace) }
+
+// ConnectionAge returns how long requests may come on one connection, 0 for no limit.
+func (c *Config) ConnectionAge() time.Duration {
+	return orDefault(c.MaxConnectionAge, defaultMaxConnectionAge)
+}
 
 func orDefault(d *caddy.Duration, otherwise time.Duration) time.Duration {
 	if d == nil {
@@ -332,6 +347,9 @@ func (c *Config) Validate() error {
 	}
 	if c.Grace() < 0 {
 		return fmt.Errorf("recheck_grace %v: must not be negative", c.Grace())
+	}
+	if c.ConnectionAge() < 0 {
+		return fmt.Errorf("max_connection_age %v: must not be negative", c.ConnectionAge())
 	}
 	if err := checkWhoami(c.Whoami); err != nil {
 		return fmt.Errorf("whoami %q: %w", c.Whoami, err)

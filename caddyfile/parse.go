@@ -21,6 +21,7 @@ import (
 //	    cache_ttl            <duration>
 //	    recheck_interval     <duration>
 //	    recheck_grace        <duration>
+//	    max_connection_age   <duration>
 //	    record               <directory>
 //	    record_max_size      <size>
 //	    record_retention     <duration>
@@ -86,6 +87,8 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = duration(d, &c.RecheckInterval)
 	case "recheck_grace":
 		err = duration(d, &c.RecheckGrace)
+	case "max_connection_age":
+		err = duration(d, &c.MaxConnectionAge)
 	case "record":
 		err = single(d, &c.Record)
 	case "record_max_size":

@@ -31,6 +31,8 @@ type Options struct {
 	Limits impersonate.Limits
 	// CacheTTL is how long an answer about a peer is used. 0 disables caching.
 	CacheTTL time.Duration
+	// MaxConnAge is how long requests may come on one connection. 0 is forever.
+	MaxConnAge time.Duration
 	// Audit adds a UID and extra fields about the caller to every identity.
 	Audit bool
 	// ActAs is what becomes of requests to act as another user.
@@ -117,6 +119,22 @@ func (a *Authenticator) Retire() {
 // Retired reports whether [Authenticator.Retire] has been called.
 func (a *Authenticator) Retired() bool { return a.retired.Load() != nil }
 
+// IsLast reports whether r has to be the last request on its connection.
+func (a *Authenticator) IsLast(r *http.Request) bool {
+	if a.Retired() && r.ProtoMajor == 2 {
+		// The server has told its connections to go away. One whose handshake ended
+		// later has missed that, and would use this config for as long as it is open.
+		return true
+	}
+	if a.MaxConnAge == 0 {
+		return false
+	}
+	// The tailnet decides who may open a connection, and may decide otherwise now. Not
+	// every node can be asked about that.
+	conn, err := a.connFrom(r.Context())
+	return err == nil && conn.IsOlderThan(a.MaxConnAge)
+}
+
 // Authenticate returns who sent r, whose headers claimed claims until they were
 // stripped, or why r is refused. A caller that is refused may be known: it is then
 // returned along with the error, for the log.
@@ -176,11 +194,7 @@ func (a *Authenticator) accepted(r *http.Request) (arrived arrival, err error) {
 	if err := a.waitUntilStarted(r.Context()); err != nil {
 		return arrival{}, err
 	}
-	connFrom := tailnet.ConnFrom
-	if a.HostSockets {
-		connFrom = tailnet.HostConnFrom
-	}
-	if arrived.conn, err = connFrom(r.Context()); err != nil {
+	if arrived.conn, err = a.connFrom(r.Context()); err != nil {
 		return arrival{}, apistatus.Forbidden(apistatus.NotFromTailnet, "%v", err)
 	}
 	if retired := a.retired.Load(); retired != nil && (a.nodes == nil || arrived.conn.Accepted.After(*retired)) {
@@ -192,6 +206,14 @@ func (a *Authenticator) accepted(r *http.Request) (arrived arrival, err error) {
 		return arrival{}, err
 	}
 	return arrived, a.checkHost(r, arrived.node)
+}
+
+// connFrom returns the connection that a request with this context came on.
+func (a *Authenticator) connFrom(ctx context.Context) (*tailnet.Conn, error) {
+	if a.HostSockets {
+		return tailnet.HostConnFrom(ctx)
+	}
+	return tailnet.ConnFrom(ctx)
 }
 
 func (a *Authenticator) waitUntilStarted(ctx context.Context) error {

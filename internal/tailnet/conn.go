@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"reflect"
@@ -35,6 +36,8 @@ type Conn struct {
 	end func(cause error)
 	// farewell is set by AllowFarewell.
 	farewell atomic.Bool
+	// jitter, between 0 and 1, is different for each connection: see IsOlderThan.
+	jitter float64
 }
 
 // farewellTimeout is how long a connection may stay open after its end.
@@ -47,6 +50,12 @@ func (c *Conn) AllowFarewell() { c.farewell.Store(true) }
 
 // Dialled returns the address and the port that the peer dialled.
 func (c *Conn) Dialled() netip.AddrPort { return netip.AddrPortFrom(c.Local, c.Port) }
+
+// IsOlderThan reports whether the connection was accepted longer ago than maxAge, or than
+// up to a tenth less. Connections that clients opened together do not end together.
+func (c *Conn) IsOlderThan(maxAge time.Duration) bool {
+	return time.Since(c.Accepted) > maxAge-time.Duration(c.jitter*float64(maxAge)/10)
+}
 
 // End cancels the contexts of all requests on the connection, with cause, and closes the
 // connection. It does not wait.
@@ -77,7 +86,7 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 	if conn == nil {
 		return context.WithValue(ctx, connKey{}, connOrError{err: err})
 	}
-	conn.Accepted = time.Now()
+	conn.Accepted, conn.jitter = time.Now(), rand.Float64()
 	// A connection that ends by itself does not call cancel. That leaks nothing: the
 	// server's context, the parent, is never done and keeps no list of its children.
 	ctx, cancel := context.WithCancelCause(ctx)

@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -44,7 +45,7 @@ var equateConns = cmp.Comparer(func(a, b *tailnet.Conn) bool {
 	if a == nil || b == nil {
 		return a == b
 	}
-	return a.Remote == b.Remote && a.Local == b.Local
+	return a.Remote == b.Remote && a.Dialled() == b.Dialled()
 })
 
 // refusedConn fails t unless c is refused with an error that mentions mention.
@@ -74,6 +75,7 @@ func TestConnFrom_TailnetConnection(t *testing.T) {
 			want := &tailnet.Conn{
 				Remote: netip.MustParseAddrPort(dialled.LocalAddr().String()),
 				Local:  tt.node,
+				Port:   netip.MustParseAddrPort(dialled.RemoteAddr().String()).Port(),
 			}
 			if want.Remote.Addr() != tt.peer {
 				t.Fatalf("the test dialled from %v; want %v", want.Remote, tt.peer)
@@ -243,6 +245,41 @@ func TestConnFrom_UnrecordedConnectionIsRefused(t *testing.T) {
 	}
 }
 
+// Not all at the same moment, nor later than they may.
+func TestConn_IsOlderThan(t *testing.T) {
+	_, accepted := proxytest.Connect(t, peer4.String(), node4.String())
+	synctest.Test(t, func(t *testing.T) {
+		var conns []*tailnet.Conn
+		for range 1000 {
+			conn, err := tailnet.ConnFrom(tailnet.ConnContext(t.Context(), accepted))
+			if err != nil {
+				t.Fatal(err)
+			}
+			conns = append(conns, conn)
+		}
+		old := func() (n int) {
+			for _, conn := range conns {
+				if conn.IsOlderThan(time.Minute) {
+					n++
+				}
+			}
+			return n
+		}
+		time.Sleep(54 * time.Second)
+		if n := old(); n > 0 {
+			t.Errorf("after 54 s, %d connections are older than a minute", n)
+		}
+		time.Sleep(3 * time.Second)
+		if n := old(); n < 350 || n > 650 {
+			t.Errorf("after 57 s, %d of 1000 connections are older than a minute; want about half", n)
+		}
+		time.Sleep(3*time.Second + time.Nanosecond)
+		if n := old(); n != len(conns) {
+			t.Errorf("after a minute, %d of 1000 connections are older; want all", n)
+		}
+	})
+}
+
 func TestWithConn(t *testing.T) {
 	want := &tailnet.Conn{Remote: netip.MustParseAddrPort("100.64.0.2:1"), Local: node4}
 	got, err := tailnet.ConnFrom(tailnet.WithConn(t.Context(), want.Remote, want.Local))
@@ -262,7 +299,7 @@ func TestConn_MappedAddressesAreUnmapped(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := &tailnet.Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4}
+			want := &tailnet.Conn{Remote: netip.AddrPortFrom(peer4, 1), Local: node4, Port: 443}
 			if diff := cmp.Diff(want, got, equateConns); diff != "" {
 				t.Errorf("from %s to %s: connection (-want +got):\n%s", remote, local, diff)
 			}
@@ -397,7 +434,7 @@ func TestConnFrom_CaddysLayers(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := &tailnet.Conn{Remote: netip.MustParseAddrPort(dialled.LocalAddr().String()), Local: node4}
+			want := &tailnet.Conn{Remote: netip.MustParseAddrPort(dialled.LocalAddr().String()), Local: node4, Port: s.Port}
 			if diff := cmp.Diff(want, got, equateConns); diff != "" {
 				t.Errorf("connection (-want +got):\n%s", diff)
 			}

@@ -202,6 +202,27 @@ func Server(resp *http.Response) {
 	}
 }
 
+// Last returns w for the last answer on its connection: the client has to open another one.
+// Over HTTP/2, Go sends GOAWAY, and what is open goes on.
+func Last(w http.ResponseWriter) http.ResponseWriter {
+	w.Header().Set("Connection", "close")
+	return &lastWriter{w}
+}
+
+type lastWriter struct{ http.ResponseWriter }
+
+// Unwrap is for [http.ResponseController].
+func (w *lastWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// WriteHeader implements [http.ResponseWriter]. No request follows on an upgraded
+// connection, and clients look for Upgrade alone.
+func (w *lastWriter) WriteHeader(code int) {
+	if code == http.StatusSwitchingProtocols {
+		w.Header().Set("Connection", "Upgrade")
+	}
+	w.ResponseWriter.WriteHeader(code)
+}
+
 // Client returns w for the next handlers. A handler that hijacks the connection gets one
 // whose writes never wait for one another.
 func Client(w http.ResponseWriter) http.ResponseWriter { return &responseWriter{w} }
