@@ -81,7 +81,7 @@ func ParseTarget(h http.Header) (*Target, error) {
 // parse sets what the header name asks for.
 func (t *Target) parse(name string, values []string) error {
 	if len(name) > maxValue {
-		return fmt.Errorf("the name of header %.64s... has %d bytes; at most %d are allowed", name, len(name), maxValue)
+		return fmt.Errorf("the name of header %s has %d bytes; at most %d are allowed", name[:64]+"...", len(name), maxValue)
 	}
 	if len(values) == 0 {
 		return fmt.Errorf("header %s has no value", name)
