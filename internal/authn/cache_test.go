@@ -277,45 +277,36 @@ func TestCache_ForgottenAnswerIsAskedForAgain(t *testing.T) {
 }
 
 func TestCache_ForgetDuringQuestionDiscardsAnswer(t *testing.T) {
-	asked, answers := make(chan bool), make(chan int)
-	c, err := newCache(time.Hour, func(context.Context, peerKey) (int, error) {
-		asked <- true
-		return <-answers, nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	got := make(chan int)
-	get := func() {
-		a, err := c.since(t.Context(), peerKey{}, time.Time{})
+	synctest.Test(t, func(t *testing.T) {
+		answers := make(chan int)
+		c, err := newCache(time.Hour, func(context.Context, peerKey) (int, error) { return <-answers, nil })
 		if err != nil {
-			t.Error(err)
+			t.Fatal(err)
 		}
-		got <- a.value
-	}
-	go get()
-	<-asked
-	c.forget(netip.Addr{}, netip.Addr{})
-	go get()
-	select {
-	case <-asked:
-		t.Fatal("two questions are asked at a time")
-	case answers <- 1:
-	}
-	<-asked // for the later request
-	answers <- 2
-	if first, later := <-got, <-got; first+later != 3 {
-		t.Errorf("the requests got %d and %d; want an answer each", first, later)
-	}
-	c.forget(netip.Addr{}, netip.Addr{})
-	go get()
-	<-asked
-	c.forget(netip.Addr{}, netip.Addr{})
-	answers <- 2
-	if value := <-got; value != 2 {
-		t.Errorf("the request that waits got %d; want 2", value)
-	}
-	c.all(func(_ peerKey, value int) { t.Errorf("%d is remembered", value) })
+		var all sync.WaitGroup
+		get := func(want int) {
+			all.Go(func() {
+				if a, err := c.since(t.Context(), peerKey{}, time.Time{}); err != nil || a.value != want {
+					t.Errorf("got %+v, %v; want %d", a, err, want)
+				}
+			})
+			synctest.Wait() // for the answer
+		}
+		get(1)
+		c.forget(netip.Addr{}, netip.Addr{})
+		get(2) // not what was asked before
+		answers <- 1
+		synctest.Wait()
+		answers <- 2
+		all.Wait()
+
+		c.forget(netip.Addr{}, netip.Addr{})
+		get(3)
+		c.forget(netip.Addr{}, netip.Addr{})
+		answers <- 3
+		all.Wait()
+		c.all(func(_ peerKey, value int) { t.Errorf("%d is remembered", value) })
+	})
 }
 
 // The answer on a connection is used until it is stale, whatever other handlers of the

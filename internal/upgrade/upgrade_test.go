@@ -366,3 +366,25 @@ func TestClient_DiscardsLimitedAmount(t *testing.T) {
 		t.Errorf("writing after the end: got %d, %v", n, err)
 	}
 }
+
+// A client that gets an upgrade looks for Upgrade alone in the answer.
+func TestLast_ClosesUnlessUpgraded(t *testing.T) {
+	for code, want := range map[int]string{
+		http.StatusOK:                 "close",
+		http.StatusForbidden:          "close",
+		http.StatusSwitchingProtocols: "Upgrade",
+	} {
+		rec := httptest.NewRecorder()
+		w := upgrade.Last(rec)
+		if code == http.StatusSwitchingProtocols {
+			w.Header().Add("Connection", "Upgrade") // as reverse_proxy does
+		}
+		w.WriteHeader(code)
+		if got := rec.Header()["Connection"]; len(got) != 1 || got[0] != want {
+			t.Errorf("%d: the answer has Connection %q; want %s", code, got, want)
+		}
+		if err := http.NewResponseController(w).Flush(); err != nil {
+			t.Errorf("Flush: %v", err)
+		}
+	}
+}
