@@ -155,6 +155,24 @@ func TestAuthorize_RefusesAfterTimeout(t *testing.T) {
 	})
 }
 
+// All reviews of a request together.
+func TestAuthorize_ReviewsShareTheTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ask := func(context.Context, *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
+			time.Sleep(accessreview.Timeout * 2 / 3)
+			return new(authorizationv1.SubjectAccessReviewStatus), nil
+		}
+		began := time.Now()
+		if _, err := newReviewer(t).Authorize(t.Context(), ask, asBob("/api/v1/pods")); !apierrors.IsServiceUnavailable(err) {
+			t.Errorf("got %v; want a 503", err)
+		}
+		if took := time.Since(began); took != accessreview.Timeout {
+			t.Errorf("it took %v; want %v", took, accessreview.Timeout)
+		}
+		time.Sleep(accessreview.Timeout) // for the review that nobody waits for
+	})
+}
+
 func TestAuthorize_RefusesAmbiguousPathsWithoutReview(t *testing.T) {
 	ask, asked := answering(allowed, nil)
 	for _, path := range []string{"/api/v1/namespaces/default/pods%2Fweb", "/api/v1//pods", "/api/v1/./pods"} {

@@ -97,6 +97,16 @@ func TestCache_QuestionFromBeforeConnectionIsNotUsed(t *testing.T) {
 	})
 }
 
+// An answer may be about what was so when it was asked for.
+func TestCache_AnswerIsAsOldAsItsQuestion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := testCache(t, time.Second, &asker{takes: 100 * time.Millisecond})
+		first := time.Now()
+		want(t, c, alice, first, "1")
+		want(t, c, alice, first.Add(50*time.Millisecond), "2")
+	})
+}
+
 func TestCache_ZeroTTLAsksForEveryRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := testCache(t, 0, new(asker))

@@ -161,6 +161,12 @@ func TestIdentify_RefusalCountsForRequests(t *testing.T) {
 	})
 }
 
+func TestCached_ListsNoRefusedPeer(t *testing.T) {
+	h := newServer(t, Options{CacheTTL: time.Hour, Limits: impersonate.Limits{RequireGroups: true}}, proxytest.NewNode(proxytest.WhoIsMallory(), nil))
+	proxytest.CheckUser(t, h, proxytest.NewConn()(), "")
+	h.Cached(func(remote, _ netip.Addr, caller *Caller) { t.Errorf("listed is %v: %+v; want nobody", remote, caller) })
+}
+
 // What a node did not answer is no answer.
 func TestCache_FailureIsNotKept(t *testing.T) {
 	node := proxytest.NewChangingNode()

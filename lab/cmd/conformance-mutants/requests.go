@@ -65,7 +65,7 @@ var requests = []file{
 		{name: "who is refused is", old: "\tif res.err != nil {\n\t\treturn Caller{}, res", new: "\tif false {\n\t\treturn Caller{}, res"},
 		{name: "an earlier connection is told to go away", old: "\tif a.Retired() && r.ProtoMajor == 2 {", new: "\tif false {", by: "."},
 		{name: "an old connection is told to go away", old: "return err == nil && conn.IsOlderThan(a.MaxConnAge)", new: "return err == nil && conn == nil", by: "./internal/authn"},
-		{name: "a peer that the packet filter no longer lets in is refused", old: "\tcase !admitted:", new: "\tcase false:", by: "./internal/authn"},
+		{name: "a peer that the packet filter no longer lets in is refused", old: "\tcase !admitted:", new: "\tcase !admitted && false:", by: "./internal/authn"},
 		{name: "whether the packet filter lets a peer in has to be known", old: "\tadmitted, err := key.admitted(who)\n\tswitch {\n\tcase err != nil:", new: "\tadmitted, err := key.admitted(who)\n\tswitch {\n\tcase false:", by: "./internal/authn"},
 		{name: "a jailed peer is refused", old: "\tif who.Node.IsJailed {", new: "\tif false {", by: "./internal/authn"},
 		{name: "the packet filter is asked about what was dialled", old: "return k.node.Admits(k.remote, k.dialled)", new: "return k.node.Admits(k.remote, netip.AddrPortFrom(k.dialled.Addr(), 443))", by: "./internal/authn"},
