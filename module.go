@@ -46,6 +46,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/app"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recorder"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
@@ -92,7 +93,7 @@ func init() {
 // ------------|------------
 // `{http.auth.user.id}` | The Kubernetes user; Caddy's access log calls it `user_id`
 // `{http.tailscale_impersonate.user}` | The Kubernetes user
-// `{http.tailscale_impersonate.groups}` | The Kubernetes groups, separated by commas
+// `{http.tailscale_impersonate.groups}` | The Kubernetes groups, separated by commas, for people to read: a group can contain a comma. To decide by groups, match the request header `Impersonate-Group`
 // `{http.tailscale_impersonate.login}` | The login name of the user of the caller's device, without prefixes; empty for a tagged device
 // `{http.tailscale_impersonate.node}` | The tailnet name of the caller's device
 // `{http.tailscale_impersonate.source}` | Where the groups came from: `grants`, `tags` or `none`
@@ -100,6 +101,7 @@ type Handler struct {
 	caddyfile.Config
 
 	logger     *zap.Logger
+	refusals   *apistatus.Log
 	auth       *authn.Authenticator
 	sessions   *sessionrecording.Recorder
 	revocation *revocation.Tracker
@@ -152,7 +154,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 // setUp makes everything that a request passes on its way through h, which is part of
 // generation, and whose server listens on the addresses listen.
 func (h *Handler) setUp(generation *revocation.Generation, logger *zap.Logger, listen []string) (err error) {
-	h.logger = logger
+	h.logger, h.refusals = logger, apistatus.NewLog(logger)
 	h.auth, err = authn.New(authn.Options{
 		Capabilities: h.Capabilities(),
 		Limits:       h.Limits,
@@ -214,6 +216,7 @@ func (h *Handler) Cleanup() error {
 	if h.auth != nil { // Caddy also cleans up what failed to provision
 		h.auth.Retire()
 		h.recorders.Close()
+		h.refusals.Flush()
 	}
 	return nil
 }
@@ -298,8 +301,8 @@ func (h *Handler) allow(r *http.Request, caller authn.Caller) {
 	if entry := h.logger.Check(zapcore.DebugLevel, "request allowed"); entry != nil {
 		entry.Write(append(caller.Identity.Fields(),
 			zap.String("remote_addr", r.RemoteAddr),
-			zap.String("method", r.Method),
-			zap.String("uri", r.RequestURI),
+			zap.String("method", clip.String(r.Method)),
+			zap.String("uri", clip.String(r.RequestURI)),
 			zap.String("request_id", apistatus.RequestID(r)))...)
 	}
 }
@@ -311,7 +314,7 @@ func (h *Handler) refuse(w http.ResponseWriter, r *http.Request, caller authn.Ca
 	if caller.Identity != nil {
 		who = caller.Identity.Fields()
 	}
-	apistatus.Log(h.logger, r, err, who...)
+	h.refusals.Refused(r, err, who...)
 	return apistatus.Write(w, r, err)
 }
 
@@ -323,7 +326,7 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 		return nil // and keep failed off the heap
 	}
 	if _, ok := apistatus.From(err); ok {
-		apistatus.Log(h.logger, r, err)
+		h.refusals.Refused(r, err)
 		return apistatus.Write(w, r, err)
 	}
 	var failed caddyhttp.HandlerError
@@ -335,7 +338,9 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 	default:
 		return err
 	}
-	h.logger.Error("the API server cannot be reached", zap.Error(failed.Err), zap.String("uri", r.RequestURI))
+	if h.refusals.Allows(r) {
+		h.logger.Error("the API server cannot be reached", zap.Error(failed.Err), zap.String("uri", clip.String(r.RequestURI)))
+	}
 	message := "the API server cannot be reached; the proxy's log says why"
 	if id, ok := impersonate.FromContext(r.Context()); ok && id.ActAs != nil {
 		message = "the API server cannot be reached, or not by transport kubernetes, which kubectl --as needs; the proxy's log says why"
@@ -358,7 +363,7 @@ func (h *Handler) serveWhoami(w http.ResponseWriter, r *http.Request) error {
 	if facts.CA, err = h.site.CA(r); err != nil {
 		h.logger.Error("cannot find out who issued the site's certificate, and the kubeconfig of the whoami page names no CA", zap.Error(err))
 	}
-	return whoami.Serve(w, r, facts)
+	return h.explain(w, r, whoami.Serve(w, r, facts))
 }
 
 // removedPrefix returns what the config has removed from the start of r's path, as

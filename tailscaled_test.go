@@ -84,6 +84,6 @@ func TestTailscaled_NodeConnectionIsRefused(t *testing.T) {
 	up := proxytest.NewAPIServer(t)
 	s := proxytest.StartSite(t, up, "tailscale_impersonate {\ntailscaled /nowhere\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}", proxytest.SilentNode(t))
 	resp := s.Get(t, "/api", "Connection: close\r\n")
-	proxytest.CheckRefused(t, resp, proxytest.Forbidden, "node of its own")
+	proxytest.CheckRefused(t, resp, proxytest.Forbidden, "not accepted by a tailnet node of this site")
 	up.CheckNone(t)
 }

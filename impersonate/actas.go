@@ -17,6 +17,8 @@ import (
 	"k8s.io/apiserver/pkg/authentication/serviceaccount"
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/client-go/transport"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 )
 
 // The keys of the extra fields that name the caller who acts as another user, besides
@@ -40,17 +42,17 @@ type Target struct {
 // many it sends, and the API server is asked about each of them.
 const maxAttributes = 64
 
-// maxValue is how long each value of a target, and the name of its header, may be, in
-// bytes. Names in Kubernetes are shorter. The API server is sent each value, and gets to
-// log it, whether or not it refuses.
-const maxValue = 1024
+// maxLength is the length of the longest value, or key of an extra field, that a target may
+// have, in bytes. The longest name of a service account has 338, and a name cannot be cut:
+// it would be another one. Each value is sent to the API server several times.
+const maxLength = 512
 
 // ParseTarget returns the target that the headers h, as the client sent them, ask for.
 // It returns nil if they ask for none.
 //
 // It reads h as the API server does, but stricter. These are errors although the API
 // server ignores them: a second user, names in another spelling (Impersonate_User),
-// keys that cannot be decoded, and empty values. The extra fields that only this
+// keys that cannot be decoded, empty values, and values that are too long or too many. The extra fields that only this
 // package sets are errors as well.
 func ParseTarget(h http.Header) (*Target, error) {
 	var names []string
@@ -80,17 +82,17 @@ func ParseTarget(h http.Header) (*Target, error) {
 
 // parse sets what the header name asks for.
 func (t *Target) parse(name string, values []string) error {
-	if len(name) > maxValue {
-		return fmt.Errorf("the name of header %s has %d bytes; at most %d are allowed", name[:64]+"...", len(name), maxValue)
-	}
+	shown := clip.String(name)
 	if len(values) == 0 {
-		return fmt.Errorf("header %s has no value", name)
+		return fmt.Errorf("header %s has no value", shown)
+	}
+	for _, value := range append(values, name) {
+		if len(value) > maxLength {
+			return fmt.Errorf("header %s has %d bytes; at most %d are allowed", shown, len(value), maxLength)
+		}
 	}
 	for _, value := range values {
-		if len(value) > maxValue {
-			return fmt.Errorf("a value of header %s has %d bytes; at most %d are allowed", name, len(value), maxValue)
-		}
-		if err := checkName("value of header "+name, value); err != nil {
+		if err := checkName("value of header "+shown, value); err != nil {
 			return err
 		}
 	}
@@ -100,7 +102,7 @@ func (t *Target) parse(name string, values []string) error {
 		return nil
 	case transport.ImpersonateUserHeader, transport.ImpersonateUIDHeader:
 		if len(values) > 1 {
-			return fmt.Errorf("header %s is given twice", name)
+			return fmt.Errorf("header %s is given twice", shown)
 		}
 		if name == transport.ImpersonateUserHeader {
 			t.User = values[0]
@@ -111,20 +113,20 @@ func (t *Target) parse(name string, values []string) error {
 	}
 	encoded, ok := strings.CutPrefix(name, transport.ImpersonateUserExtraHeaderPrefix)
 	if !ok {
-		return fmt.Errorf("unknown impersonation header %s", name)
+		return fmt.Errorf("unknown impersonation header %s", shown)
 	}
 	key, err := url.PathUnescape(strings.ToLower(encoded))
 	if err != nil {
-		return fmt.Errorf("header %s: %w", name, err)
+		return fmt.Errorf("header %s: %w", shown, err)
 	}
-	if err := checkName("key of header "+name, key); err != nil {
+	if err := checkName("key of header "+shown, key); err != nil {
 		return err
 	}
 	if strings.HasPrefix(strings.ToLower(key), extraDomain) {
-		return fmt.Errorf("header %s: extra fields that start with %s are reserved for the proxy", name, extraDomain)
+		return fmt.Errorf("header %s: extra fields that start with %s are reserved for the proxy", shown, extraDomain)
 	}
 	if _, ok := t.Extra[key]; ok {
-		return fmt.Errorf("header %s: the extra field %s is given twice", name, key)
+		return fmt.Errorf("header %s: the extra field %s is given twice", shown, clip.String(key))
 	}
 	if t.Extra == nil {
 		t.Extra = make(map[string][]string)

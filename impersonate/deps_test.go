@@ -13,6 +13,7 @@ import (
 // allowed are the packages of this module that impersonate may depend on. They are
 // pure functions of strings and headers, so they bring in neither Caddy nor a network.
 var allowed = []string{
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip",    // what clients write, in errors
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/glob",    // the patterns of Limits
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade", // what a request for an upgrade is
 }

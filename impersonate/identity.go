@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"tailscale.com/tailcfg"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 )
 
 // Capabilities are the default names of the capability for Kubernetes. Only the first
@@ -161,10 +163,10 @@ func checkName(kind, name string) error {
 		return fmt.Errorf("the %s is empty", kind)
 	}
 	if !PrintableASCII(name) {
-		return fmt.Errorf("%s %q holds a character that is not printable ASCII", kind, name)
+		return fmt.Errorf("%s %q holds a character that is not printable ASCII", kind, clip.String(name))
 	}
 	if strings.Trim(name, " ") != name {
-		return fmt.Errorf("%s %q starts or ends with a blank", kind, name)
+		return fmt.Errorf("%s %q starts or ends with a blank", kind, clip.String(name))
 	}
 	return nil
 }

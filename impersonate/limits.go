@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/glob"
 )
 
@@ -238,10 +239,10 @@ func (l *Limits) CheckTarget(t *Target) error {
 	for _, group := range slices.Concat(t.Groups, t.OwnGroups()) {
 		bare, prefixed := strings.CutPrefix(group, l.GroupPrefix)
 		if glob.Any(l.DenyGroups, group) || (prefixed && glob.Any(l.DenyGroups, bare)) {
-			return fmt.Errorf("nobody may be in group %s here, which deny_groups names", group)
+			return fmt.Errorf("nobody may be in group %s here, which deny_groups names", clip.String(group))
 		}
 		if len(l.AllowGroups) > 0 && (!prefixed || !glob.Any(l.AllowGroups, bare)) {
-			return fmt.Errorf("nobody may be in group %s here, which allow_groups does not name", group)
+			return fmt.Errorf("nobody may be in group %s here, which allow_groups does not name", clip.String(group))
 		}
 	}
 	return nil

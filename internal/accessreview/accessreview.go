@@ -38,6 +38,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/once"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
@@ -127,15 +128,17 @@ func (r *Reviewer) remember(review key, res result) {
 // error is a 403 if the caller may not, and a 503 if it is unknown whether it may.
 func (r *Reviewer) Authorize(ctx context.Context, ask Ask, q Question) (*impersonate.Identity, error) {
 	if q.Request.Ambiguous {
-		return nil, apistatus.Forbidden(apistatus.Impersonation, "kubectl --as cannot be used with a path that can be understood in more than one way: %q", q.Request.Path)
+		return nil, apistatus.Forbidden(apistatus.Impersonation, "kubectl --as cannot be used with a path that can be understood in more than one way: %q", clip.String(q.Request.Path))
 	}
 	if n := to("", q.Request).size(); n > maxRequest {
 		return nil, apistatus.Forbidden(apistatus.Impersonation, "kubectl --as cannot be used with a request this long: what it is for takes %d bytes, and at most %d are allowed", n, maxRequest)
 	}
 	missing, groups, err := r.missing(ctx, ask, q)
 	switch {
+	case errors.Is(err, errTooLong):
+		return nil, apistatus.BadRequest(apistatus.Impersonation, "kubectl --as cannot be used with a path that has a name of more than %d bytes", maxAttribute)
 	case err != nil:
-		return nil, apistatus.Unavailable(apistatus.Impersonation, "cannot find out whether %s may act as %s: %v", q.Caller.User, q.Target.User, err)
+		return nil, apistatus.Because(err, apistatus.Unavailable(apistatus.Impersonation, "cannot find out whether %s may act as %s; the proxy's log says why", q.Caller.User, clip.String(q.Target.User)))
 	case missing != "":
 		return nil, apistatus.Forbidden(apistatus.Impersonation, "%s", missing)
 	}
@@ -169,6 +172,9 @@ func (r *Reviewer) MissingForUsers(ctx context.Context, ask Ask) (string, error)
 // missing describes the permissions that q's caller lacks, empty if it has all of one
 // form, under which the target has groups.
 func (r *Reviewer) missing(ctx context.Context, ask Ask, q Question) (missing string, groups []string, err error) {
+	if tooLong(q.Request) {
+		return "", nil, errTooLong
+	}
 	ctx, cancel := context.WithTimeout(ctx, Timeout)
 	defer cancel()
 	var all []string
@@ -307,16 +313,16 @@ func message(caller *impersonate.Identity, p permission, reason string) string {
 	var resource schema.GroupResource
 	var name string
 	if p.path != nil {
-		what += fmt.Sprintf(" cannot %s path %q", p.path.Verb, p.path.Path)
+		what += fmt.Sprintf(" cannot %s path %q", clip.String(p.path.Verb), clip.String(p.path.Path))
 	} else {
-		resource, name = schema.GroupResource{Group: p.resource.Group, Resource: p.resource.Resource}, p.resource.Name
-		called := p.resource.Resource
+		resource, name = schema.GroupResource{Group: clip.String(p.resource.Group), Resource: clip.String(p.resource.Resource)}, clip.String(p.resource.Name)
+		called := resource.Resource
 		if p.resource.Subresource != "" {
-			called += "/" + p.resource.Subresource
+			called += "/" + clip.String(p.resource.Subresource)
 		}
-		what += fmt.Sprintf(" cannot %s resource %q in API group %q", p.resource.Verb, called, p.resource.Group)
+		what += fmt.Sprintf(" cannot %s resource %q in API group %q", clip.String(p.resource.Verb), called, resource.Group)
 		if p.resource.Namespace != "" {
-			what += fmt.Sprintf(" in the namespace %q", p.resource.Namespace)
+			what += fmt.Sprintf(" in the namespace %q", clip.String(p.resource.Namespace))
 		} else {
 			what += " at the cluster scope"
 		}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/app"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
 
@@ -167,7 +168,7 @@ func explain(w http.ResponseWriter, r *http.Request, process *app.Process, name 
 		}
 	}
 	if len(explanations) == 0 {
-		failures = append(failures, fmt.Errorf("no tailnet node of the running config knows a peer %q", name))
+		failures = append(failures, fmt.Errorf("no tailnet node of the running config knows a peer %q", clip.String(name)))
 		return notFound(errors.Join(failures...))
 	}
 	return writeJSON(w, map[string]any{"peers": explanations})
@@ -190,7 +191,7 @@ func drop(w http.ResponseWriter, process *app.Process, name string) error {
 		dropped = append(dropped, p)
 	}
 	if len(dropped) == 0 {
-		return notFound(fmt.Errorf("no caller %q is remembered", name))
+		return notFound(fmt.Errorf("no caller %q is remembered", clip.String(name)))
 	}
 	return writeJSON(w, map[string]any{"dropped": dropped})
 }
@@ -203,7 +204,7 @@ func writeJSON(w http.ResponseWriter, v any) error {
 }
 
 func methodNotAllowed(r *http.Request) error {
-	return caddy.APIError{HTTPStatus: http.StatusMethodNotAllowed, Err: fmt.Errorf("method %s is not allowed", r.Method)}
+	return caddy.APIError{HTTPStatus: http.StatusMethodNotAllowed, Err: fmt.Errorf("method %s is not allowed", clip.String(r.Method))}
 }
 
 func notFound(err error) error {

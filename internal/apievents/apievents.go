@@ -20,7 +20,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
+	"net/url"
+	"slices"
 	"time"
 	"unicode/utf8"
 
@@ -87,7 +90,7 @@ func (rec *Recorder) Record(r *http.Request, caller authn.Caller) error {
 	}
 	body, err := rec.read(r, info)
 	if err != nil {
-		return apistatus.BadRequest(apistatus.Other, "reading the body: %v", err)
+		return apistatus.Because(err, apistatus.BadRequest(apistatus.Other, "the body of the request cannot be read; the proxy's log says why"))
 	}
 	if rec.Log != nil {
 		rec.log(r, info, body, caller)
@@ -215,10 +218,10 @@ func event(r *http.Request, b body, caller authn.Caller) *sessionrecording.Event
 		Timestamp: time.Now().Unix(),
 		UserAgent: clip.String(r.UserAgent()),
 		Request: sessionrecording.Request{
-			Method:          r.Method,
-			Path:            r.URL.String(),
+			Method:          clip.String(r.Method),
+			Path:            clip.String(r.URL.String()),
 			Body:            b.forEvent(),
-			QueryParameters: r.URL.Query(),
+			QueryParameters: clipQuery(r.URL.Query()),
 		},
 		Source: sessionrecording.Source{Node: caller.Peer.Node, NodeID: caller.Peer.NodeID},
 	}
@@ -241,19 +244,37 @@ func kubernetes(r *http.Request) sessionrecording.KubernetesRequestInfo {
 	info := requestinfo.Detailed(r)
 	return sessionrecording.KubernetesRequestInfo{
 		IsResourceRequest: info.IsResourceRequest,
-		Path:              info.Path,
-		Verb:              info.Verb,
-		APIPrefix:         info.APIPrefix,
-		APIGroup:          info.APIGroup,
-		APIVersion:        info.APIVersion,
-		Namespace:         info.Namespace,
-		Resource:          info.Resource,
-		Subresource:       info.Subresource,
-		Name:              info.Name,
-		Parts:             info.Parts,
-		FieldSelector:     info.FieldSelector,
-		LabelSelector:     info.LabelSelector,
+		Path:              clip.String(info.Path),
+		Verb:              clip.String(info.Verb),
+		APIPrefix:         clip.String(info.APIPrefix),
+		APIGroup:          clip.String(info.APIGroup),
+		APIVersion:        clip.String(info.APIVersion),
+		Namespace:         clip.String(info.Namespace),
+		Resource:          clip.String(info.Resource),
+		Subresource:       clip.String(info.Subresource),
+		Name:              clip.String(info.Name),
+		Parts:             clip.Strings(info.Parts, maxValues),
+		FieldSelector:     clip.String(info.FieldSelector),
+		LabelSelector:     clip.String(info.LabelSelector),
 	}
+}
+
+// maxValues is how many values of one kind an event has: parameters of the query, parts of
+// the path, groups to act as.
+const maxValues = 128
+
+// clipQuery returns query, cut to what an event may have of it, all its values together.
+func clipQuery(query url.Values) url.Values {
+	out, left := make(url.Values, min(len(query), maxValues)), maxValues
+	for _, name := range slices.Sorted(maps.Keys(query)) {
+		if left <= 0 {
+			out["[cut]"] = []string{fmt.Sprintf("%d parameters", len(query))}
+			break
+		}
+		out[clip.String(name)] = clip.Strings(query[name], left)
+		left -= len(query[name])
+	}
+	return out
 }
 
 // log logs r.
@@ -264,7 +285,7 @@ func (rec *Recorder) log(r *http.Request, i requestinfo.Info, b body, caller aut
 	}
 	as, asGroups := "", []string(nil)
 	if actAs := caller.Identity.ActAs; actAs != nil {
-		as, asGroups = actAs.Target.User, actAs.Target.Groups
+		as, asGroups = clip.String(actAs.Target.User), clip.Strings(actAs.Target.Groups, maxValues)
 	}
 	rec.Log.Info("API request",
 		zap.String("user", caller.Identity.User),
@@ -273,17 +294,17 @@ func (rec *Recorder) log(r *http.Request, i requestinfo.Info, b body, caller aut
 		zap.Strings("as_groups", asGroups),
 		zap.String("node", caller.Identity.Node),
 		zap.Stringer("remote_addr", caller.Conn.Remote),
-		zap.String("verb", i.Verb),
-		zap.String("group", i.APIGroup),
-		zap.String("version", i.APIVersion),
-		zap.String("resource", i.Resource),
-		zap.String("subresource", i.Subresource),
-		zap.String("namespace", i.Namespace),
-		zap.String("name", i.Name),
+		zap.String("verb", clip.String(i.Verb)),
+		zap.String("group", clip.String(i.APIGroup)),
+		zap.String("version", clip.String(i.APIVersion)),
+		zap.String("resource", clip.String(i.Resource)),
+		zap.String("subresource", clip.String(i.Subresource)),
+		zap.String("namespace", clip.String(i.Namespace)),
+		zap.String("name", clip.String(i.Name)),
 		zap.String("class", string(i.Class())),
-		zap.String("method", r.Method),
-		zap.String("uri", r.URL.String()),
-		zap.String("user_agent", r.UserAgent()),
+		zap.String("method", clip.String(r.Method)),
+		zap.String("uri", clip.String(r.URL.String())),
+		zap.String("user_agent", clip.String(r.UserAgent())),
 		zap.String("body", text),
 		zap.String("body_base64", binary),
 		zap.Bool("body_cut", b.cut),

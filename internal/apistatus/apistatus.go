@@ -141,8 +141,9 @@ func Write(w http.ResponseWriter, r *http.Request, err error) error {
 	}
 	maps.Copy(w.Header(), a.header)
 	w.WriteHeader(a.code)
-	_, err = w.Write(a.body)
-	return err
+	// An error means that the client is gone. Caddy would log it with the whole request.
+	_, _ = w.Write(a.body)
+	return nil
 }
 
 // Response returns the response of an [http.RoundTripper] to r: the Status object of err,

@@ -318,9 +318,40 @@ type failing struct{ http.ResponseWriter }
 
 func (failing) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
 
-func TestWrite_ReportsWriteError(t *testing.T) {
-	if err := apistatus.Write(failing{httptest.NewRecorder()}, httptest.NewRequest("GET", "/", nil), apistatus.Forbidden(apistatus.Other, "no")); !errors.Is(err, io.ErrClosedPipe) {
-		t.Errorf("got error %v; want %v", err, io.ErrClosedPipe)
+// Caddy would log the error, with all headers of the request.
+func TestWrite_WriteErrorIsNotReturned(t *testing.T) {
+	if err := apistatus.Write(failing{httptest.NewRecorder()}, httptest.NewRequest("GET", "/", nil), apistatus.Forbidden(apistatus.Other, "no")); err != nil {
+		t.Errorf("got error %v; want none", err)
+	}
+}
+
+// A cause is for the log: neither the answer nor the text of the error has it.
+func TestBecause_CauseIsNotAnswered(t *testing.T) {
+	cause := errors.New("stat /run/secrets/token: no such file")
+	err := fmt.Errorf("wrapped: %w", apistatus.Because(cause, apistatus.Unavailable(apistatus.NoCredentials, "no credentials")))
+	if got := apistatus.Cause(err); got != cause { //nolint:errorlint // this very error
+		t.Errorf("got cause %v; want %v", got, cause)
+	}
+	if errors.Is(err, cause) || strings.Contains(err.Error(), "/run") {
+		t.Errorf("the error %v gives its cause away", err)
+	}
+	if !apierrors.IsServiceUnavailable(err) || apistatus.ReasonOf(err) != apistatus.NoCredentials {
+		t.Errorf("the kind of the refusal is lost in %#v", err)
+	}
+	w := httptest.NewRecorder()
+	if err := apistatus.Write(w, httptest.NewRequest("GET", "/", nil), err); err != nil {
+		t.Fatal(err)
+	}
+	resp, err := apistatus.Response(httptest.NewRequest("GET", "/", nil), err)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, _ := io.ReadAll(resp.Body)
+	if answer := fmt.Sprint(w.Header(), w.Body, resp.Header, string(body)); strings.Contains(answer, "/run") {
+		t.Errorf("the answer gives the cause away: %s", answer)
+	}
+	if got := apistatus.Cause(apistatus.Forbidden(apistatus.Other, "no")); got != nil {
+		t.Errorf("got cause %v of a refusal without one", got)
 	}
 }
 

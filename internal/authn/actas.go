@@ -9,6 +9,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 )
 
 // ActAs says what becomes of a request to act as another user (kubectl --as).
@@ -42,7 +43,7 @@ type Claims struct {
 func (a *Authenticator) Strip(r *http.Request) Claims {
 	var claims Claims
 	claims.target, claims.err = a.target(r)
-	claims.header = impersonate.StripClient(r.Header)
+	claims.header = clip.String(impersonate.StripClient(r.Header))
 	if claims.header != "" && a.ActAs != StripActAs {
 		caddyhttp.SetVar(r.Context(), askedKey, claims.header)
 	}
@@ -69,7 +70,7 @@ func (a *Authenticator) target(r *http.Request) (*impersonate.Target, error) {
 		return nil, nil
 	}
 	if err := a.Limits.CheckTarget(target); err != nil {
-		return nil, apistatus.Forbidden(apistatus.Impersonation, "no request is sent as %s: %v", target.User, err)
+		return nil, apistatus.Forbidden(apistatus.Impersonation, "no request is sent as %s: %v", clip.String(target.User), err)
 	}
 	return target, nil
 }
@@ -93,7 +94,7 @@ func (a *Authenticator) CheckTarget(target *impersonate.Target) error {
 		return apistatus.Forbidden(apistatus.Impersonation, "callers may no longer act as another user")
 	}
 	if err := a.Limits.CheckTarget(target); err != nil {
-		return apistatus.Forbidden(apistatus.Impersonation, "requests as %s are no longer sent: %v", target.User, err)
+		return apistatus.Forbidden(apistatus.Impersonation, "requests as %s are no longer sent: %v", clip.String(target.User), err)
 	}
 	return nil
 }

@@ -195,7 +195,7 @@ func (a *Authenticator) accepted(r *http.Request) (arrived arrival, err error) {
 		return arrival{}, err
 	}
 	if arrived.conn, err = a.connFrom(r.Context()); err != nil {
-		return arrival{}, apistatus.Forbidden(apistatus.NotFromTailnet, "%v", err)
+		return arrival{}, apistatus.Because(err, apistatus.Forbidden(apistatus.NotFromTailnet, "the connection was not accepted by a tailnet node of this site; the proxy's log says how it came"))
 	}
 	if retired := a.retired.Load(); retired != nil && (a.nodes == nil || arrived.conn.Accepted.After(*retired)) {
 		return arrival{}, apistatus.TryAgain(apistatus.Replaced, "the connection was accepted for a config that is no longer in use; a new connection uses the current one")
@@ -258,7 +258,7 @@ func (a *Authenticator) who(ctx context.Context, arrived arrival) (*resolution, 
 
 // noAnswer returns err, which says why the node has not answered, as a refusal.
 func (k peerKey) noAnswer(err error) error {
-	return apistatus.TryAgain(apistatus.NoAnswer, "tailnet node %q does not say who %v is: %v", k.node.Name, k.remote, err)
+	return apistatus.Because(err, apistatus.TryAgain(apistatus.NoAnswer, "tailnet node %q does not say who %v is; the proxy's log says why", k.node.Name, k.remote))
 }
 
 // Identify returns the identity of the peer at remote that dialled dialled, from an

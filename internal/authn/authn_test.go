@@ -34,7 +34,7 @@ func TestAuthenticate_SilentNodeIsUnavailable(t *testing.T) {
 		if got != nil {
 			t.Error("the next handler was called")
 		}
-		proxytest.CheckRefused(t, resp, proxytest.TryAgain, `"k8s"`, proxytest.AliceAddr, "deadline exceeded")
+		proxytest.CheckRefused(t, resp, proxytest.TryAgain, `"k8s"`, proxytest.AliceAddr)
 		if d := time.Since(start); d != tailnet.WhoIsTimeout {
 			t.Errorf("refused after %v; want %v", d, tailnet.WhoIsTimeout)
 		}

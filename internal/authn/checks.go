@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
@@ -24,7 +25,7 @@ func checkProtocol(r *http.Request) error {
 		return apistatus.MethodNotAllowed(apistatus.Protocol, "method CONNECT is not supported")
 	}
 	if !requestinfo.IsPath(r.URL) {
-		return apistatus.BadRequest(apistatus.Protocol, "the request is not for a path, but for %q", r.RequestURI)
+		return apistatus.BadRequest(apistatus.Protocol, "the request is not for a path, but for %q", clip.String(r.RequestURI))
 	}
 	return nil
 }
@@ -40,10 +41,10 @@ func (a *Authenticator) checkHost(r *http.Request, node *tailnet.Node) error {
 	}
 	owns, err := node.Owns(r.Context(), r.Host)
 	if err != nil {
-		return apistatus.TryAgain(apistatus.NoAnswer, "cannot tell whether host %q is this server: %v", r.Host, err)
+		return apistatus.Because(err, apistatus.TryAgain(apistatus.NoAnswer, "tailnet node %q does not tell whether host %q is this server; the proxy's log says why", node.Name, clip.String(r.Host)))
 	}
 	if !owns {
-		return apistatus.Forbidden(apistatus.Host, "host %q is neither the name nor an address of tailnet node %q; if it is meant for this server, name it in allow_hosts or use https", r.Host, node.Name)
+		return apistatus.Forbidden(apistatus.Host, "host %q is neither the name nor an address of tailnet node %q; if it is meant for this server, name it in allow_hosts or use https", clip.String(r.Host), node.Name)
 	}
 	return nil
 }

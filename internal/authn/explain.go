@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
@@ -29,7 +30,7 @@ func (a *Authenticator) Explain(r *http.Request) (*whoami.Facts, error) {
 		return nil, err
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		return nil, apistatus.MethodNotAllowed(apistatus.Method, "method %s is not supported for %s", r.Method, r.URL.Path)
+		return nil, apistatus.MethodNotAllowed(apistatus.Method, "method %s is not supported for %s", clip.String(r.Method), clip.String(r.URL.Path))
 	}
 	if err := a.checkOrigin(r, isWhoami); err != nil {
 		return nil, err
@@ -71,7 +72,7 @@ func (a *Authenticator) ExplainPeer(ctx context.Context, name string) (all []*wh
 			}
 			facts, refused := a.facts(a.resolve(ctx, peerKey{node, addr, netip.AddrPortFrom(local, 0)}))
 			if refused != nil {
-				err = errors.Join(err, refused)
+				err = errors.Join(err, refused, apistatus.Cause(refused)) // for an operator
 				continue
 			}
 			facts.Listen = a.Listen

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/glob"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
@@ -83,7 +84,7 @@ func (a *Authenticator) checkOrigin(r *http.Request, isApp appCheck) error {
 		if namesServer(origin, r) && (r.TLS != nil || upgrade.Requested(r.Header)) {
 			return nil
 		}
-		return apistatus.Forbidden(apistatus.WebPage, "the program says that a web page of origin %q sent the request; let it send no Origin, or %q, or name the other in allow_origins", origin, ownOrigin(r))
+		return apistatus.Forbidden(apistatus.WebPage, "the program says that a web page of origin %q sent the request; let it send no Origin, or %q, or name the other in allow_origins", clip.String(origin), clip.String(ownOrigin(r)))
 	case hasOrigin && upgrade.Requested(r.Header):
 		if origin != ownOrigin(r) {
 			return refusePage(r)
@@ -92,7 +93,7 @@ func (a *Authenticator) checkOrigin(r *http.Request, isApp appCheck) error {
 		return nil
 	case site == "same-origin":
 		if r.Header["Service-Worker"] != nil {
-			return apistatus.Forbidden(apistatus.WebPage, "a web page installs a service worker, which would see all that its user opens on this site; if it may, name the origin %q in allow_origins", pageOf(r))
+			return apistatus.Forbidden(apistatus.WebPage, "a web page installs a service worker, which would see all that its user opens on this site; if it may, name the origin %q in allow_origins", clip.String(pageOf(r)))
 		}
 	case !isNavigation(r):
 		return refusePage(r)
@@ -173,13 +174,13 @@ func isWhoami(*http.Request) bool { return true }
 func refusePage(r *http.Request) error {
 	switch origin := pageOf(r); origin {
 	case "":
-		return apistatus.Forbidden(apistatus.WebPage, "a web page of another site sent the request (Sec-Fetch-Site: %s); to open the address yourself, enter it in the browser", strings.Join(r.Header["Sec-Fetch-Site"], ", "))
+		return apistatus.Forbidden(apistatus.WebPage, "a web page of another site sent the request (Sec-Fetch-Site: %s); to open the address yourself, enter it in the browser", clip.String(strings.Join(r.Header["Sec-Fetch-Site"], ", ")))
 	case ownOrigin(r):
-		return apistatus.Forbidden(apistatus.WebPage, "a web page of this site sent the request, and such pages may only use what is below .../proxy/ of services and pods, as pods serve them; if all of them may act as whoever opens them, name the origin %q in allow_origins", origin)
+		return apistatus.Forbidden(apistatus.WebPage, "a web page of this site sent the request, and such pages may only use what is below .../proxy/ of services and pods, as pods serve them; if all of them may act as whoever opens them, name the origin %q in allow_origins", clip.String(origin))
 	case "null":
 		return apistatus.Forbidden(apistatus.WebPage, "a web page without an origin, such as a sandboxed frame or a file, sent the request; serve the page from an origin, and name that in allow_origins")
 	default:
-		return apistatus.Forbidden(apistatus.WebPage, "a web page of origin %q sent the request; if it may act as whoever opens it, name the origin in allow_origins", origin)
+		return apistatus.Forbidden(apistatus.WebPage, "a web page of origin %q sent the request; if it may act as whoever opens it, name the origin in allow_origins", clip.String(origin))
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
@@ -118,7 +119,7 @@ func Refuse(r *http.Request) error {
 }
 
 func refuseAmbiguous(r *http.Request) error {
-	return apistatus.BadRequest(apistatus.AmbiguousPath, "the path %q can be understood in more than one way: it has empty segments, dot segments or encoded slashes, or ends early", r.URL.EscapedPath())
+	return apistatus.BadRequest(apistatus.AmbiguousPath, "the path %q can be understood in more than one way: it has empty segments, dot segments or encoded slashes, or ends early", clip.String(r.URL.EscapedPath()))
 }
 
 // recordOf returns the record of r, and makes one if there is none. It returns nil if r

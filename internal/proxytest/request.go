@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -110,8 +111,15 @@ var (
 	TryAgain    = Refusal{http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, "1"}
 )
 
+// maxRefusal is how long the longest refusal may be, in bytes, whatever was sent.
+const maxRefusal = 8 << 10
+
+// ofHost finds what a refusal must not tell callers about the host of the proxy: files,
+// sockets and the errors of libraries.
+var ofHost = regexp.MustCompile(`/(?:tmp|var|run|data|etc|home)/|\.sock\b|\b(?:dial|read|write) (?:tcp|udp|unix)|\b(?:stat|lstat|open) /|LocalAPI|no such file|connection refused|deadline exceeded|\(?\*\w+\.\w+\)?|EOF`)
+
 // CheckRefused checks that resp is a Kubernetes Status object as want says, with a
-// message that holds each of the words.
+// message that holds each of the words, and that it tells nothing about the proxy's host.
 func CheckRefused(t testing.TB, resp *http.Response, want Refusal, words ...string) {
 	t.Helper()
 	body, err := io.ReadAll(resp.Body)
@@ -128,6 +136,12 @@ func CheckRefused(t testing.TB, resp *http.Response, want Refusal, words ...stri
 	got := Refusal{resp.StatusCode, status.Reason, resp.Header.Get("Retry-After")}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("refusal differs (-want +got):\n%s%s", diff, body)
+	}
+	if found := ofHost.FindString(status.Message); found != "" {
+		t.Errorf("message %q tells the caller of the proxy's host: %q", status.Message, found)
+	}
+	if answered := len(body) + len(resp.Header.Get("Warning")); answered > maxRefusal {
+		t.Errorf("the refusal has %d bytes; want at most %d", answered, maxRefusal)
 	}
 	for _, word := range words {
 		if !strings.Contains(status.Message, word) {

@@ -20,6 +20,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/sets"
 	"k8s.io/apiserver/pkg/endpoints/request"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
 
@@ -85,8 +86,10 @@ func (i Info) Class() Class {
 	return Ordinary
 }
 
-// String returns the verb, the path and the class.
-func (i Info) String() string { return fmt.Sprintf("%s %q (%s)", i.Verb, i.Path, i.Class()) }
+// String returns the verb, the path and the class, for messages.
+func (i Info) String() string {
+	return fmt.Sprintf("%s %q (%s)", clip.String(i.Verb), clip.String(i.Path), i.Class())
+}
 
 // resolver is configured as every kube-apiserver's is.
 var resolver = request.RequestInfoFactory{

@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/remotecommand"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
@@ -131,7 +132,7 @@ func upgradeOf(r *http.Request, k kind) (string, error) {
 	}
 	protocol := strings.ToLower(asked[0])
 	if protocol != spdyUpgrade && protocol != websocketUpgrade {
-		return "", apistatus.BadRequest(apistatus.Recording, "%s over %q cannot be recorded, only over SPDY/3.1 or websocket", k, asked[0])
+		return "", apistatus.BadRequest(apistatus.Recording, "%s over %q cannot be recorded, only over SPDY/3.1 or websocket", k, clip.String(asked[0]))
 	}
 	known := versions(protocol, k)
 	offered := versionsIn(r.Header, protocol)
@@ -140,7 +141,7 @@ func upgradeOf(r *http.Request, k kind) (string, error) {
 	}
 	for _, version := range offered {
 		if !slices.Contains(known, version) {
-			return "", apistatus.BadRequest(apistatus.Recording, "%s with the protocol %q cannot be recorded; offer nothing but these: %q", k, version, known)
+			return "", apistatus.BadRequest(apistatus.Recording, "%s with the protocol %q cannot be recorded; offer nothing but these: %q", k, clip.String(version), known)
 		}
 	}
 	return protocol, nil

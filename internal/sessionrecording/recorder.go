@@ -80,13 +80,13 @@ func (rec *Recorder) begin(r *http.Request, caller authn.Caller) (*Session, erro
 	}
 	switch d.kind {
 	case ambiguous:
-		return nil, apistatus.BadRequest(apistatus.Recording, "the path %q can be understood in several ways, and whether the session has to be recorded depends on it", r.URL.EscapedPath())
+		return nil, apistatus.BadRequest(apistatus.Recording, "the path %q can be understood in several ways, and whether the session has to be recorded depends on it", clip.String(r.URL.EscapedPath()))
 	case unrecordable:
 		if rec.required(caller) {
-			return nil, apistatus.Forbidden(apistatus.Recording, "the sessions of %s have to be recorded, and what goes through %s cannot be", caller.Peer, r.URL.Path)
+			return nil, apistatus.Forbidden(apistatus.Recording, "the sessions of %s have to be recorded, and what goes through %s cannot be", caller.Peer, clip.String(r.URL.Path))
 		}
 		rec.Logger.Warn("a session that cannot be recorded goes on without",
-			zap.Stringer("user", caller.Peer), zap.String("method", r.Method), zap.String("path", r.URL.Path))
+			zap.Stringer("user", caller.Peer), zap.String("method", clip.String(r.Method)), zap.String("path", clip.String(r.URL.Path)))
 		recordings.With(Unrecorded).Inc()
 		return nil, nil
 	case exec, attach, forward:

@@ -15,6 +15,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/remotecommand"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 )
 
 // terminal is the observer of an exec or an attach. It records what is printed, and what is
@@ -82,7 +84,7 @@ func (*terminal) streamOpened(h streamHeader) (stream, error) { return terminalS
 func terminalStream(h streamHeader) (stream, error) {
 	what := stream(h.Get(corev1.StreamType))
 	if !slices.Contains([]stream{stdin, stdout, stderr, errs, resize}, what) {
-		return "", fmt.Errorf("a stream of the unknown type %q", what)
+		return "", fmt.Errorf("a stream of the unknown type %q", clip.String(string(what)))
 	}
 	return what, nil
 }

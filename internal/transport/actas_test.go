@@ -160,30 +160,33 @@ func TestActAs_RefusedIsNotSent(t *testing.T) {
 		instead func(http.ResponseWriter)
 		want    proxytest.Refusal
 		words   []string
+		cause   string
 	}{
-		{"no right", nil, nil, proxytest.Forbidden, []string{`User "alice@example.com" cannot impersonate resource "users" in API group "" at the cluster scope`}},
-		{"a part of each form", []string{"impersonate:user-info"}, nil, proxytest.Forbidden, []string{"impersonate-on:user-info:list", "pods"}},
+		{"no right", nil, nil, proxytest.Forbidden, []string{`User "alice@example.com" cannot impersonate resource "users" in API group "" at the cluster scope`}, ""},
+		{"a part of each form", []string{"impersonate:user-info"}, nil, proxytest.Forbidden, []string{"impersonate-on:user-info:list", "pods"}, ""},
 		{"the proxy may not ask", nil, func(w http.ResponseWriter) {
 			w.WriteHeader(http.StatusForbidden)
 			_ = json.NewEncoder(w).Encode(apierrors.NewForbidden(authorizationv1.Resource("subjectaccessreviews"), "", nil).ErrStatus)
-		}, proxytest.Unavailable, []string{"alice@example.com", "bob", "subjectaccessreviews.authorization.k8s.io is forbidden"}},
-		{"another answer", nil, html, proxytest.Unavailable, []string{"502 Bad Gateway"}},
-		{"200, which a review never is", nil, func(w http.ResponseWriter) { fmt.Fprint(w, `{"status":{"allowed":true}}`) }, proxytest.Unavailable, []string{"200 OK"}},
-		{"nonsense", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated); fmt.Fprint(w, `{"status":`) }, proxytest.Unavailable, []string{"reading the API server's answer"}},
-		{"an empty answer", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated) }, proxytest.Unavailable, []string{"reading the API server's answer"}},
+		}, proxytest.Unavailable, []string{"alice@example.com", "bob"}, "subjectaccessreviews.authorization.k8s.io is forbidden"},
+		{"another answer", nil, html, proxytest.Unavailable, nil, "502 Bad Gateway"},
+		{"200, which a review never is", nil, func(w http.ResponseWriter) { fmt.Fprint(w, `{"status":{"allowed":true}}`) }, proxytest.Unavailable, nil, "200 OK"},
+		{"nonsense", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated); fmt.Fprint(w, `{"status":`) }, proxytest.Unavailable, nil, "reading the API server's answer"},
+		{"an empty answer", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated) }, proxytest.Unavailable, nil, "reading the API server's answer"},
 		{"an answer without end", nil, func(w http.ResponseWriter) {
 			w.WriteHeader(http.StatusCreated)
 			fmt.Fprintf(w, `{"status":{"allowed":true,"reason":"%s"}}`, strings.Repeat("x", maxReview))
-		}, proxytest.Unavailable, []string{"reading the API server's answer"}},
-		{"an answer without a status", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated); fmt.Fprint(w, `{}`) }, proxytest.Forbidden, []string{"cannot impersonate"}},
-		{"no answer", nil, func(http.ResponseWriter) { panic(http.ErrAbortHandler) }, proxytest.Unavailable, []string{"does not answer"}},
+		}, proxytest.Unavailable, nil, "reading the API server's answer"},
+		{"an answer without a status", nil, func(w http.ResponseWriter) { w.WriteHeader(http.StatusCreated); fmt.Fprint(w, `{}`) }, proxytest.Forbidden, []string{"cannot impersonate"}, ""},
+		{"no answer", nil, func(http.ResponseWriter) { panic(http.ErrAbortHandler) }, proxytest.Unavailable, nil, "does not answer"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := newReviewingServer(t, tt.allow...)
 			s.instead = tt.instead
 			tr := newTransport(t, trusting(s.APIServer, token))
+			logs := logOf(tr)
 			a := newActing()
 			proxytest.CheckRefused(t, roundTrip(t, tr, a.request(s, "/api/v1/namespaces/default/pods")), tt.want, tt.words...)
+			checkCause(t, logs, tt.cause)
 			s.CheckNone(t)
 			if a.mayStill != nil {
 				t.Error("Granted was called for a refused request")

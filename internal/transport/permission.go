@@ -20,6 +20,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/accessreview"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 )
 
@@ -110,7 +111,7 @@ func (t *Transport) explainForbidden(r *http.Request, resp *http.Response, id *i
 		return resp, nil
 	}
 	_ = resp.Body.Close()
-	return t.refuse(r, apistatus.Forbidden(apistatus.NoPermission, "the proxy's account may not act as %s, until an administrator of the cluster runs %q: %s", id.User, grantCommand, missing))
+	return t.refuse(r, apistatus.Forbidden(apistatus.NoPermission, "the proxy's account may not act as %s, until an administrator of the cluster runs %q: %s", clip.String(id.User), grantCommand, missing))
 }
 
 // replay is a body that begins with what has been read of it.

@@ -92,8 +92,7 @@ func TestForbidden_NamesWhatProxysAccountLacks(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newLimitedServer(t, tt.answer, tt.allow...)
 			tr := newTransport(t, trusting(s.APIServer, token))
-			core, logs := observer.New(zapcore.WarnLevel)
-			tr.logger = zap.New(core)
+			logs := logOf(tr)
 			id := *alice
 			id.RequestID = "f00"
 			r := newRequest(s.APIServer, listPods, tt.headers...)

@@ -66,8 +66,9 @@ func TestSource_OutsideOfAPod(t *testing.T) {
 			if err != nil {
 				t.Fatalf("in_cluster: %v", err)
 			}
-			s := proxytest.NewAPIServer(t)
-			proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable, "not in a pod")
+			s, logs := proxytest.NewAPIServer(t), logOf(tr)
+			proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable, "no configuration of the cluster")
+			checkCause(t, logs, "not in a pod")
 			proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api").WithContext(t.Context())), proxytest.Forbidden, "no identity")
 			s.CheckNone(t)
 		})

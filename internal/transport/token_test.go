@@ -87,8 +87,10 @@ func TestToken_MissingRefusesRequests(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			path := writeFile(t, "token", content)
 			s, tr, logs := withTokenFile(t, path)
+			refusals := logOf(tr)
 			for range 3 {
-				proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable, "no credentials", path, "empty")
+				proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable, "no credentials")
+				checkCause(t, refusals, path, "empty")
 				proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api", "Connection", "Upgrade", "Upgrade", "websocket")), proxytest.Unavailable)
 				s.CheckNone(t)
 				expire(tr)
@@ -101,7 +103,9 @@ func TestToken_MissingRefusesRequests(t *testing.T) {
 	t.Run("missing, and written later", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "token")
 		s, tr, logs := withTokenFile(t, path)
-		proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable, path)
+		refusals := logOf(tr)
+		proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable)
+		checkCause(t, refusals, path)
 		s.CheckNone(t)
 		rewrite(t, path, "late")
 		expire(tr)
@@ -137,7 +141,9 @@ func TestToken_StaleStaysInUse(t *testing.T) {
 			}
 
 			s.Answer(http.StatusUnauthorized)
-			proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable, "no longer accepts", path)
+			refusals := logOf(tr)
+			proxytest.CheckRefused(t, roundTrip(t, tr, newRequest(s, "/api")), proxytest.Unavailable, "no longer accepts")
+			checkCause(t, refusals, path)
 			s.Answer(http.StatusForbidden)
 			if resp := roundTrip(t, tr, newRequest(s, "/api")); resp.StatusCode != http.StatusForbidden {
 				t.Errorf("a 403 was answered with %s", resp.Status)

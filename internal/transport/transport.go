@@ -25,6 +25,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/accessreview"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
@@ -67,7 +68,8 @@ type Transport struct {
 	//   handle these requests.
 	Credentials string `json:"credentials,omitempty"`
 
-	logger *zap.Logger
+	logger   *zap.Logger
+	refusals *apistatus.Log
 	// cluster is for requests with the proxy's credentials, anonymous for those
 	// without.
 	cluster, anonymous *cluster
@@ -89,6 +91,7 @@ func (*Transport) CaddyModule() caddy.ModuleInfo {
 // Provision reads the cluster configuration. It does not connect.
 func (t *Transport) Provision(ctx caddy.Context) error {
 	t.logger = ctx.Logger()
+	t.refusals = apistatus.NewLog(t.logger)
 	if err := t.Validate(); err != nil {
 		return err
 	}
@@ -135,6 +138,7 @@ func (t *Transport) Validate() error {
 
 // Cleanup closes idle connections.
 func (t *Transport) Cleanup() error {
+	t.refusals.Flush()
 	for _, c := range []*cluster{t.cluster, t.anonymous} {
 		if c != nil {
 			c.close()
@@ -172,15 +176,15 @@ func (t *Transport) send(r *http.Request) (*http.Response, error) {
 		return t.refuse(r, err)
 	}
 	if t.unusable != nil {
-		return t.refuse(r, apistatus.Unavailable(apistatus.NoCredentials, "no cluster: %v", t.unusable))
+		return t.refuse(r, apistatus.Because(t.unusable, apistatus.Unavailable(apistatus.NoCredentials, "the proxy has no configuration of the cluster; its log says why")))
 	}
 	// The path is appended to the cluster's own, unchanged, and must not lead out of it.
 	if !requestinfo.IsPath(r.URL) || t.anonymous.base.Path != "" && requestinfo.HasDotSegments(r.URL) {
-		return t.refuse(r, apistatus.BadRequest(apistatus.AmbiguousPath, "%q is not a path below that of the cluster", r.URL))
+		return t.refuse(r, apistatus.BadRequest(apistatus.AmbiguousPath, "%q is not a path below that of the cluster", clip.String(r.URL.String())))
 	}
 	protocols, upgrades := upgrade.Protocols(r.Header)
 	if upgrades && (!upgrade.Requested(r.Header) || !streams(protocols)) {
-		return t.refuse(r, apistatus.BadRequest(apistatus.Protocol, "cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", protocols))
+		return t.refuse(r, apistatus.BadRequest(apistatus.Protocol, "cannot upgrade the connection to %q: the API server speaks SPDY/3.1 and websocket", clip.String(strings.Join(protocols, ", "))))
 	}
 	// The API server acts on such a request before it has received the body, and
 	// answers only after that.
@@ -207,7 +211,7 @@ func (t *Transport) send(r *http.Request) (*http.Response, error) {
 func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*http.Response, error) {
 	authorization, stale, err := t.cluster.authorization()
 	if err != nil {
-		return t.refuse(r, apistatus.Unavailable(apistatus.NoCredentials, "no credentials for the cluster: %v", err))
+		return t.refuse(r, apistatus.Because(err, apistatus.Unavailable(apistatus.NoCredentials, "the proxy has no credentials for the cluster; its log says why")))
 	}
 	if id.ActAs != nil {
 		if id, err = t.actAs(r, id); err != nil {
@@ -238,7 +242,7 @@ func (t *Transport) impersonate(r *http.Request, id *impersonate.Identity) (*htt
 		// A 401 would tell the caller to log in, but it is the proxy's credentials
 		// that are not accepted.
 		_ = resp.Body.Close()
-		return t.refuse(r, apistatus.Unavailable(apistatus.NoCredentials, "the API server no longer accepts the proxy's credentials, and they cannot be renewed: %v", stale))
+		return t.refuse(r, apistatus.Because(stale, apistatus.Unavailable(apistatus.NoCredentials, "the API server no longer accepts the proxy's credentials, and they cannot be renewed; the proxy's log says why")))
 	}
 	return resp, nil
 }
@@ -249,10 +253,10 @@ func (t *Transport) refuse(r *http.Request, err error) (*http.Response, error) {
 	if id, ok := impersonate.FromContext(r.Context()); ok {
 		who = id.Fields()
 		if id.ActAs != nil {
-			who = append(who, zap.String("as", id.ActAs.Target.User))
+			who = append(who, zap.String("as", clip.String(id.ActAs.Target.User)))
 		}
 	}
-	apistatus.Log(t.logger, r, err, who...)
+	t.refusals.Refused(r, err, who...)
 	return apistatus.Response(r, err)
 }
 

@@ -36,6 +36,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/pin"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 )
@@ -328,12 +329,35 @@ func TestRoundTrip_RefusesUpgradeWithBody(t *testing.T) {
 	}
 }
 
+// logOf makes tr log to the result.
+func logOf(tr *Transport) *observer.ObservedLogs {
+	core, logs := observer.New(zapcore.WarnLevel)
+	tr.logger = zap.New(core)
+	tr.refusals = apistatus.NewLog(tr.logger)
+	return logs
+}
+
+// checkCause fails t unless the latest refusal in logs has a cause with these words, which
+// the caller does not get.
+func checkCause(t *testing.T, logs *observer.ObservedLogs, words ...string) {
+	t.Helper()
+	refusals := logs.FilterMessage("request refused").All()
+	if len(refusals) == 0 {
+		t.Fatal("no refusal was logged")
+	}
+	cause, _ := refusals[len(refusals)-1].ContextMap()["error"].(string)
+	for _, word := range words {
+		if !strings.Contains(cause, word) {
+			t.Errorf("the logged cause %q does not mention %q", cause, word)
+		}
+	}
+}
+
 // The transport logs its refusals as the handler does.
 func TestRoundTrip_LogsRefusals(t *testing.T) {
 	s := proxytest.NewAPIServer(t)
 	tr := newTransport(t, trusting(s, token))
-	core, logs := observer.New(zapcore.WarnLevel)
-	tr.logger = zap.New(core)
+	logs := logOf(tr)
 	roundTrip(t, tr, newRequest(s, "/api/v1/pods?watch=1", "Connection", "Upgrade", "Upgrade", "h2c"))
 	roundTrip(t, tr, newRequest(s, "/api").WithContext(t.Context()))
 	var got []string

@@ -19,6 +19,7 @@ import (
 	"strings"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/kubeconfig"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/siteca"
 )
@@ -127,12 +128,17 @@ var policy = func() string {
 		"'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 }()
 
+// maxServer is the length of the longest URL of a site, in bytes. A name has at most 253, and
+// the answer repeats the URL many times.
+const maxServer = 512
+
 // Serve answers r with f: as a kubeconfig if r's query is kubeconfig, as JSON if r accepts
-// JSON and not HTML, and as a page otherwise. f.Server must be set.
+// JSON and not HTML, and as a page otherwise. f.Server must be set. The error is a refusal
+// if r's Host makes that no URL, or a long one.
 func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
 	config, err := kubeconfig.New(f.Server, "", f.CA)
-	if err != nil {
-		return fmt.Errorf("making a kubeconfig: %w", err)
+	if err != nil || len(f.Server) > maxServer {
+		return apistatus.Because(err, apistatus.BadRequest(apistatus.Host, "there is no kubeconfig for host %q: use the name of the site", clip.String(r.Host)))
 	}
 	text, err := kubeconfig.Write(config)
 	if err != nil {
@@ -180,8 +186,9 @@ func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
 	if r.Method == http.MethodHead {
 		return nil
 	}
-	_, err = w.Write(body.Bytes())
-	return err
+	// An error means that the client is gone. Caddy would log it with the whole request.
+	_, _ = w.Write(body.Bytes())
+	return nil
 }
 
 // wantsJSON reports whether r asks for JSON rather than for a page.
