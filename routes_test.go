@@ -158,6 +158,43 @@ func TestHeaderOperations_ConnectionDoesNotNameIdentity(t *testing.T) {
 	}
 }
 
+// The sites of a server are provisioned one after the other, in whatever order.
+func TestUnguarded_WarningIsLoggedOnLoad(t *testing.T) {
+	const plain, guarded = "reverse_proxy 127.0.0.1:9", "tailscale_impersonate\nreverse_proxy 127.0.0.1:9"
+	for _, tt := range []struct {
+		a, b string
+		want bool
+	}{{plain, guarded, true}, {guarded, plain, true}, {guarded, guarded, false}} {
+		log, port := filepath.Join(t.TempDir(), "log"), proxytest.FreePort(t)
+		config := proxytest.Adapt(t, fmt.Sprintf(`{
+			admin off
+			persist_config off
+			auto_https off
+			storage file_system %s
+			log {
+				output file %s
+			}
+		}
+		http://a.example:%d {
+			%s
+		}
+		http://b.example:%d {
+			%s
+		}`, t.TempDir(), log, port, tt.a, port, tt.b))
+		if err := caddy.Load(config, true); err != nil {
+			t.Fatal(err)
+		}
+		proxytest.StopCaddy(t)
+		content, err := os.ReadFile(log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Contains(string(content), "without passing tailscale_impersonate"); got != tt.want {
+			t.Errorf("%q, %q: warned: %t; want %t:\n%s", tt.a, tt.b, got, tt.want, content)
+		}
+	}
+}
+
 // Caddy removes the configuration of routes once it has provisioned them. While it
 // provisions the handler, the configuration must still be there.
 func TestBuffers_WarningIsLoggedOnLoad(t *testing.T) {

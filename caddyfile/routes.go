@@ -94,6 +94,9 @@ func (r *route) addHandler(o map[string]any) {
 // [impersonate.Identity.SetHeaders].
 func (c *Config) CheckRoutes(logger *zap.Logger, server *caddyhttp.Server) error {
 	warnOfHTTP3(logger, server)
+	if g := (&guard{server: server}); g.isMissing() {
+		logger.Warn("a reverse_proxy with transport http can be reached without passing tailscale_impersonate: clients choose the Impersonate headers that it sends; if it leads to an API server, use transport kubernetes")
+	}
 	routes := scan(server)
 	for _, r := range routes {
 		if r.authenticates && r.logins {

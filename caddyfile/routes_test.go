@@ -43,7 +43,7 @@ func TestCheckRoutes_WarnsOfBuffers(t *testing.T) {
 				t.Fatal(err)
 			}
 			var causes []string
-			for _, entry := range logs.All() {
+			for _, entry := range logs.FilterMessageSnippet("buffers").All() {
 				for _, cause := range entry.ContextMap()["because_of"].([]any) {
 					causes = append(causes, cause.(string))
 				}

@@ -53,6 +53,8 @@ type Config struct {
 	Bind string
 	// TLS says that the site speaks HTTPS.
 	TLS bool
+	// Log is a file for all that Caddy logs. If it is empty, the log is discarded.
+	Log string
 }
 
 // Site is a site of a running Caddy.
@@ -96,7 +98,7 @@ func (c Config) Start(t testing.TB) *Site {
 		c.Body = c.API.Expand(t, c.Body)
 		c.Global = c.API.Expand(t, c.Global)
 	}
-	runCaddy(t, c.Server, fmt.Sprintf(`
+	runCaddy(t, c, fmt.Sprintf(`
 		%s
 		%s://:%d {
 			bind %s
@@ -107,9 +109,14 @@ func (c Config) Start(t testing.TB) *Site {
 	return s
 }
 
-// runCaddy runs Caddy with the sites of a Caddyfile until the test is over.
-func runCaddy(t testing.TB, serverOptions, sites string) {
+// runCaddy runs Caddy with the sites of a Caddyfile, and the options of c for servers and
+// logs, until the test is over.
+func runCaddy(t testing.TB, c Config, sites string) {
 	t.Helper()
+	serverOptions, output := c.Server, "discard"
+	if c.Log != "" {
+		output = "file " + c.Log
+	}
 	if !strings.Contains(serverOptions, "protocols ") {
 		serverOptions += "\nprotocols h1 h2"
 	}
@@ -122,10 +129,10 @@ func runCaddy(t testing.TB, serverOptions, sites string) {
 			%s
 		}
 		log {
-			output discard
+			output %s
 		}
 	}
-	`, t.TempDir(), serverOptions)+sites)
+	`, t.TempDir(), serverOptions, output)+sites)
 	if err := caddy.Load(config, true); err != nil {
 		t.Fatalf("running Caddy: %v", err)
 	}

@@ -138,7 +138,7 @@ const maxServer = 512
 func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
 	config, err := kubeconfig.New(f.Server, "", f.CA)
 	if err != nil || len(f.Server) > maxServer {
-		return apistatus.Because(err, apistatus.BadRequest(apistatus.Host, "there is no kubeconfig for host %q: use the name of the site", clip.String(r.Host)))
+		return apistatus.BadRequest(apistatus.Host, "there is no kubeconfig for host %q: use the name of the site", clip.String(r.Host))
 	}
 	text, err := kubeconfig.Write(config)
 	if err != nil {
