@@ -257,6 +257,19 @@ func attacks() []attack {
 		random.Shuffle(len(fields), func(i, j int) { fields[i], fields[j] = fields[j], fields[i] })
 		add(mixed, attack{method: pick(random, []string{"GET", "POST", "DELETE", "PATCH"}), fields: fields})
 	}
+
+	// A little less than the megabyte that the documentation lets servers accept.
+	const repeated, short = "39", 8 << 10
+	raw, long := strings.Repeat("\xff", 1_000_000), strings.Repeat("a", 1_000_000)
+	add(repeated, attack{target: "a:" + raw, refused: true, answer: short})
+	for _, name := range []string{"Origin", "Sec-Fetch-Site"} {
+		add(repeated, attack{fields: lines(name, " "+raw), refused: true, answer: short})
+		add(repeated, attack{fields: lines(name, " "+long, "User-Agent", " Mozilla/5.0"), refused: true, answer: short})
+	}
+	add(repeated, attack{host: &long, refusedPlain: true, answer: short, only: http1})
+	add(repeated, attack{fields: lines("Impersonate-User", " "+raw), answer: short})
+	add(repeated, attack{fields: lines("Impersonate-"+long, " x"), answer: short})
+	add(repeated, attack{fields: lines("Connection", " Upgrade", "Upgrade", " "+raw), answer: short, only: http1})
 	return tried
 }
 

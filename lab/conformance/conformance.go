@@ -99,6 +99,8 @@ type attack struct {
 	refused, refusedPlain bool
 	// arrives describes further faults of a request that arrived. May be nil.
 	arrives func(*http.Request) string
+	// answer is how long the answer may be, in bytes; 0: any.
+	answer int64
 	// only is the only protocol that can express the attack; empty: HTTP/1.1 and 2.
 	only protocol
 }
@@ -263,11 +265,12 @@ func (p Proxy) verdict(a attack, r *http.Request) string {
 func (p Proxy) try(ctx context.Context, marker string, proto protocol, a attack) (reason string, arrived bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	var answer int64
 	switch proto {
 	case http1:
-		err = p.sendHTTP1(ctx, a.bytesFor(p, marker), a.behind != "")
+		answer, err = p.sendHTTP1(ctx, a, marker)
 	case http2:
-		err = p.sendHTTP2(ctx, a, marker)
+		answer, err = p.sendHTTP2(ctx, a, marker)
 	case http3:
 		err = p.sendHTTP3(ctx, a, marker)
 	}
@@ -276,6 +279,9 @@ func (p Proxy) try(ctx context.Context, marker string, proto protocol, a attack)
 		if reason := p.verdict(a, r); reason != "" {
 			return reason, true, err
 		}
+	}
+	if a.answer > 0 && answer > a.answer {
+		return fmt.Sprintf("it is answered with %d bytes or more; want at most %d", answer, a.answer), arrived, err
 	}
 	return "", arrived, err
 }

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -182,8 +183,8 @@ func TestRun_ImpersonatePackagePassesHeaderAttacks(t *testing.T) {
 	}
 	passed := 0
 	for _, r := range results {
-		if r.Pitfall == "20a" {
-			continue // about who sends the request
+		if r.Pitfall == "20a" || r.Pitfall == "39" {
+			continue // about who sends the request, or about answers
 		}
 		passed += r.Passed
 		for _, f := range r.Failures {
@@ -242,5 +243,39 @@ func TestRecorder_AnswersWithStatusInPath(t *testing.T) {
 	seen.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/conformance/7/status/403", nil))
 	if w.Code != http.StatusForbidden || len(seen.take("/conformance/7")) != 1 {
 		t.Errorf("answered %d; want 403, and the request to be kept", w.Code)
+	}
+}
+
+// A proxy that repeats in its answers what clients write fails, over both protocols.
+func TestRun_AnswerThatRepeatsAMegabyteFails(t *testing.T) {
+	p := proxyOf(t, asBob)
+	target, err := url.Parse("http://" + p.Address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	forward := httputil.NewSingleHostReverseProxy(target)
+	proxy := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if origin := r.Header.Get("Origin"); origin != "" {
+			http.Error(w, strconv.Quote(origin), http.StatusForbidden)
+			return
+		}
+		forward.ServeHTTP(w, r)
+	}))
+	proxy.EnableHTTP2 = true
+	proxy.StartTLS()
+	t.Cleanup(func() { proxy.CloseClientConnections(); proxy.Close() })
+	p.Address, p.TLS = strings.TrimPrefix(proxy.URL, "https://"), true
+	attack := slices.IndexFunc(attacks(), func(a attack) bool { return a.answer > 0 && len(a.fields) > 0 && a.fields[0].name == "Origin" })
+	results, err := Run(t.Context(), p, Options{Only: attack + 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(results) != 2 {
+		t.Errorf("got results of %d protocols; want 2", len(results))
+	}
+	for _, r := range results {
+		if len(r.Failures) != 1 || !strings.Contains(r.Failures[0].Reason, "answered with") {
+			t.Errorf("%s: got %d failures; want one about the length of the answer", r.Protocol, len(r.Failures))
+		}
 	}
 }

@@ -60,6 +60,8 @@ var pitfalls = []pitfall{
 	{id: "34", title: "health checks have no caller", tests: []string{"internal/transport:TestHealthCheck_HasNoCredentials", "internal/transport:TestHealthCheck_IsNeverReceived"}},
 	{id: "35", title: "a certificate beside a token", tests: []string{"internal/transport:TestKubeconfig_Errors", "internal/transport:TestCredentialsClient_SendsNoneOfTheProxys"}},
 	{id: "36", title: "a reverse_proxy without the handler", tests: []string{".:TestRoutes_NestedReverseProxySendsIdentity", ".:TestRoutes_ProxyWithoutHandlerSendsNothing"}},
+	{id: "39", title: "megabytes that are answered, logged or reviewed", tests: []string{".:TestWritten_MegabytesAreNotRepeated"}},
+	{id: "43", title: "refusals that tell about the host", tests: []string{"internal/apistatus:TestBecause_CauseIsNotAnswered", "internal/transport:TestToken_MissingRefusesRequests"}},
 	{id: "45", title: "grants that look right and are not", tests: []string{"impersonate:TestGrant_ProblemsAreNamed", "impersonate:TestGrant_MisspeltLeavesOutTags", "impersonate:TestGrant_RepeatedKeyUndoesNoRecording", "lab/e2e:TestNames_MisspeltGrantGivesNothing"}},
 	{id: "46", title: "devices that choose their names", tests: []string{"impersonate:TestLimits_ApplyRejectsNames", "lab/e2e:TestNames_RenamedDeviceKeepsItsID"}},
 	{id: all, title: "several of these at once"},

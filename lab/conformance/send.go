@@ -69,31 +69,49 @@ func (a attack) bytesFor(p Proxy, marker string) string {
 	return b.String()
 }
 
-// sendHTTP1 sends raw bytes over a new connection and waits for an answer. If they
-// hold a second request, it also waits for the second answer, which may be missing.
-// An error means that there was no answer.
-func (p Proxy) sendHTTP1(ctx context.Context, raw string, second bool) error {
+// sendHTTP1 sends an attack as raw bytes over a new connection and waits for an answer. If
+// it holds a second request, it also waits for the second answer, which may be missing.
+// It returns how many bytes were answered, at least if their number matters. An error means
+// that there was no answer.
+func (p Proxy) sendHTTP1(ctx context.Context, a attack, marker string) (answered int64, err error) {
 	conn, err := p.connect(ctx, "http/1.1")
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer conn.Close()
-	if _, err := io.WriteString(conn, raw); err != nil {
-		return err
+	if _, err := io.WriteString(conn, a.bytesFor(p, marker)); err != nil {
+		return 0, err
 	}
-	answers := bufio.NewReader(conn)
+	counted := &counter{Reader: conn}
+	answers := bufio.NewReader(counted)
 	resp, err := http.ReadResponse(answers, nil)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	if second {
+	switch {
+	case a.behind != "":
 		if _, err := io.Copy(io.Discard, resp.Body); err == nil {
 			if resp, err := http.ReadResponse(answers, nil); err == nil {
 				_ = resp.Body.Close()
 			}
 		}
+	case a.answer > 0:
+		_, _ = io.Copy(io.Discard, resp.Body) // what has arrived counts
 	}
-	return resp.Body.Close()
+	return counted.read, resp.Body.Close()
+}
+
+// counter counts what is read.
+type counter struct {
+	io.Reader
+	read int64
+}
+
+// Read implements [io.Reader].
+func (c *counter) Read(p []byte) (int, error) {
+	n, err := c.Reader.Read(p)
+	c.read += int64(n)
+	return n, err
 }
 
 // fieldsFor returns the attack's HTTP/2 fields. Names are in lower case, as HTTP/2
@@ -113,19 +131,20 @@ func hpackFields(fields []field) (out []hpack.HeaderField) {
 	return out
 }
 
-// sendHTTP2 sends an attack as frames over a new connection and waits for an answer.
-func (p Proxy) sendHTTP2(ctx context.Context, a attack, marker string) error {
+// sendHTTP2 sends an attack as frames over a new connection and waits for an answer. It
+// returns the length of its frames, at least as far as it matters.
+func (p Proxy) sendHTTP2(ctx context.Context, a attack, marker string) (answered int64, err error) {
 	conn, err := p.connect(ctx, "h2")
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer conn.Close()
 	if _, err := io.WriteString(conn, h2.ClientPreface); err != nil {
-		return err
+		return 0, err
 	}
 	framer := h2.NewFramer(conn, conn)
 	if err := framer.WriteSettings(); err != nil {
-		return err
+		return 0, err
 	}
 	var block bytes.Buffer
 	encoder := hpack.NewEncoder(&block)
@@ -139,30 +158,34 @@ func (p Proxy) sendHTTP2(ctx context.Context, a attack, marker string) error {
 		return framer.WriteHeaders(h2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: last})
 	}
 	if err := writeHeaders(a.fieldsFor(p, marker), a.body == ""); err != nil {
-		return err
+		return 0, err
 	}
 	if a.body != "" {
 		if err := framer.WriteData(1, len(a.trailers) == 0, []byte(p.expand(a.body, marker))); err != nil {
-			return err
+			return 0, err
 		}
 		if len(a.trailers) > 0 {
 			if err := writeHeaders(hpackFields(a.trailers), true); err != nil {
-				return err
+				return 0, err
 			}
 		}
 	}
 	for {
 		frame, err := framer.ReadFrame()
 		if err != nil {
-			return err
+			return answered, err
 		}
 		switch frame := frame.(type) {
-		case *h2.HeadersFrame:
-			return nil
+		case *h2.HeadersFrame, *h2.ContinuationFrame, *h2.DataFrame:
+			answered += int64(frame.Header().Length)
+			// A window of the answer that is not enlarged is more than any limit.
+			if a.answer == 0 || frame.Header().Flags.Has(h2.FlagDataEndStream) || answered > a.answer {
+				return answered, nil
+			}
 		case *h2.RSTStreamFrame:
-			return fmt.Errorf("the stream was reset: %v", frame.ErrCode)
+			return answered, fmt.Errorf("the stream was reset: %v", frame.ErrCode)
 		case *h2.GoAwayFrame:
-			return fmt.Errorf("the connection was closed: %v", frame.ErrCode)
+			return answered, fmt.Errorf("the connection was closed: %v", frame.ErrCode)
 		}
 	}
 }
