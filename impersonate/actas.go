@@ -52,8 +52,8 @@ const maxLength = 512
 //
 // It reads h as the API server does, but stricter. These are errors although the API
 // server ignores them: a second user, names in another spelling (Impersonate_User),
-// keys that cannot be decoded, empty values, and values that are too long or too many. The extra fields that only this
-// package sets are errors as well.
+// keys that cannot be decoded, and empty values. Names and values that are too long or too
+// many are errors as well, and so are the extra fields that only this package sets.
 func ParseTarget(h http.Header) (*Target, error) {
 	var names []string
 	for name := range h {
@@ -86,12 +86,10 @@ func (t *Target) parse(name string, values []string) error {
 	if len(values) == 0 {
 		return fmt.Errorf("header %s has no value", shown)
 	}
-	for _, value := range append(values, name) {
-		if len(value) > maxLength {
-			return fmt.Errorf("header %s has %d bytes; at most %d are allowed", shown, len(value), maxLength)
-		}
-	}
 	for _, value := range values {
+		if n := max(len(name), len(value)); n > maxLength {
+			return fmt.Errorf("header %s has %d bytes; at most %d are allowed", shown, n, maxLength)
+		}
 		if err := checkName("value of header "+shown, value); err != nil {
 			return err
 		}

@@ -26,6 +26,7 @@ func headers(pairs ...string) http.Header {
 }
 
 func TestParseTarget_ReadsWhatTheAPIServerReads(t *testing.T) {
+	longest := "system:serviceaccount:" + strings.Repeat("n", 63) + ":" + strings.Repeat("a", 253)
 	for _, tt := range []struct {
 		name string
 		h    http.Header
@@ -38,6 +39,7 @@ func TestParseTarget_ReadsWhatTheAPIServerReads(t *testing.T) {
 			"everything", headers("impersonate-user", "bob", "Impersonate-Group", "b", "Impersonate-Group", "a", "Impersonate-Uid", "1", "Impersonate-Extra-Scopes", "x", "Impersonate-Extra-Scopes", "y"),
 			&impersonate.Target{User: "bob", Groups: []string{"b", "a"}, UID: "1", Extra: map[string][]string{"scopes": {"x", "y"}}},
 		},
+		{"the longest service account", headers("Impersonate-User", longest), &impersonate.Target{User: longest}},
 		{
 			"encoded keys", headers("Impersonate-User", "bob", "Impersonate-Extra-Example.com%2FRole", "x", "Impersonate-Extra-%53copes", "y"),
 			&impersonate.Target{User: "bob", Extra: map[string][]string{"example.com/role": {"x"}, "Scopes": {"y"}}},
@@ -81,6 +83,12 @@ func TestParseTarget_RejectsAmbiguousHeaders(t *testing.T) {
 		{"a header without values", http.Header{"Impersonate-User": {"bob"}, "Impersonate-Group": nil}, []string{"Impersonate-Group", "no value"}},
 		{"a name not in ASCII", headers("Impersonate-User", "bäb"), []string{"Impersonate-User", "printable"}},
 		{"a name with blanks around it", http.Header{"Impersonate-User": {" bob"}}, []string{"Impersonate-User", "blank"}},
+		{"a long user", headers("Impersonate-User", strings.Repeat("a", 513)), []string{"Impersonate-User", "513 bytes", "512"}},
+		{"a long group", user("Impersonate-Group", "a", "Impersonate-Group", strings.Repeat("\xff", 1_000_000)), []string{"Impersonate-Group", "1000000 bytes"}},
+		{"a long UID", user("Impersonate-Uid", strings.Repeat("a", 513)), []string{"Impersonate-Uid", "513 bytes"}},
+		{"a long value", user("Impersonate-Extra-A", strings.Repeat("a", 513)), []string{"Impersonate-Extra-A", "513 bytes"}},
+		{"a long key", user("Impersonate-Extra-"+strings.Repeat("a", 1_000_000), "a"), []string{"Impersonate-Extra-Aaa", "[cut, 1000018 bytes]"}},
+		{"a long unknown header", user("Impersonate-"+strings.Repeat("a", 300), "a"), []string{"unknown impersonation header", "[cut, 312 bytes]"}},
 		{"an unknown header", user("Impersonate-Something-New", "a"), []string{"Impersonate-Something-New", "unknown impersonation header"}},
 		{"an alias", user("Impersonate_Group", "a"), []string{"Impersonate_group", "unknown impersonation header"}},
 		{"an alias of the user", http.Header{"Impersonate.User": {"bob"}}, []string{"Impersonate.User", "unknown impersonation header"}},

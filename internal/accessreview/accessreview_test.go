@@ -188,6 +188,28 @@ func TestAuthorize_RefusesAmbiguousPathsWithoutReview(t *testing.T) {
 	}
 }
 
+// What would make a review long cannot be cut, as the permission would be another one.
+func TestAuthorize_RefusesLongPathsWithoutReview(t *testing.T) {
+	ask, asked := answering(allowed, nil)
+	long := strings.Repeat("a", 513)
+	for _, path := range []string{
+		"/" + long, "/api/v1/namespaces/default/pods/" + long, "/api/v1/namespaces/" + long + "/pods", "/api/v1/" + long,
+		"/api/" + long + "/pods", "/apis/" + long + "/v1/pods", "/apis/a/" + long + "/pods", "/api/v1/namespaces/default/pods/a/" + long,
+	} {
+		_, err := newReviewer(t).Authorize(t.Context(), ask, asBob(path))
+		if !apierrors.IsBadRequest(err) || apistatus.ReasonOf(err) != apistatus.Impersonation || len(err.Error()) > 400 {
+			t.Errorf("%.50s: got %.400v; want a short 400", path, err)
+		}
+	}
+	if len(*asked) > 0 {
+		t.Errorf("%d reviews were sent", len(*asked))
+	}
+	// What a proxied application gets is not part of a permission.
+	if _, err := newReviewer(t).Authorize(t.Context(), ask, asBob("/api/v1/namespaces/default/services/a/proxy/"+long)); err != nil {
+		t.Errorf("a long path of an application: %v", err)
+	}
+}
+
 func TestCache_LastsUntilSince(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newReviewer(t)

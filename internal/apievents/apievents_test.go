@@ -14,6 +14,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -195,6 +196,60 @@ func TestRecord_EventFields(t *testing.T) {
 	if diff := cmp.Diff(sessionrecording.Source{Node: "ci.example.ts.net", NodeID: "nCI", NodeTags: []string{"tag:ci"}}, got.Source); diff != "" {
 		t.Errorf("source (-want +got):\n%s", diff)
 	}
+}
+
+// What the client writes is cut, for a recorder and for the log, except for the body.
+func TestRecord_CutsWhatTheClientWrites(t *testing.T) {
+	server, node := startRecorder(t)
+	rec := newRecording(t)
+	rec.Log = rec.Logger
+	long := strings.Repeat("a", 100_000)
+	caller := callerAt(node, alice, impersonate.Recording{Recorders: recorders, Events: true})
+	caller.Identity.ActAs = &impersonate.ActAsRequest{Target: &impersonate.Target{User: long, Groups: slices.Repeat([]string{long}, 200)}}
+	for _, target := range []string{
+		"/api/v1/namespaces/" + long + "/pods/" + long + "/log?container=" + long + "&" + long + "=x&labelSelector=" + long + "&fieldSelector=a%3D" + long,
+		"/apis/" + long + "/" + long + "/" + long + "?" + strings.Repeat("a=b&", 50_000),
+		"/api/v1/pods?" + manyParameters(20_000),
+		"/api/v1/namespaces/a/services/b/proxy/" + strings.Repeat("x/", 50_000),
+	} {
+		r := newRequest("PATCH", target, "{}", "User-Agent", long)
+		r.Method = long
+		if err := rec.Record(r, caller); err != nil {
+			t.Fatal(err)
+		}
+		events := server.TakeEvents()
+		if len(events) != 1 {
+			t.Fatalf("the recorder has %d events; want 1", len(events))
+		}
+		text, err := json.Marshal(events[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(text) > 64<<10 {
+			t.Errorf("%.50s: the event has %d bytes", target, len(text))
+		}
+		if k := events[0].Kubernetes; k.Path == "" || len(k.Path) > 300 || len(events[0].Request.Path) > 300 || len(k.Parts) > 129 {
+			t.Errorf("%.50s: the event has a path of %d bytes, a target of %d and %d parts", target, len(k.Path), len(events[0].Request.Path), len(k.Parts))
+		}
+		line := 0
+		for name, value := range rec.logged.TakeAll()[0].ContextMap() {
+			n := len(fmt.Sprint(value))
+			if line += n; n > 300 && name != "as_groups" {
+				t.Errorf("%.50s: %s has %d bytes in the log", target, name, n)
+			}
+		}
+		if line > 64<<10 {
+			t.Errorf("%.50s: the line has %d bytes", target, line)
+		}
+	}
+}
+
+func manyParameters(n int) string {
+	var query strings.Builder
+	for i := range n {
+		fmt.Fprintf(&query, "p%d=x&", i)
+	}
+	return query.String()
 }
 
 // unread fails the test if it is read.

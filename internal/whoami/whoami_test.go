@@ -22,6 +22,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
 
@@ -373,5 +374,17 @@ func TestServe_JSONOnlyIfAccepted(t *testing.T) {
 	}
 	if resp, body := get(t, alice(), "HEAD", "/whoami", browser); body != "" || resp.Header.Get("Content-Length") == "0" {
 		t.Errorf("HEAD: got a body of %d bytes, and the length %s", len(body), resp.Header.Get("Content-Length"))
+	}
+}
+
+// A Host that makes no URL, or a long one, is refused, and not repeated in a page.
+func TestServe_OddHostIsRefused(t *testing.T) {
+	for _, server := range []string{"https://a%zz", "https://" + strings.Repeat("a", 1_000_000), "https://a b"} {
+		f := alice()
+		f.Server = server
+		err := whoami.Serve(httptest.NewRecorder(), httptest.NewRequest("GET", "/whoami", nil), f)
+		if apistatus.ReasonOf(err) != apistatus.Host || len(err.Error()) > 400 {
+			t.Errorf("%.50s: got error %.400v; want a short refusal of the host", server, err)
+		}
 	}
 }
