@@ -9,7 +9,7 @@ import "slices"
 // What no test here can tell apart is left out: locks, which the race detector
 // watches over in make test; how long an address that never answers is dialled; and
 // that a daemon is asked through its socket only, which makes a difference on macOS.
-var table = slices.Concat(requests, identities, kubeconfigs, recordings)
+var table = slices.Concat(requests, identities, kubeconfigs, recordings, written)
 
 // requests are the lines on the way of a request: who sent it, which node accepted it, what is sent.
 var requests = []file{
@@ -44,7 +44,7 @@ var requests = []file{
 		{name: "the identity is gone from what handle_errors gets", old: "\tdefer caller.Identity.RemoveHeaders(r.Header)\n", new: ""},
 		{name: "trailers are dropped", old: "\tr.Trailer = nil\n", new: "", by: attacks},
 		{name: "the answer to a session is the API server's", old: "\treturn h.explain(w, r, next.ServeHTTP(client, r))", new: "\treturn h.explain(client, r, next.ServeHTTP(client, r))"},
-		{name: "refusals are logged", old: "\tapistatus.Log(h.logger, r, err, who...)\n", new: "\t_ = who\n"},
+		{name: "refusals are logged", old: "\th.refusals.Refused(r, err, who...)\n", new: "\t_ = who\n"},
 	}},
 	{"internal/authn/actas.go", "./internal/authn .", []mutant{
 		{name: "what is asked is noted for other routes", old: `claims.header != "" && a.ActAs != StripActAs {`, new: "false {"},
@@ -463,7 +463,7 @@ var requests = []file{
 		{name: "the credentials are the proxy's", old: "\t\tout.Header[\"Authorization\"] = []string{authorization}\n", new: "", by: attacks},
 		{name: "a refused token is read again", old: "\tt.cluster.renew()\n", new: ""},
 		{name: "a stale token's 401 is not the caller's", old: "\tif stale != nil {", new: "\tif false {"},
-		{name: "refusals are logged", old: "\tapistatus.Log(t.logger, r, err, who...)\n", new: "\t_ = who\n"},
+		{name: "refusals are logged", old: "\tt.refusals.Refused(r, err, who...)\n", new: "\t_ = who\n"},
 		{name: "a request that a server received is no health check", old: "if r.Context().Value(http.ServerContextKey) != nil || r.Context().Value(caddyhttp.VarsCtxKey) != nil {", new: "if false && r.Context().Value(caddyhttp.VarsCtxKey) != nil {"},
 		{name: "a health check has not come by any server", old: "r.Context().Value(http.ServerContextKey) != nil || ", new: ""},
 		{name: "a health check is for health", old: "\tcase \"/livez\", \"/readyz\", \"/healthz\":\n", new: "\tdefault:\n"},
