@@ -204,6 +204,7 @@ func (h *Handler) setUp(generation *revocation.Generation, logger *zap.Logger, l
 		Interval:    h.Interval(),
 		Grace:       h.Grace(),
 		Identify:    h.auth.Identify,
+		MustRecord:  h.auth.MustRecord,
 		CheckTarget: h.auth.CheckTarget,
 		Revoked:     h.logRevoked,
 	})

@@ -47,7 +47,8 @@ type Config struct {
 	Capability string `json:"capability,omitempty"`
 
 	// What to do with requests that ask to act as another user, as `kubectl --as`
-	// does:
+	// does. A request that asks for groups of its own caller is not one of them: it is
+	// sent with those groups and no others, except with `strip`.
 	//
 	// - `reject` answers 403 with the reason.
 	// - `strip` removes the headers and sends the request as the caller. The answer
@@ -63,9 +64,9 @@ type Config struct {
 	// Describe the caller's device to the API server, for audit logs and admission
 	// policies. The UID is the ID of the tailnet user or of the tagged device. The
 	// extra fields start with `tailscale-impersonate.github.io/` and are `node`,
-	// `node-id`, `address`, `tags`, `groups-source` and `request-id`. The last one is
-	// also the ID of the request in the audit log (`Audit-ID`) and in Caddy's access
-	// log (`uuid`).
+	// `node-id`, `address`, `tags`, `groups-source`, `chosen-groups`,
+	// `held-back-groups` and `request-id`. The last one is also the ID of the request
+	// in the audit log (`Audit-ID`) and in Caddy's access log (`uuid`).
 	//
 	// The proxy's account needs the right to impersonate UIDs and these fields.
 	//

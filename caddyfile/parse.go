@@ -35,6 +35,8 @@ import (
 //	    event_secret_bodies
 //	    allow_groups         <pattern...>
 //	    deny_groups          <pattern...>
+//	    optional_groups      <pattern...>
+//	    record_groups        <pattern...>
 //	    require_groups
 //	    user_prefix          <prefix>
 //	    tagged_user          name|id
@@ -115,6 +117,10 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = list(d, &c.AllowGroups)
 	case "deny_groups":
 		err = list(d, &c.DenyGroups)
+	case "optional_groups":
+		err = list(d, &c.OptionalGroups)
+	case "record_groups":
+		err = list(d, &c.RecordGroups)
 	case "require_groups":
 		err = on(d, &c.RequireGroups)
 	case "user_prefix":

@@ -29,9 +29,12 @@ const (
 	ExtraRequestID    = extraDomain + "request-id"    // the ID of the request
 )
 
-// AuditExtras are the keys that [Peer.Audited] and [Identity.RequestID] set. The proxy's
+// AuditExtras are the keys that [Peer.Audited], [Limits.Choose] and [Identity.RequestID] set. The proxy's
 // account needs the right to impersonate them.
-var AuditExtras = []string{ExtraNode, ExtraNodeID, ExtraAddress, ExtraTags, ExtraGroupsSource, ExtraRequestID}
+var AuditExtras = []string{
+	ExtraNode, ExtraNodeID, ExtraAddress, ExtraTags, ExtraGroupsSource, ExtraRequestID,
+	ExtraChosenGroups, ExtraHeldBackGroups,
+}
 
 // OriginalExtras are the keys that [Identity.As] sets.
 var OriginalExtras = []string{ExtraOriginalUser, ExtraOriginalUID, ExtraOriginalGroups, ExtraNode}
@@ -65,6 +68,7 @@ func (p Peer) Audited(id Identity, remote netip.Addr) (Identity, error) {
 	if p.Tagged() && !p.Shared {
 		id.Extra[ExtraTags] = p.Tags
 	}
+	id.setGroupExtras()
 	for key, values := range id.Extra {
 		for _, value := range values {
 			if err := checkName(strings.TrimPrefix(key, extraDomain), value); err != nil {

@@ -37,6 +37,11 @@ type Identity struct {
 	// Groups are the Kubernetes groups without duplicates, in the order of the
 	// grants. The API server adds system:authenticated.
 	Groups []string
+	// HeldBack are the groups that the caller is granted and does not use: optional
+	// groups that the request does not ask for, and groups that it leaves out.
+	HeldBack []string
+	// Chosen reports whether the request asks for Groups. See [Limits.Choose].
+	Chosen bool
 	// UID and Extra describe the caller for audit logs and admission policies. They
 	// are empty unless [Peer.Audited] has set them.
 	UID   string

@@ -33,8 +33,23 @@ type Limits struct {
 	// Default: none.
 	DenyGroups []string `json:"deny_groups,omitempty"`
 
-	// Refuse callers without any group. Groups that `allow_groups` or `deny_groups`
-	// remove do not count.
+	// Patterns of groups that callers are granted and do not use until a request asks
+	// for them, as `kubectl --as alice@example.com --as-group admins` does for the user
+	// alice@example.com herself. Where groups come from is decided before: a tagged
+	// device whose grants give it optional groups only does not get its tags as groups.
+	//
+	// Default: none.
+	OptionalGroups []string `json:"optional_groups,omitempty"`
+
+	// Patterns of groups whose sessions have to be recorded while a request uses one
+	// of them, as with a grant's `enforceRecorder`: a session that cannot be recorded
+	// is refused. It needs `record`, or grants that name recorders.
+	//
+	// Default: none.
+	RecordGroups []string `json:"record_groups,omitempty"`
+
+	// Refuse requests without any group. Groups that `allow_groups` or `deny_groups`
+	// remove do not count, and neither do those that a request does not use.
 	//
 	// Default: `false`.
 	RequireGroups bool `json:"require_groups,omitempty"`
@@ -112,6 +127,8 @@ func (l *Limits) Validate() error {
 	}{
 		{"allow_groups", "", l.AllowGroups},
 		{"deny_groups", "", l.DenyGroups},
+		{"optional_groups", "", l.OptionalGroups},
+		{"record_groups", "", l.RecordGroups},
 		{"allow_tags", "tag:", l.AllowTags},
 		{"deny_tags", "tag:", l.DenyTags},
 	} {
@@ -121,7 +138,10 @@ func (l *Limits) Validate() error {
 			}
 		}
 	}
-	for option, patterns := range map[string][]string{"allow_groups": l.AllowGroups, "deny_groups": l.DenyGroups} {
+	for option, patterns := range map[string][]string{
+		"allow_groups": l.AllowGroups, "deny_groups": l.DenyGroups,
+		"optional_groups": l.OptionalGroups, "record_groups": l.RecordGroups,
+	} {
 		for _, pattern := range patterns {
 			if bare, ok := strings.CutPrefix(pattern, l.GroupPrefix); ok && l.GroupPrefix != "" {
 				return fmt.Errorf("%s %q: patterns see groups without group_prefix, so write %q", option, pattern, bare)
@@ -167,28 +187,34 @@ func (l *Limits) CheckPeer(p Peer) error {
 }
 
 // Apply returns id, which is p's, with the user and the groups that it may have here, and
-// the groups that it removed. The Source does not change, even if no group is left.
+// the groups that it removed. It holds back optional groups. The Source does not change,
+// even if no group is left.
 func (l *Limits) Apply(p Peer, id Identity) (limited Identity, cut []string, err error) {
 	limited = id
 	if limited.User, err = l.user(p, id.User); err != nil {
 		return Identity{}, nil, err
 	}
-	limited.Groups = nil
-	for _, group := range id.Groups {
-		if l.RemovedBy(group) != "" {
+	limited.Groups, limited.HeldBack = nil, nil
+	for i, group := range slices.Concat(id.Groups, id.HeldBack) {
+		switch {
+		case l.RemovedBy(group) != "":
 			cut = append(cut, group)
-			continue
+		case i >= len(id.Groups), glob.Any(l.OptionalGroups, group):
+			limited.HeldBack = append(limited.HeldBack, l.GroupPrefix+group)
+		default:
+			limited.Groups = append(limited.Groups, l.GroupPrefix+group)
 		}
-		limited.Groups = append(limited.Groups, l.GroupPrefix+group)
 	}
-	if l.RequireGroups && len(limited.Groups) == 0 {
+	l.setEnforced(&limited)
+	granted := slices.Concat(limited.Groups, limited.HeldBack)
+	if l.RequireGroups && len(granted) == 0 {
 		if len(cut) > 0 {
 			return Identity{}, cut, fmt.Errorf("require_groups is on, and allow_groups or deny_groups removes all granted groups: %s", strings.Join(cut, ", "))
 		}
 		return Identity{}, nil, ErrNoGroup
 	}
 	if l.GroupPrefix != "" {
-		for _, group := range limited.Groups {
+		for _, group := range granted {
 			if strings.HasPrefix(group, reserved) {
 				return Identity{}, cut, fmt.Errorf("group_prefix turns a group into %q, which is reserved for the cluster's own", group)
 			}

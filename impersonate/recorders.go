@@ -19,8 +19,12 @@ type Recording struct {
 	// Unresolved reports whether a grant names recorders by a tag, and the control
 	// server has added no address for it.
 	Unresolved bool
-	// Enforce reports whether sessions must be recorded, as at least one grant says.
+	// Enforce reports whether sessions must be recorded, as at least one grant or
+	// record_groups says.
 	Enforce bool
+	// ByGroup reports whether Enforce is set only because record_groups names a group
+	// that is in use.
+	ByGroup bool
 	// Events reports whether requests are recorded too, as at least one grant says.
 	Events bool
 }

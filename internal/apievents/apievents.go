@@ -290,6 +290,7 @@ func (rec *Recorder) log(r *http.Request, i requestinfo.Info, b body, caller aut
 	rec.Log.Info("API request",
 		zap.String("user", caller.Identity.User),
 		zap.Strings("groups", caller.Identity.Groups),
+		zap.Strings("held_back", caller.Identity.HeldBack),
 		zap.String("as", as),
 		zap.Strings("as_groups", asGroups),
 		zap.String("node", caller.Identity.Node),

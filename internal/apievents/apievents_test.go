@@ -598,7 +598,7 @@ func TestRecord_LogsEveryRequest(t *testing.T) {
 		t.Fatalf("got %d lines; want 4", len(logged))
 	}
 	want := map[string]any{
-		"user": "alice@example.com", "groups": []any{"a", "b"}, "as": "", "as_groups": []any{}, "node": "laptop.example.ts.net", "remote_addr": "100.64.0.2:40000",
+		"user": "alice@example.com", "groups": []any{"a", "b"}, "held_back": []any{}, "as": "", "as_groups": []any{}, "node": "laptop.example.ts.net", "remote_addr": "100.64.0.2:40000",
 		"verb": "create", "group": "", "version": "v1", "resource": "pods", "subresource": "eviction", "namespace": "a", "name": "p", "class": "ordinary",
 		"method": "POST", "uri": "/api/v1/namespaces/a/pods/p/eviction", "user_agent": "kubectl",
 		"body": "0123456789", "body_base64": "", "body_cut": true, "body_left_out": "",

@@ -162,15 +162,17 @@ func (a *Authenticator) Authenticate(r *http.Request, claims Claims) (Caller, er
 	}
 	caller := *res.caller
 	caller.Conn = arrived.conn
-	// May it say about itself what it said?
-	if err := a.checkClaims(r, claims, caller.Identity.User); err != nil {
+	// May it say about itself what it said? Which of its groups does it use?
+	claimed, actAs, err := a.claimed(r, res.caller, claims)
+	if err != nil {
 		return caller, err
 	}
-	var actAs *impersonate.ActAsRequest
-	if claims.target != nil {
-		actAs = &impersonate.ActAsRequest{Target: claims.target, MaxAge: a.CacheTTL}
+	if err := a.Limits.CheckUse(claimed.Identity); err != nil {
+		return caller, apistatus.Forbidden(apistatus.NoGroups, "%s may not use this server without a group: %v", caller.Peer.Describe(), err)
 	}
-	caller.Identity = res.caller.forRequest(r, a.Audit, actAs)
+	caller = *claimed
+	caller.Conn = arrived.conn
+	caller.Identity = a.forRequest(r, claimed.Identity, actAs)
 	return caller, nil
 }
 

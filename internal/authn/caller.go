@@ -58,17 +58,20 @@ func newCaller(node *tailnet.Node, peer impersonate.Peer, id impersonate.Identit
 	return c
 }
 
-// forRequest returns the identity that r is forwarded with: c's, with what is r's own,
+// forRequest returns the identity that r is forwarded with: id, with what is r's own,
 // if there is any: its ID in the API server's audit log, and the user to act as.
-func (c *Caller) forRequest(r *http.Request, audit bool, actAs *impersonate.ActAsRequest) *impersonate.Identity {
-	if !audit && actAs == nil {
-		return c.Identity
+func (a *Authenticator) forRequest(r *http.Request, id *impersonate.Identity, actAs *impersonate.ActAsRequest) *impersonate.Identity {
+	if !a.Audit && actAs == nil {
+		return id
 	}
-	own := *c.Identity
-	if audit {
+	own := *id
+	if a.Audit {
 		own.RequestID = apistatus.RequestID(r)
 	}
 	own.ActAs = actAs
+	if a.recordsTarget(actAs) && !own.Recording.Enforce {
+		own.Recording.Enforce, own.Recording.ByGroup = true, true
+	}
 	return &own
 }
 

@@ -125,6 +125,9 @@ func (a *Authenticator) facts(res *resolution) (*whoami.Facts, error) {
 	for _, group := range res.identity.Groups {
 		f.Groups = append(f.Groups, whoami.Group{Name: group, Grants: res.grantsOf(strings.TrimPrefix(group, a.Limits.GroupPrefix))})
 	}
+	for _, group := range res.identity.HeldBack {
+		f.HeldBack = append(f.HeldBack, whoami.Group{Name: group, Grants: res.grantsOf(strings.TrimPrefix(group, a.Limits.GroupPrefix))})
+	}
 	for _, group := range res.removed {
 		f.Cut = append(f.Cut, whoami.Cut{Name: group, Option: a.Limits.RemovedBy(group), Grants: res.grantsOf(group)})
 	}

@@ -88,6 +88,9 @@ type Policy struct {
 	// ([apierrors.IsForbidden]) says that the peer has no access; any other, that the
 	// question has no answer.
 	Identify func(ctx context.Context, remote netip.Addr, dialled netip.AddrPort, since time.Time) (*impersonate.Identity, error)
+	// MustRecord reports whether the session of request has to be recorded, if now is
+	// what Identify returns. Nil means what the grants say.
+	MustRecord func(request, now *impersonate.Identity) bool
 	// CheckTarget returns an error, which is forbidden, if nobody may act as target.
 	// Nil allows every target.
 	CheckTarget func(target *impersonate.Target) error
@@ -201,7 +204,7 @@ func (r *Registry) judge(c checking) {
 	verdicts := make([]verdict, len(c.policies))
 	for i, policy := range c.policies {
 		id, err := policy.Identify(context.Background(), c.remote, c.dialled, c.began)
-		verdicts[i] = verdict{id, err, policy.Grace}
+		verdicts[i] = verdict{id, err, policy}
 	}
 	acting := make(map[*Request][]verdict)
 	ctx, cancel := context.WithTimeout(context.Background(), actAsTimeout)
@@ -284,9 +287,9 @@ func (c checking) onActAs(ctx context.Context, r *Request, stillAllowed imperson
 
 // verdict is what one policy says about a caller.
 type verdict struct {
-	id    *impersonate.Identity
-	err   error
-	grace time.Duration
+	id     *impersonate.Identity
+	err    error
+	policy Policy
 }
 
 // on returns why r must end, with an empty reason if it may go on, and whether that is
@@ -295,16 +298,23 @@ func (v verdict) on(r *Request, now time.Time) (sure bool, reason Reason, detail
 	switch {
 	case v.err == nil:
 		reason, detail = lost(r.ID, v.id)
-		if reason == "" && r.unrecorded && v.id.Recording.Enforce {
+		if reason == "" && r.unrecorded && v.policy.mustRecord(r.ID, v.id) {
 			reason, detail = Enforced, fmt.Sprintf("recording is now enforced for %s, and this session is not recorded", r.ID.User)
 		}
 		return true, reason, detail
 	case apierrors.IsForbidden(v.err):
 		return true, Refused, v.err.Error()
-	case now.Sub(r.confirmed) > v.grace:
-		return false, Unconfirmed, fmt.Sprintf("%s could not be checked for %v: %v", r.ID.User, v.grace, v.err)
+	case now.Sub(r.confirmed) > v.policy.Grace:
+		return false, Unconfirmed, fmt.Sprintf("%s could not be checked for %v: %v", r.ID.User, v.policy.Grace, v.err)
 	}
 	return false, "", ""
+}
+
+func (p *Policy) mustRecord(request, now *impersonate.Identity) bool {
+	if p.MustRecord == nil {
+		return now.Recording.Enforce
+	}
+	return p.MustRecord(request, now)
 }
 
 // lost returns what a caller had and no longer has, with an empty reason if it has
@@ -314,7 +324,8 @@ func lost(had, has *impersonate.Identity) (Reason, string) {
 		return OtherUser, fmt.Sprintf("%s is now %s", had.User, has.User)
 	}
 	for _, group := range had.Groups {
-		if !slices.Contains(has.Groups, group) {
+		// What a request asks for may be held back from others.
+		if !slices.Contains(has.Groups, group) && !(had.Chosen && slices.Contains(has.HeldBack, group)) {
 			return LostGroup, fmt.Sprintf("%s is no longer in group %s", had.User, group)
 		}
 	}

@@ -278,6 +278,61 @@ func TestCheck_EnforcedRecordingEndsUnrecordedSessions(t *testing.T) {
 	}
 }
 
+// Whether a session has to be recorded can depend on the groups that it uses.
+func TestCheck_PolicyDecidesWhichSessionsAreRecorded(t *testing.T) {
+	inBubble(t, func(t *testing.T, registry *Registry) {
+		n := newNetwork()
+		policy := n.policy()
+		policy.MustRecord = func(request, _ *impersonate.Identity) bool { return slices.Contains(request.Groups, "b") }
+		tracker := registry.NewGeneration().NewTracker(nil, nil, policy)
+		without := &impersonate.Identity{User: alice.User, Groups: []string{"a"}, HeldBack: []string{"b"}, Chosen: true}
+		c, d := connect(t, aliceAddr), connect(t, aliceAddr)
+		for conn, id := range map[client]*impersonate.Identity{c: alice, d: without} {
+			request := tracker.track(t.Context(), caller(conn, id, time.Now()), requestinfo.Exec)
+			defer request.Close()
+			request.endWhenEnforced()
+		}
+		time.Sleep(interval)
+		synctest.Wait()
+		c.wantEnded(t, Enforced, alice.User)
+		d.wantOpen(t)
+	})
+}
+
+// What a request asked for may be held back from other requests, but not withdrawn.
+func TestCheck_ChosenGroups(t *testing.T) {
+	held := &impersonate.Identity{User: alice.User, Groups: []string{"a"}, HeldBack: []string{"b"}}
+	chosen := &impersonate.Identity{User: alice.User, Groups: []string{"b"}, HeldBack: []string{"a"}, Chosen: true}
+	for _, tt := range []struct {
+		name     string
+		had, has *impersonate.Identity
+		ends     bool
+	}{
+		{"an optional group stays granted", chosen, held, false},
+		{"it becomes one that is always used", chosen, &impersonate.Identity{User: alice.User, Groups: []string{"b"}}, false},
+		{"it is withdrawn", chosen, &impersonate.Identity{User: alice.User, Groups: []string{"a"}}, true},
+		{"a group that the request left out is withdrawn", chosen, &impersonate.Identity{User: alice.User, HeldBack: []string{"b"}}, false},
+		{"a group that was used unasked becomes optional", alice, held, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, registry *Registry) {
+				n := newNetwork()
+				tracker := registry.NewGeneration().NewTracker(nil, nil, n.policy())
+				c := connect(t, aliceAddr)
+				defer tracker.track(t.Context(), caller(c, tt.had, time.Now()), requestinfo.Watch).Close()
+				n.knows(aliceAddr, tt.has)
+				time.Sleep(interval)
+				synctest.Wait()
+				if tt.ends {
+					c.wantEnded(t, LostGroup, "group b")
+				} else {
+					c.wantOpen(t)
+				}
+			})
+		})
+	}
+}
+
 func TestCheck_GainedGroupEndsNothing(t *testing.T) {
 	inBubble(t, func(t *testing.T, registry *Registry) {
 		n := newNetwork()

@@ -132,6 +132,9 @@ func (f *Facts) text() (string, error) {
 	if len(f.Groups) == 0 {
 		row("groups", "none")
 	}
+	for _, group := range f.HeldBack {
+		row("on request", group.Name, "from "+numbers(group.Grants)+", with kubectl "+asking(f.User, group.Name))
+	}
 	for _, cut := range f.Cut {
 		row("not given", cut.Name, "from "+numbers(cut.Grants)+", left out by "+cut.Option)
 	}

@@ -54,6 +54,8 @@ type Facts struct {
 	Capability string  `json:"capability,omitempty"`
 	Grants     []Grant `json:"grants,omitempty"`
 	LooksFor   string  `json:"looks_for,omitempty"`
+	// HeldBack are the groups that requests use only if they ask for them.
+	HeldBack []Group `json:"held_back,omitempty"`
 	// Cut are the granted groups that an option of the handler removes.
 	Cut []Cut `json:"cut,omitempty"`
 
@@ -117,6 +119,7 @@ var page = template.Must(template.New("page").Funcs(template.FuncMap{
 	"indent":  indented,
 	"next":    func(i int) int { return i + 1 },
 	"numbers": numbers,
+	"asking":  asking,
 	// The page is the proxy's own, so it does not repeat the proxy's name.
 	"sentence": func(refused string) string { return strings.TrimPrefix(refused, apistatus.Prefix) },
 }).Parse(pageHTML))
@@ -241,4 +244,15 @@ func numbers(grants []int) string {
 		words[i] = strconv.Itoa(n)
 	}
 	return "grants " + strings.Join(words[:len(words)-1], ", ") + " and " + words[len(words)-1]
+}
+
+// asking returns kubectl's flags with which user asks for group, quoted for a shell.
+func asking(user, group string) string {
+	quote := func(s string) string {
+		if strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._:@/") == "" {
+			return s
+		}
+		return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+	}
+	return "--as=" + quote(user) + " --as-group=" + quote(group)
 }

@@ -30,9 +30,10 @@ import (
 func alice() *whoami.Facts {
 	return &whoami.Facts{
 		User: "alice@example.com", Source: "grants",
-		Groups: []whoami.Group{{Name: "readers", Grants: []int{1, 2, 3}}, {Name: "editors", Grants: []int{1}}, {Name: "tag:k8s"}},
-		Cut:    []whoami.Cut{{Name: "system:masters", Option: "deny_groups", Grants: []int{2}}},
-		ID:     "nABC", Device: "laptop.example.ts.net", Address: "100.64.0.2", Login: "alice@example.com",
+		Groups:   []whoami.Group{{Name: "readers", Grants: []int{1, 2, 3}}, {Name: "editors", Grants: []int{1}}, {Name: "tag:k8s"}},
+		HeldBack: []whoami.Group{{Name: "admins", Grants: []int{2}}, {Name: "it's; rm *", Grants: []int{2}}},
+		Cut:      []whoami.Cut{{Name: "system:masters", Option: "deny_groups", Grants: []int{2}}},
+		ID:       "nABC", Device: "laptop.example.ts.net", Address: "100.64.0.2", Login: "alice@example.com",
 		Capability: "tailscale.com/cap/kubernetes", LooksFor: "tailscale.com/cap/kubernetes",
 		Grants: []whoami.Grant{
 			{Value: json.RawMessage(`{"impersonate":{"groups":["readers","editors"]}}`), Groups: []string{"readers", "editors"}},
@@ -139,6 +140,7 @@ func TestPage_ShowsAllFacts(t *testing.T) {
 		"alice@example.com", "laptop.example.ts.net", "100.64.0.2",
 		"from grants 1, 2 and 3", "from grant 1", "from a tag of this device",
 		"tailscale.com/cap/kubernetes", `"system:masters"`, "deny_groups",
+		"kubectl --as=alice@example.com --as-group=admins", `--as-group='it'\''s; rm *'`,
 		"Your sessions are recorded", "100.64.0.9:80", "goes on if no recorder",
 		"server: https://k8s.example.ts.net", `href="?kubeconfig"`,
 	} {

@@ -50,6 +50,9 @@ const (
 	portBelowPath        = "8027" // below /cluster-a, with whoami
 	portLocalhost        = "8026" // TLS, with the name localhost
 	portDeviceUsers      = "8031" // users of tagged devices by ID, with a prefix, and whoami
+	portChoice           = "8051" // optional_groups and record_groups
+	portChoiceAuthorize  = "8052" // optional_groups, and client_impersonation authorize
+	portChoiceLimits     = "8053" // optional_groups with limits, prefixes, audit and whoami
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
 
@@ -151,6 +154,9 @@ func sites(l *lab.Lab) string {
 		site("http://:"+portSameAddress, k8s+" tailscale/"+secondNode+" tailscale/"+foreignNode, impersonate+toPlain) +
 		site("http://:"+portOrigins, k8s, "\ttailscale_impersonate {\n\t\tallow_origins https://dashboard.example.com\n\t\tallow_hosts k8s.internal.example\n\t}\n"+toCluster) +
 		site("https://"+name+":"+portUI, k8s, "\ttls internal\n\ttailscale_impersonate {\n\t\tallow_origins https://"+name+":"+portUI+" https://dashboard.example.com https://*.renderer.freelens.app:* http://localhost:4466\n\t}\n"+toCluster) +
+		site("http://:"+portChoice, k8s, "\ttailscale_impersonate {\n\t\toptional_groups "+masters()+" c ops\n\t\trecord_groups "+masters()+"\n\t}\n"+toCluster) +
+		site("http://:"+portChoiceAuthorize, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t\toptional_groups "+masters()+" c\n\t}\n"+toCluster) +
+		site("http://:"+portChoiceLimits, k8s, "\ttailscale_impersonate {\n\t\taudit\n\t\twhoami\n\t\toptional_groups c tailnet-readers\n\t\tdeny_groups a\n\t\trequire_groups\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
 		site("http://:"+portMixed, k8s+" 127.0.0.1", impersonate+toPlain)
 }
 

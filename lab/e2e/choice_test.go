@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+)
+
+// Each line is what a caller asks for on a site, and the user and groups that the API
+// server sees, or what kubectl prints about the refusal.
+func TestChoice_APIServerSeesWhatWasAskedFor(t *testing.T) {
+	const (
+		alice, bob, dave, erin = "alice@example.com", "bob@example.com", "dave@example.com", "erin@example.com"
+		ci, ops                = "ci." + lab.Domain, "ops." + lab.Domain
+	)
+	admins := masters()
+	as := func(user string, groups ...string) []string {
+		args := []string{"--as", user}
+		for _, group := range groups {
+			args = append(args, "--as-group", group)
+		}
+		return args
+	}
+	for _, tt := range []struct {
+		port, caller string
+		ask          []string
+		want         []string // user and groups, without system:authenticated
+		refused      string
+	}{
+		// One group, which is optional.
+		{portChoice, "alice", nil, []string{alice}, ""},
+		{portChoice, "alice", as(alice, admins), []string{alice, admins}, ""},
+		{portChoice, "alice", as(alice), []string{alice}, ""},
+		{portChoice, "alice", as(alice, "c"), nil, fmt.Sprintf(`%s asks for the group "c", which it is not granted; it may ask for: %s`, alice, admins)},
+		{portChoice, "alice", as(alice, admins, "c"), nil, `asks for the group "c"`},
+		{portChoice, "alice", as(bob), nil, "may not act as another user"},
+		{portChoice, "alice", as(bob, admins), nil, "may not act as another user"},
+		// One group, which is always used.
+		{portChoice, "bob", nil, []string{bob, "tailnet-readers"}, ""},
+		{portChoice, "bob", as(bob, "tailnet-readers"), []string{bob, "tailnet-readers"}, ""},
+		{portChoice, "bob", as(bob), []string{bob}, ""},
+		{portChoice, "bob", as(bob, admins), nil, `asks for the group "` + admins + `"`},
+		{portChoice, "bob", as(bob, "system:authenticated"), nil, `asks for the group "system:authenticated"`},
+		{portChoice, "bob", as(alice, "tailnet-readers"), nil, "may not act as another user"},
+		// Several, and one of them optional.
+		{portChoice, "erin", nil, []string{erin, "b", "a"}, ""},
+		{portChoice, "erin", as(erin, "c"), []string{erin, "c"}, ""},
+		{portChoice, "erin", as(erin, "a"), []string{erin, "a"}, ""},
+		{portChoice, "erin", as(erin, "c", "a"), []string{erin, "a", "c"}, ""},
+		{portChoice, "erin", as(erin, "a", "b", "c"), []string{erin, "b", "a", "c"}, ""},
+		{portChoice, "erin", as(erin), []string{erin}, ""},
+		{portChoice, "erin", as(erin, "a", "d"), nil, `asks for the group "d", which it is not granted; it may ask for: b, a, c`},
+		{portChoice, "erin", append(as(erin, "a"), "--as-uid", "1"), nil, "may not act as another user"},
+		// Tagged devices: by tag, and by a grant of an optional group, which is not made up for by tags.
+		{portChoice, "ci", nil, []string{ci, "tag:k8s-readers"}, ""},
+		{portChoice, "ci", as(ci, "tag:k8s-readers"), []string{ci, "tag:k8s-readers"}, ""},
+		{portChoice, "ci", as(ci), []string{ci}, ""},
+		{portChoice, "ops", nil, []string{ops}, ""},
+		{portChoice, "ops", as(ops, "ops"), []string{ops, "ops"}, ""},
+		{portChoice, "ops", as(ops, "tag:k8s-ops"), nil, `asks for the group "tag:k8s-ops"`},
+		// None.
+		{portChoice, "dave", nil, []string{dave}, ""},
+		{portChoice, "dave", as(dave), []string{dave}, ""},
+		{portChoice, "dave", as(dave, "a"), nil, "it may ask for: none"},
+		// The API server decides about the rest.
+		{portChoiceAuthorize, "erin", as(erin, "c"), []string{erin, "c"}, ""},
+		{portChoiceAuthorize, "erin", as(erin, "c", "d"), nil, "cannot impersonate"},
+		{portChoiceAuthorize, "dave", as(dave), []string{dave}, ""},
+		{portChoiceAuthorize, "dave", as(bob), nil, "cannot impersonate"},
+		{portChoiceAuthorize, "alice", as(bob, "tailnet-readers"), nil, "cannot impersonate"}, // alice does not use the group that may
+		{portChoiceAuthorize, "alice", as(alice, admins), []string{alice, admins}, ""},
+		// Limits: a is denied, c and tailnet-readers are optional, and a group is required.
+		{portChoiceLimits, "erin", nil, []string{"tailnet:" + erin, "tailnet:b"}, ""},
+		{portChoiceLimits, "erin", as("tailnet:"+erin, "tailnet:c"), []string{"tailnet:" + erin, "tailnet:c"}, ""},
+		{portChoiceLimits, "erin", as("tailnet:"+erin, "tailnet:a"), nil, `asks for the group "tailnet:a"`},
+		{portChoiceLimits, "erin", as("tailnet:"+erin, "c"), nil, `asks for the group "c"`},
+		{portChoiceLimits, "erin", as(erin, "tailnet:c"), nil, "may not act as another user"},
+		{portChoiceLimits, "erin", as("tailnet:" + erin), nil, "require_groups is on"},
+		{portChoiceLimits, "bob", nil, nil, "--as-group=tailnet:tailnet-readers"},
+		{portChoiceLimits, "bob", as("tailnet:"+bob, "tailnet:tailnet-readers"), []string{"tailnet:" + bob, "tailnet:tailnet-readers"}, ""},
+	} {
+		t.Run(strings.Join(append([]string{tt.port, tt.caller}, tt.ask...), " "), func(t *testing.T) {
+			stdout, stderr, err := runKubectl(t, kubeconfigFor(t, tt.caller, tt.port), nil, append([]string{"auth", "whoami", "-o", "json"}, tt.ask...)...)
+			if tt.refused != "" {
+				if err == nil || !strings.Contains(stderr, tt.refused) {
+					t.Errorf("got %v %s%s; want a refusal with %q", err, stdout, stderr, tt.refused)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatalf("%v %s", err, stderr)
+			}
+			var review struct{ Status struct{ UserInfo userInfo } }
+			if err := json.Unmarshal([]byte(stdout), &review); err != nil {
+				t.Fatalf("%v: %s", err, stdout)
+			}
+			got := review.Status.UserInfo
+			groups := slices.DeleteFunc(got.Groups, func(g string) bool { return g == "system:authenticated" })
+			if diff := cmp.Diff(tt.want, append([]string{got.Username}, groups...)); diff != "" {
+				t.Errorf("user and groups (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestChoice_AuditNamesChosenAndHeldBackGroups(t *testing.T) {
+	got := whoAmIAt(t, kubeconfigFor(t, "erin", portChoiceLimits), "--as", "tailnet:erin@example.com", "--as-group", "tailnet:c")
+	for key, want := range map[string][]string{impersonate.ExtraChosenGroups: {"tailnet:c"}, impersonate.ExtraHeldBackGroups: {"tailnet:b"}} {
+		if diff := cmp.Diff(want, got.Extra[key]); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", key, diff)
+		}
+	}
+}
+
+// A session in a group that record_groups names does not begin unless it is recorded.
+func TestChoice_RecordGroupsFailClosed(t *testing.T) {
+	asked := []string{"exec", lab.Pod, "--as", "alice@example.com", "--as-group", masters(), "--", "echo", "hello"}
+	stdout, stderr, err := runKubectl(t, kubeconfigFor(t, "alice", portChoice), nil, asked...)
+	if err == nil || !strings.Contains(stderr, "record") || strings.Contains(stdout, "hello") {
+		t.Errorf("got %v %s%s; want a refusal, as nothing records the session", err, stdout, stderr)
+	}
+	if stdout, stderr, err := runKubectl(t, kubeconfigFor(t, "alice", portChoiceAuthorize), nil, asked...); err != nil || stdout != "hello\n" {
+		t.Errorf("without record_groups: %v %s%s", err, stdout, stderr)
+	}
+	if _, stderr, err := runKubectl(t, kubeconfigFor(t, "alice", portChoiceAuthorize), nil, "exec", lab.Pod, "--", "true"); err == nil || !strings.Contains(stderr, `User "alice@example.com" cannot`) {
+		t.Errorf("without asking, alice opens a shell: %v %s", err, stderr)
+	}
+}
