@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -133,5 +134,83 @@ func TestChoice_RecordGroupsFailClosed(t *testing.T) {
 	}
 	if _, stderr, err := runKubectl(t, kubeconfigFor(t, "alice", portChoiceAuthorize), nil, "exec", lab.Pod, "--", "true"); err == nil || !strings.Contains(stderr, `User "alice@example.com" cannot`) {
 		t.Errorf("without asking, alice opens a shell: %v %s", err, stderr)
+	}
+}
+
+// A grant for a limited time gives an optional group, and takes it from open streams when
+// it is withdrawn. What the caller has open without the group goes on.
+func TestChoice_GrantForALimitedTime(t *testing.T) {
+	const login = "bob@example.com"
+	asked := []string{"--as", login, "--as-group", masters()}
+	kubeconfig := kubeconfigFor(t, "bob", portChoiceAuthorize)
+	if _, stderr, err := runKubectl(t, kubeconfigFor(t, "bob", portChoice), nil, append(asked, "get", "secrets")...); err == nil || !strings.Contains(stderr, "which it is not granted") {
+		t.Errorf("before: %v %s; want a refusal", err, stderr)
+	}
+	const object = "for-a-limited-time"
+	kubectl(t, "alice", "create", "configmap", object)
+	t.Cleanup(func() { kubectl(t, "alice", "delete", "configmap", object, "--ignore-not-found") })
+	watch := []string{"get", "configmaps", "--watch", "--output-watch-events", "--no-headers", "--field-selector", "metadata.name=" + object}
+	usual := startKubectl(t, kubeconfig, nil, watch...)
+	usual.want(t, "ADDED")
+
+	withdraw := grantTo(t, login, masters())
+	eventually(t, "bob may list secrets when he asks for it", func() error {
+		_, stderr, err := runKubectl(t, kubeconfig, nil, append(asked, "get", "secrets")...)
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, stderr)
+		}
+		return nil
+	})
+	if _, stderr, err := runKubectl(t, kubeconfig, nil, "get", "secrets"); err == nil || !strings.Contains(stderr, "cannot list") {
+		t.Errorf("without asking: %v %s; want a refusal of the API server", err, stderr)
+	}
+	shell := startKubectl(t, kubeconfig, nil, append(asked, "exec", "-i", lab.Pod, "--", "cat")...)
+	shell.echoes(t, "hello")
+	forward := startKubectl(t, kubeconfig, nil, append(asked, "port-forward", "--address=127.0.0.1", lab.Pod, ":"+echoServer(t))...)
+	address := strings.Fields(forward.want(t, "Forwarding from "))[2]
+	if err := roundTrip(dialLocal(t, address), noise(1000)); err != nil {
+		t.Fatal(err)
+	}
+	admins := startKubectl(t, kubeconfig, nil, append(asked, watch...)...)
+	admins.want(t, "ADDED")
+
+	withdraw()
+	withdrawn := time.Now()
+	for what, s := range map[string]*session{"exec": shell, "port-forward": forward, "watch": admins} {
+		select {
+		case <-s.ended:
+		case <-time.After(time.Until(withdrawn.Add(revokedWithin))):
+			t.Errorf("the %s is still open %v after the grant was withdrawn", what, revokedWithin)
+		}
+	}
+	kubectl(t, "alice", "label", "configmap", object, "seen=yes")
+	usual.want(t, "MODIFIED")
+}
+
+// Each line of the table in docs/agents.md. The agent's device is tagged.
+func TestAgents_OnlyRead(t *testing.T) {
+	kubeconfig := kubeconfigFor(t, "ci", portAgents)
+	const onlyRead = "agents only read here"
+	for _, tt := range []struct {
+		args []string
+		want string // in standard error; empty for what is allowed
+	}{
+		{[]string{"get", "pods"}, ""},
+		{[]string{"auth", "whoami"}, ""},
+		{[]string{"auth", "can-i", "list", "pods"}, ""},
+		{[]string{"get", "secrets"}, `User "ci.` + lab.Domain + `" cannot list resource "secrets"`},
+		{[]string{"create", "configmap", "agent"}, onlyRead},
+		{[]string{"delete", "pod", lab.Pod}, onlyRead},
+		{[]string{"label", "pod", lab.Pod, "agent=yes"}, onlyRead},
+		{[]string{"exec", lab.Pod, "--", "true"}, onlyRead},
+		{[]string{"attach", lab.Pod}, onlyRead},
+		{[]string{"port-forward", lab.Pod, ":80"}, onlyRead},
+		{[]string{"get", "pods", "--as", "alice@example.com"}, "may not act as another user"},
+		{[]string{"get", "pods", "--as", "ci." + lab.Domain, "--as-group", "tailnet-readers"}, `asks for the group "tailnet-readers", which it is not granted`},
+	} {
+		_, stderr, err := runKubectl(t, kubeconfig, nil, tt.args...)
+		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(stderr, tt.want)) {
+			t.Errorf("kubectl %s: %v %s; want an error with %q, if any", tt.args, err, stderr, tt.want)
+		}
 	}
 }

@@ -53,6 +53,7 @@ const (
 	portChoice           = "8051" // optional_groups and record_groups
 	portChoiceAuthorize  = "8052" // optional_groups, and client_impersonation authorize
 	portChoiceLimits     = "8053" // optional_groups with limits, prefixes, audit and whoami
+	portAgents           = "8054" // as examples/agents.caddyfile
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
 
@@ -157,6 +158,7 @@ func sites(l *lab.Lab) string {
 		site("http://:"+portChoice, k8s, "\ttailscale_impersonate {\n\t\toptional_groups "+masters()+" c ops\n\t\trecord_groups "+masters()+"\n\t}\n"+toCluster) +
 		site("http://:"+portChoiceAuthorize, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t\toptional_groups "+masters()+" c\n\t}\n"+toCluster) +
 		site("http://:"+portChoiceLimits, k8s, "\ttailscale_impersonate {\n\t\taudit\n\t\twhoami\n\t\toptional_groups c tailnet-readers\n\t\tdeny_groups a\n\t\trequire_groups\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
+		site("http://:"+portAgents, k8s, exampleRules("agents")+toCluster) +
 		site("http://:"+portMixed, k8s+" 127.0.0.1", impersonate+toPlain)
 }
 
