@@ -3,12 +3,16 @@
 package impersonate
 
 import (
+	"encoding/json"
 	"net/http"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"tailscale.com/kube/kubetypes"
+	"tailscale.com/tailcfg"
 )
 
 func TestApply_HoldsBackOptionalGroups(t *testing.T) {
@@ -183,4 +187,42 @@ func FuzzChoose(f *testing.F) {
 			t.Errorf("recording of groups %q is enforced: %t", got.Groups, got.Recording.Enforce)
 		}
 	})
+}
+
+// Tailscale's own proxy ignores the key.
+func TestIdentity_OptionalGrants(t *testing.T) {
+	const optional, always = `{"impersonate":{"groups":["admins","ops"],"optional":true}}`, `{"impersonate":{"groups":["ops"],"optional":false}}`
+	tagged := Peer{Node: "ci", Tags: []string{"tag:ci"}}
+	for _, tt := range []struct {
+		name           string
+		peer           Peer
+		grants         []string
+		groups, unused []string
+	}{
+		{"an optional grant", Peer{Login: "alice"}, []string{optional}, nil, groups("admins", "ops")},
+		{"another grant gives one of its groups", Peer{Login: "alice"}, []string{optional, always}, groups("ops"), groups("admins")},
+		{"in the other order", Peer{Login: "alice"}, []string{always, optional}, groups("ops"), groups("admins")},
+		{"tags make up for nothing", tagged, []string{optional}, nil, groups("admins", "ops")},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			tt.peer.Capabilities = tailcfg.PeerCapMap{Capabilities[0]: nil}
+			for _, grant := range tt.grants {
+				tt.peer.Capabilities[Capabilities[0]] = append(tt.peer.Capabilities[Capabilities[0]], tailcfg.RawMessage(grant))
+			}
+			got, why, err := tt.peer.Identity(Capabilities)
+			if err != nil || len(why.Problems()) > 0 {
+				t.Fatalf("got error %v and problems %q", err, why.Problems())
+			}
+			want := Identity{User: tt.peer.user(), Groups: tt.groups, HeldBack: tt.unused, Source: SourceGrants, Node: tt.peer.Node}
+			if diff := cmp.Diff(want, got, cmpopts.EquateEmpty()); diff != "" {
+				t.Errorf("identity (-want +got):\n%s", diff)
+			}
+		})
+	}
+	for _, grant := range []string{optional, always} {
+		var theirs kubetypes.KubernetesCapRule
+		if err := json.Unmarshal([]byte(grant), &theirs); err != nil || len(theirs.Impersonate.Groups) == 0 {
+			t.Errorf("Tailscale's proxy reads %s as %+v, %v", grant, theirs, err)
+		}
+	}
 }

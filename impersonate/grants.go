@@ -17,6 +17,19 @@ import (
 	"tailscale.com/kube/kubetypes"
 )
 
+// grantRule is a grant. It has a key that Tailscale's own proxy ignores, as all that it does
+// not know.
+type grantRule struct {
+	kubetypes.KubernetesCapRule
+	Impersonate *groupsRule `json:"impersonate,omitempty"`
+}
+
+type groupsRule struct {
+	kubetypes.ImpersonateRule
+	// Optional holds back Groups until a request asks for them.
+	Optional bool `json:"optional,omitempty"`
+}
+
 // read returns the rule that g's value means to encoding/json, which Tailscale's own
 // proxy uses: letter case in keys makes no difference, unknown keys are ignored, and of
 // a repeated key the last value counts. It records in g.Problems which keys are unknown
@@ -24,7 +37,7 @@ import (
 //
 // It adds to recording what the grant says about that. There every value of a repeated
 // key counts, so that none undoes an enforceRecorder.
-func (g *Grant) read(recording *Recording) (rule kubetypes.KubernetesCapRule, err error) {
+func (g *Grant) read(recording *Recording) (rule grantRule, err error) {
 	if err := decodeRule([]byte(g.Value), &rule, recording); err != nil {
 		return rule, err
 	}
@@ -34,26 +47,30 @@ func (g *Grant) read(recording *Recording) (rule kubetypes.KubernetesCapRule, er
 	}
 	g.Problems = check.problems
 	for _, member := range check.repeated {
-		if err := decodeRule(member, new(kubetypes.KubernetesCapRule), recording); err != nil {
+		if err := decodeRule(member, new(grantRule), recording); err != nil {
 			return rule, err
 		}
 	}
 	return rule, nil
 }
 
+// embedded removes what encoding/json calls embedded structs in the path of a field.
+var embedded = strings.NewReplacer("KubernetesCapRule.", "", "ImpersonateRule.", "")
+
 // decodeRule decodes text into rule, and adds to recording what it says about that.
-func decodeRule(text []byte, rule *kubetypes.KubernetesCapRule, recording *Recording) error {
+func decodeRule(text []byte, rule *grantRule, recording *Recording) error {
 	err := json.Unmarshal(text, rule)
 	var wrong *json.UnmarshalTypeError
 	switch {
 	case errors.As(err, &wrong) && wrong.Field != "":
-		return fmt.Errorf("%q has %s where %s belongs", wrong.Field, describeValue(wrong.Value), describeType(wrong.Type))
+		field := embedded.Replace(wrong.Field)
+		return fmt.Errorf("%q has %s where %s belongs", field, describeValue(wrong.Value), describeType(wrong.Type))
 	case errors.As(err, &wrong):
 		return fmt.Errorf("it is %s and not an object", describeValue(wrong.Value))
 	case err != nil:
 		return err
 	}
-	return recording.add(*rule)
+	return recording.add(rule.KubernetesCapRule)
 }
 
 // describeValue returns what encoding/json calls a value, as users call it.
@@ -87,8 +104,8 @@ func describeType(t reflect.Type) string {
 // keys are the keys of a JSON object, with those of the objects that are their values.
 type keys map[string]keys
 
-// ruleKeys are the keys that Tailscale gives a meaning.
-var ruleKeys = keysOf(reflect.TypeFor[kubetypes.KubernetesCapRule]())
+// ruleKeys are the keys of a grant.
+var ruleKeys = keysOf(reflect.TypeFor[grantRule]())
 
 func keysOf(t reflect.Type) keys {
 	if t.Kind() == reflect.Pointer {
@@ -99,6 +116,9 @@ func keysOf(t reflect.Type) keys {
 	}
 	known := make(keys)
 	for _, field := range reflect.VisibleFields(t) {
+		if field.Anonymous {
+			continue // its own fields are promoted
+		}
 		name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
 		known[name] = keysOf(field.Type)
 	}

@@ -100,12 +100,18 @@ func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, Explana
 				return Identity{}, why, err
 			}
 			why.Grants[i].add(group)
-			if !slices.Contains(id.Groups, group) {
-				id.Groups = append(id.Groups, group)
-				id.Source = SourceGrants
+			id.Source = SourceGrants
+			groups := &id.Groups
+			if rule.Impersonate.Optional {
+				groups = &id.HeldBack
+			}
+			if !slices.Contains(*groups, group) {
+				*groups = append(*groups, group)
 			}
 		}
 	}
+	// A grant that does not hold the group back gives it.
+	id.HeldBack = slices.DeleteFunc(id.HeldBack, func(group string) bool { return slices.Contains(id.Groups, group) })
 	// The owners of another tailnet chose the tags of a device shared in from there;
 	// they have no say in this one.
 	if id.Source == SourceNone && p.Tagged() && !p.Shared {
