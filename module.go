@@ -156,19 +156,20 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 func (h *Handler) setUp(generation *revocation.Generation, logger *zap.Logger, listen []string) (err error) {
 	h.logger, h.refusals = logger, apistatus.NewLog(logger)
 	h.auth, err = authn.New(authn.Options{
-		Capabilities: h.Capabilities(),
-		Limits:       h.Limits,
-		CacheTTL:     h.TTL(),
-		MaxConnAge:   h.ConnectionAge(),
-		Audit:        h.Audit,
-		ActAs:        authn.ActAs(h.ClientImpersonation),
-		AllowOrigins: h.AllowOrigins,
-		AllowHosts:   h.AllowHosts,
-		HostSockets:  h.Tailscaled != "",
-		Listen:       listen,
-		RecordsFiles: h.Record != "",
-		LogsEvents:   h.Events != "",
-		Logger:       logger,
+		Capabilities:  h.Capabilities(),
+		Limits:        h.Limits,
+		CacheTTL:      h.TTL(),
+		MaxConnAge:    h.ConnectionAge(),
+		Audit:         h.Audit,
+		ActAs:         authn.ActAs(h.ClientImpersonation),
+		AllowOrigins:  h.AllowOrigins,
+		AllowHosts:    h.AllowHosts,
+		HostSockets:   h.Tailscaled != "",
+		ReadOnlyGroup: h.ReadOnlyGroup,
+		Listen:        listen,
+		RecordsFiles:  h.Record != "",
+		LogsEvents:    h.Events != "",
+		Logger:        logger,
 	})
 	if err != nil {
 		return fmt.Errorf("making an authenticator: %w", err)

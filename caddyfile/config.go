@@ -184,6 +184,14 @@ type Config struct {
 	// Default: none; the API server answers all paths.
 	Whoami string `json:"whoami,omitempty"`
 
+	// The group for which kubeconfigs have a context for reading only, without
+	// `group_prefix`. Callers who are granted the group get the context, with which
+	// requests use that group and no other. It is the current context. What the group
+	// may do is up to RBAC.
+	//
+	// Default: none.
+	ReadOnlyGroup string `json:"read_only_group,omitempty"`
+
 	// The Unix socket of the host's Tailscale daemon, or `default` for its usual path.
 	// Use it if Caddy listens on the tailnet address of its host and not on a node of
 	// its own: callers are then looked up in the daemon. The address that a caller
@@ -357,6 +365,9 @@ func (c *Config) Validate() error {
 	}
 	if c.Tailscaled != "" && c.Tailscaled != defaultTailscaled && !filepath.IsAbs(c.Tailscaled) {
 		return fmt.Errorf("tailscaled %q: must be the absolute path of a socket, or %s", c.Tailscaled, defaultTailscaled)
+	}
+	if strings.Contains(c.ReadOnlyGroup, "*") || !impersonate.PrintableASCII(c.ReadOnlyGroup) {
+		return fmt.Errorf("read_only_group %q: must be the name of one group", c.ReadOnlyGroup)
 	}
 	if c.Events != "" && c.Events != LogEvents {
 		return fmt.Errorf("events %q: must be %s", c.Events, LogEvents)

@@ -29,6 +29,7 @@ import (
 //	    record_input         all
 //	    enforced_sessions    exec|attach|port-forward...
 //	    whoami               [<path>]
+//	    read_only_group      <group>
 //	    tailscaled           [<socket>]
 //	    events               log
 //	    event_body_limit     <size> [refuse]
@@ -105,6 +106,8 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = list(d, &c.EnforcedSessions)
 	case "whoami":
 		err = optional(d, &c.Whoami, defaultWhoami)
+	case "read_only_group":
+		err = single(d, &c.ReadOnlyGroup)
 	case "tailscaled":
 		err = optional(d, &c.Tailscaled, defaultTailscaled)
 	case "events":

@@ -45,11 +45,12 @@ type Options struct {
 	// Tailscale daemon routes to it, rather than a tsnet node's.
 	HostSockets bool
 
-	// Listen, RecordsFiles and LogsEvents are repeated in explanations: the addresses
-	// of the server, and whether it records sessions to files and logs requests.
-	Listen       []string
-	RecordsFiles bool
-	LogsEvents   bool
+	// ReadOnlyGroup, Listen, RecordsFiles and LogsEvents are repeated in explanations: the group for
+	// reading only, the addresses of the server, and whether it records sessions to files and logs requests.
+	ReadOnlyGroup string
+	Listen        []string
+	RecordsFiles  bool
+	LogsEvents    bool
 
 	Logger *zap.Logger
 }

@@ -128,6 +128,9 @@ func (a *Authenticator) facts(res *resolution) (*whoami.Facts, error) {
 	for _, group := range res.identity.HeldBack {
 		f.HeldBack = append(f.HeldBack, whoami.Group{Name: group, Grants: res.grantsOf(strings.TrimPrefix(group, a.Limits.GroupPrefix))})
 	}
+	if group := a.Limits.GroupPrefix + a.ReadOnlyGroup; a.ReadOnlyGroup != "" && slices.Contains(slices.Concat(res.identity.Groups, res.identity.HeldBack), group) {
+		f.ReadOnly = group
+	}
 	for _, group := range res.removed {
 		f.Cut = append(f.Cut, whoami.Cut{Name: group, Option: a.Limits.RemovedBy(group), Grants: res.grantsOf(group)})
 	}

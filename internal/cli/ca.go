@@ -25,26 +25,30 @@ import (
 // siteTimeout is how long a site may take to show its certificate.
 const siteTimeout = 10 * time.Second
 
-// errUnreachable is returned for a site that does not show its certificate.
-var errUnreachable = errors.New("cannot look at the site's certificate")
+// errUnreachable is returned for a site that does not answer.
+var errUnreachable = errors.New("cannot reach the site")
 
-// siteCA returns the authority of the certificate of the site at the URL server. It is nil
+// site is what a site shows of itself. All of it may come from an impostor, until ca has
+// returned no error.
+type site struct {
+	// chain is the site's certificate with its intermediates, nil for plain HTTP.
+	chain []*x509.Certificate
+	// facts are the facts of its whoami page, the zero value if it has none.
+	facts whoami.Facts
+	// named are the authorities in the kubeconfig of that page.
+	named []*x509.Certificate
+}
+
+// ca returns the authority of the certificate of the site at the URL server. It is nil
 // if this machine trusts the certificate, unless a fingerprint is given.
 //
 // It trusts nothing on first use: whoever answers could name any authority, so the
 // fingerprint has to come from the user.
-func siteCA(ctx context.Context, server, fingerprint string) (*x509.Certificate, error) {
-	if !strings.HasPrefix(server, "https://") {
+func (s *site) ca(server, fingerprint string) (*x509.Certificate, error) {
+	if s.chain == nil || fingerprint == "" && siteca.Public(s.chain) {
 		return nil, nil
 	}
-	chain, named, err := look(ctx, server)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errUnreachable, err)
-	}
-	if fingerprint == "" && siteca.Public(chain) {
-		return nil, nil
-	}
-	ca := siteca.Root(chain, append(siteca.SelfSigned(chain), named...))
+	ca := siteca.Root(s.chain, append(siteca.SelfSigned(s.chain), s.named...))
 	if ca == nil {
 		return nil, fmt.Errorf("this machine does not trust the certificate of %s, and %s/whoami does not name its authority: add --ca with the file of the authority's certificate", server, server)
 	}
@@ -57,14 +61,27 @@ func siteCA(ctx context.Context, server, fingerprint string) (*x509.Certificate,
 	return ca, nil
 }
 
-// look returns the certificate of the site at the URL server with its intermediates, and
-// the authority that its whoami page names, if any. All of it may come from an impostor.
-func look(ctx context.Context, server string) (chain, named []*x509.Certificate, err error) {
+// isFrom reports whether the certificate of the site is from ca, or one that this machine
+// trusts if ca is nil. A site over plain HTTP has the tailnet's word.
+func (s *site) isFrom(ca *x509.Certificate) bool {
+	switch {
+	case s == nil:
+		return false
+	case s.chain == nil:
+		return true
+	case ca == nil:
+		return siteca.Public(s.chain)
+	}
+	return siteca.Root(s.chain, []*x509.Certificate{ca}) != nil
+}
+
+// look returns what the site at the URL server shows of itself.
+func look(ctx context.Context, server string) (*site, error) {
 	ctx, cancel := context.WithTimeout(ctx, siteTimeout)
 	defer cancel()
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, server+"/whoami", nil)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	r.Header.Set("Accept", "application/json")
 	client := &http.Client{
@@ -79,24 +96,26 @@ func look(ctx context.Context, server string) (chain, named []*x509.Certificate,
 	defer client.CloseIdleConnections()
 	resp, err := client.Do(r)
 	if err != nil {
-		return nil, nil, err
+		return nil, fmt.Errorf("%w: %w", errUnreachable, err)
 	}
 	defer resp.Body.Close()
-	chain = resp.TLS.PeerCertificates
-	var facts whoami.Facts
-	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&facts); err != nil {
-		return chain, nil, nil // the site has no such page
+	s := new(site)
+	if resp.TLS != nil {
+		s.chain = resp.TLS.PeerCertificates
 	}
-	config, err := clientcmd.Load([]byte(facts.Kubeconfig))
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&s.facts); err != nil {
+		return &site{chain: s.chain}, nil // the site has no such page
+	}
+	config, err := clientcmd.Load([]byte(s.facts.Kubeconfig))
 	if err != nil {
-		return chain, nil, nil
+		return s, nil
 	}
 	for _, cluster := range config.Clusters {
 		if ca, err := parseCertificate(cluster.CertificateAuthorityData); err == nil {
-			named = append(named, ca)
+			s.named = append(s.named, ca)
 		}
 	}
-	return chain, named, nil
+	return s, nil
 }
 
 // readCA returns the certificate in a PEM file.

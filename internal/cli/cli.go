@@ -44,7 +44,8 @@ func kubeconfigCommand() *cobra.Command {
 		Short: "Writes a kubeconfig for the API server behind a Caddy",
 		Long: `
 Writes a kubeconfig to standard output. It holds no secret, as the tailnet identifies
-callers.
+callers. If the site has a page /whoami, the kubeconfig has a context for each group that
+requests may ask for, besides the site's own.
 
 With --merge, the command adds it to the files that kubectl reads by default instead,
 those in KUBECONFIG or ~/.kube/config. It does not change existing entries, nor the
@@ -67,19 +68,26 @@ If neither has it, give the file of the authority's certificate with --ca.`,
 			if err != nil {
 				return err
 			}
+			url := config.Clusters[config.CurrentContext].Server
 			var ca *x509.Certificate
-			if caFile != "" {
+			seen, err := look(cmd.Context(), url)
+			switch {
+			case caFile != "":
 				ca, err = readCA(caFile)
-			} else {
-				ca, err = siteCA(cmd.Context(), config.Clusters[config.CurrentContext].Server, fingerprint)
+			case err == nil:
+				ca, err = seen.ca(url, fingerprint)
+			case errors.Is(err, errUnreachable) && fingerprint == "":
+				fmt.Fprintf(cmd.ErrOrStderr(), "Warning: %v. The kubeconfig works if this machine trusts its certificate. It lacks contexts for groups on request.\n", err)
+				err = nil
 			}
-			if errors.Is(err, errUnreachable) && fingerprint == "" {
-				fmt.Fprintf(cmd.ErrOrStderr(), "Warning: %v. The kubeconfig works if this machine trusts that certificate.\n", err)
-			} else if err != nil {
+			if err != nil {
 				return err
 			}
 			if config, err = kubeconfig.New(server, context, ca); err != nil {
 				return err
+			}
+			if seen.isFrom(ca) {
+				kubeconfig.AddContexts(config, seen.facts.Choices())
 			}
 			if !merge {
 				text, err := kubeconfig.Write(config)

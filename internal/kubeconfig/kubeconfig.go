@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"net/url"
 	"path"
+	"slices"
 	"strings"
 
 	"k8s.io/client-go/tools/clientcmd"
@@ -77,7 +78,9 @@ func Merge(config *api.Config) (current string, err error) {
 		add("cluster", into.Clusters, config.Clusters, func(a, b *api.Cluster) bool {
 			return a.Server == b.Server && (len(b.CertificateAuthorityData) == 0 || bytes.Equal(a.CertificateAuthorityData, b.CertificateAuthorityData))
 		}),
-		add("user", into.AuthInfos, config.AuthInfos, func(a, b *api.AuthInfo) bool { return a.Token == b.Token }),
+		add("user", into.AuthInfos, config.AuthInfos, func(a, b *api.AuthInfo) bool {
+			return a.Token == b.Token && a.Impersonate == b.Impersonate && slices.Equal(a.ImpersonateGroups, b.ImpersonateGroups)
+		}),
 		add("context", into.Contexts, config.Contexts, func(a, b *api.Context) bool {
 			return a.Cluster == b.Cluster && a.AuthInfo == b.AuthInfo
 		}),

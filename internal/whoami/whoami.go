@@ -56,6 +56,8 @@ type Facts struct {
 	LooksFor   string  `json:"looks_for,omitempty"`
 	// HeldBack are the groups that requests use only if they ask for them.
 	HeldBack []Group `json:"held_back,omitempty"`
+	// ReadOnly is the caller's group for reading only, empty if it has none.
+	ReadOnly string `json:"read_only,omitempty"`
 	// Cut are the granted groups that an option of the handler removes.
 	Cut []Cut `json:"cut,omitempty"`
 
@@ -108,6 +110,20 @@ type Recording struct {
 	Recorders []string `json:"recorders,omitempty"`
 }
 
+// Choices returns what the caller can choose among.
+func (f *Facts) Choices() kubeconfig.Choices {
+	choices := kubeconfig.Choices{User: f.User, ReadOnly: f.ReadOnly}
+	for _, group := range f.HeldBack {
+		if group.Name != f.ReadOnly {
+			choices.OnRequest = append(choices.OnRequest, group.Name)
+		}
+	}
+	if len(f.Groups) == 1 && f.Groups[0].Name == f.ReadOnly {
+		choices.ReadOnly = "" // all requests use it
+	}
+	return choices
+}
+
 //go:embed page.html
 var pageHTML string
 
@@ -143,6 +159,7 @@ func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
 	if err != nil || len(f.Server) > maxServer {
 		return apistatus.BadRequest(apistatus.Host, "there is no kubeconfig for host %q: use the name of the site", clip.String(r.Host))
 	}
+	kubeconfig.AddContexts(config, f.Choices())
 	text, err := kubeconfig.Write(config)
 	if err != nil {
 		return fmt.Errorf("making a kubeconfig: %w", err)

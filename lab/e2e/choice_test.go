@@ -122,6 +122,29 @@ func TestChoice_AuditNamesChosenAndHeldBackGroups(t *testing.T) {
 	}
 }
 
+// The kubeconfig of the page has a context for each way to use the cluster.
+func TestChoice_ContextsOfThePage(t *testing.T) {
+	for _, tt := range []struct {
+		caller, context string
+		want            []string
+	}{
+		{"erin", "", []string{"tailnet:c"}}, // for reading only
+		{"erin", "k8s.tailnet.example-read-only", []string{"tailnet:c"}},
+		{"erin", "k8s.tailnet.example", []string{"tailnet:b"}},
+		{"bob", "k8s.tailnet.example-tailnet-tailnet-readers", []string{"tailnet:tailnet-readers"}},
+	} {
+		file, _ := downloadKubeconfig(t, tt.caller, portChoiceLimits)
+		var args []string
+		if tt.context != "" {
+			args = []string{"--context", tt.context}
+		}
+		got := whoAmIAt(t, file, args...)
+		if diff := cmp.Diff(append(tt.want, "system:authenticated"), got.Groups); diff != "" {
+			t.Errorf("%s with context %q: groups (-want +got):\n%s", tt.caller, tt.context, diff)
+		}
+	}
+}
+
 // A session in a group that record_groups names does not begin unless it is recorded.
 func TestChoice_RecordGroupsFailClosed(t *testing.T) {
 	asked := []string{"exec", lab.Pod, "--as", "alice@example.com", "--as-group", masters(), "--", "echo", "hello"}

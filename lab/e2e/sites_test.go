@@ -157,7 +157,7 @@ func sites(l *lab.Lab) string {
 		site("https://"+name+":"+portUI, k8s, "\ttls internal\n\ttailscale_impersonate {\n\t\tallow_origins https://"+name+":"+portUI+" https://dashboard.example.com https://*.renderer.freelens.app:* http://localhost:4466\n\t}\n"+toCluster) +
 		site("http://:"+portChoice, k8s, "\ttailscale_impersonate {\n\t\toptional_groups "+masters()+" c ops\n\t\trecord_groups "+masters()+"\n\t}\n"+toCluster) +
 		site("http://:"+portChoiceAuthorize, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t\toptional_groups "+masters()+" c\n\t}\n"+toCluster) +
-		site("http://:"+portChoiceLimits, k8s, "\ttailscale_impersonate {\n\t\taudit\n\t\twhoami\n\t\toptional_groups c tailnet-readers\n\t\tdeny_groups a\n\t\trequire_groups\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
+		site("http://:"+portChoiceLimits, k8s, "\ttailscale_impersonate {\n\t\taudit\n\t\twhoami\n\t\toptional_groups c tailnet-readers\n\t\tread_only_group c\n\t\tdeny_groups a\n\t\trequire_groups\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
 		site("http://:"+portAgents, k8s, exampleRules("agents")+toCluster) +
 		site("http://:"+portMixed, k8s+" 127.0.0.1", impersonate+toPlain)
 }

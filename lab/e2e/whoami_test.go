@@ -117,28 +117,36 @@ func TestWhoami_KubeconfigWorks(t *testing.T) {
 	if facts.User != "bob@example.com" || len(facts.Groups) != 1 || facts.Groups[0].Name != "tailnet-readers" {
 		t.Errorf("got %+v", facts)
 	}
-	kubeconfig := filepath.Join(t.TempDir(), "config")
-	download := send(t, "bob", portDeviceLimits, get("/whoami?kubeconfig", "Host: k8s.tailnet.example:"+portDeviceLimits))
-	if download.body != facts.Kubeconfig {
-		t.Errorf("the download differs from the page's kubeconfig:\n%s", download.body)
+	kubeconfig, text := downloadKubeconfig(t, "bob", portDeviceLimits)
+	if text != facts.Kubeconfig {
+		t.Errorf("the download differs from the page's kubeconfig:\n%s", text)
 	}
-	config, err := clientcmd.Load([]byte(download.body))
+	stdout, stderr, err := runKubectl(t, kubeconfig, nil, "get", "pods", "-o", "name")
+	if err != nil || !strings.Contains(stdout, "pod/web") {
+		t.Errorf("kubectl: %v: %s%s", err, stdout, stderr)
+	}
+}
+
+// downloadKubeconfig returns the file with the kubeconfig that the page of a site gives to a
+// caller, and its text.
+func downloadKubeconfig(t *testing.T, caller, port string) (file, text string) {
+	t.Helper()
+	text = send(t, caller, port, get("/whoami?kubeconfig", "Host: k8s.tailnet.example:"+port)).body
+	config, err := clientcmd.Load([]byte(text))
 	if err != nil {
 		t.Fatal(err)
 	}
 	// The caller is on the tailnet, but this machine is not: use the caller's SOCKS proxy.
-	device, err := clientcmd.LoadFromFile(theLab.Callers["bob"].Kubeconfig)
+	device, err := clientcmd.LoadFromFile(theLab.Callers[caller].Kubeconfig)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, cluster := range config.Clusters {
 		cluster.ProxyURL = device.Clusters["lab"].ProxyURL
 	}
-	if err := clientcmd.WriteToFile(*config, kubeconfig); err != nil {
+	file = filepath.Join(t.TempDir(), "config")
+	if err := clientcmd.WriteToFile(*config, file); err != nil {
 		t.Fatal(err)
 	}
-	stdout, stderr, err := runKubectl(t, kubeconfig, nil, "get", "pods", "-o", "name")
-	if err != nil || !strings.Contains(stdout, "pod/web") {
-		t.Errorf("kubectl: %v: %s%s", err, stdout, stderr)
-	}
+	return file, text
 }

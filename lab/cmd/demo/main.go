@@ -97,6 +97,9 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 	if err := showActingAs(ctx, l); err != nil {
 		return err
 	}
+	if err := showChoosing(ctx, l); err != nil {
+		return err
+	}
 	if err := printPages(ctx, l); err != nil {
 		return err
 	}
@@ -118,6 +121,15 @@ https://k8s.tailnet.example {
 	tailscale_kubernetes {
 		kubeconfig ` + l.Kubeconfig() + `
 		client_impersonation authorize
+		audit
+		whoami
+	}
+}
+http://k8s.tailnet.example {
+	bind tailscale/k8s
+	tailscale_kubernetes {
+		kubeconfig ` + l.Kubeconfig() + `
+		optional_groups system:masters
 		audit
 		whoami
 	}
