@@ -223,12 +223,8 @@ func event(r *http.Request, b body, caller authn.Caller) *sessionrecording.Event
 			Body:            b.forEvent(),
 			QueryParameters: clipQuery(r.URL.Query()),
 		},
-		Source: sessionrecording.Source{Node: caller.Peer.Node, NodeID: caller.Peer.NodeID},
-	}
-	if long(r) {
-		e.Request.Method, e.Request.Path, e.Request.QueryParameters = clip.String(r.Method), clip.String(r.URL.String()), nil
-	} else {
-		e.Kubernetes = kubernetes(r)
+		Source:     sessionrecording.Source{Node: caller.Peer.Node, NodeID: caller.Peer.NodeID},
+		Kubernetes: kubernetes(r),
 	}
 	if caller.Peer.Tagged() {
 		e.Source.NodeTags = caller.Peer.Tags

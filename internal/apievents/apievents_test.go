@@ -385,8 +385,8 @@ func TestRecord_EventIsBounded(t *testing.T) {
 		t.Fatalf("got %d events", len(events))
 	}
 	b, err := json.Marshal(events[0])
-	if err != nil || len(b) > 8<<10 || !strings.Contains(string(b), "[cut, ") {
-		t.Errorf("the event has %d bytes, %v; want at most 8192, with a mark", len(b), err)
+	if err != nil || len(b) > 16<<10 || !strings.Contains(string(b), "[cut, ") {
+		t.Errorf("the event has %d bytes, %v; want at most 16 KiB, with a mark", len(b), err)
 	}
 	if got := events[0].Request.Path; !strings.HasPrefix(got, "/api/v1/namespaces/a/pods/") {
 		t.Errorf("got the path %q", got)

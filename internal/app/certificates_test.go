@@ -4,6 +4,7 @@ package app
 
 import (
 	"encoding/json"
+	"os"
 	"slices"
 	"testing"
 
@@ -20,9 +21,15 @@ func TestTailscaleNames_ThoseThatCaddyAsksFor(t *testing.T) {
 	site := func(name string) object {
 		return object{"match": []object{{"host": []string{name}}}, "handle": []object{}}
 	}
+	// Not the test's own folder: Caddy may still write to it when it has stopped.
+	folder, err := os.MkdirTemp("", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(folder)
 	config, err := json.Marshal(object{
 		"admin":   object{"disabled": true},
-		"storage": object{"module": "file_system", "root": t.TempDir()},
+		"storage": object{"module": "file_system", "root": folder},
 		"apps": object{
 			name:  object{},
 			"pki": object{"certificate_authorities": object{"local": object{"install_trust": false}}},

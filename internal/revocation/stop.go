@@ -114,10 +114,12 @@ func StoppingError(ctx context.Context) error {
 
 // stopped returns why a request with the context ctx has ended, if that is because the node
 // closes.
-func stopped(ctx context.Context) (why Stopping) {
-	if ctx.Err() != nil {
-		errors.As(context.Cause(ctx), &why)
+func stopped(ctx context.Context) Stopping {
+	if ctx.Err() == nil {
+		return "" // and keep why off the heap
 	}
+	var why Stopping
+	errors.As(context.Cause(ctx), &why)
 	return why
 }
 

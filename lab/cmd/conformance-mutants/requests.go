@@ -439,7 +439,7 @@ var requests = []file{
 	}},
 	{"internal/transport/transport.go", "./internal/transport", []mutant{
 		{name: "streams end properly when Caddy exits", old: "\trevocation.EndWhenStopping(r, resp)\n", new: "", by: "."},
-		{name: "a stream that has no answer when Caddy exits is refused", old: "\t\tif stopping := revocation.StoppingError(r.Context()); stopping != nil {", new: "\t\tif stopping := revocation.StoppingError(r.Context()); false {", by: "."},
+		{name: "a stream that has no answer when Caddy exits is refused", old: "\t\tif stopping := revocation.StoppingError(r.Context()); stopping != nil {", new: "\t\tif stopping := revocation.StoppingError(r.Context()); stopping != nil && false {", by: "."},
 		{name: "what has no credentials gets none", old: "config.anonymous().connect(t.logger)", new: "config.connect(t.logger)"},
 		{name: "credentials that cannot impersonate are a config error", old: "\tif config.userErr != nil {\n", new: "\tif false {\n"},
 		{name: "credentials is one of two", old: "\tdefault:\n\t\treturn fmt.Errorf(\"credentials", new: "\tcase \"-\":\n\t\treturn fmt.Errorf(\"credentials"},
