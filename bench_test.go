@@ -42,6 +42,7 @@ func BenchmarkHandler(b *testing.B) {
 		b.Run(tt.name, func(b *testing.B) {
 			ttl := caddy.Duration(tt.ttl)
 			h := newHandler(b, caddyfile.Config{CacheTTL: &ttl}, proxytest.AliceNode())
+			ctx := h.memory.ConnContext(tt.r.Context(), nil) // as a server does when it accepts a connection
 			forwarded := 0
 			next := proxytest.NextFunc(func(*http.Request) { forwarded++ })
 			w := proxytest.NoAnswer{}
@@ -57,7 +58,7 @@ func BenchmarkHandler(b *testing.B) {
 				if i == 0 {
 					b.StopTimer()
 					for j := range requests {
-						requests[j] = caddyhttp.PrepareRequest(tt.r.WithContext(tt.r.Context()), caddy.NewReplacer(), w, nil)
+						requests[j] = caddyhttp.PrepareRequest(tt.r.WithContext(ctx), caddy.NewReplacer(), w, nil)
 					}
 					b.StartTimer()
 				}

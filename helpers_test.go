@@ -16,6 +16,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/quota"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
@@ -37,7 +38,7 @@ func newLoggingHandler(t testing.TB, cfg caddyfile.Config, logger *zap.Logger, n
 // newUnstartedHandler returns a handler of a config that has not started yet.
 func newUnstartedHandler(t testing.TB, cfg caddyfile.Config, generation *revocation.Generation, logger *zap.Logger) *Handler {
 	t.Helper()
-	h := &Handler{Config: cfg}
+	h := &Handler{Config: cfg, memory: new(quota.Budget)}
 	if err := h.Validate(); err != nil {
 		t.Fatal(err)
 	}

@@ -8,6 +8,7 @@
 // [Handler.ServeHTTP] shows the way of a request from top to bottom. A package of its
 // own answers each question on it:
 //
+//	how much may it make the proxy hold?   internal/quota
 //	which node accepted the connection?    internal/tailnet
 //	who sent it, and may they?             internal/authn
 //	which user, groups and headers?        impersonate
@@ -48,6 +49,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/quota"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recorder"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
@@ -102,6 +104,7 @@ type Handler struct {
 
 	logger     *zap.Logger
 	refusals   *apistatus.Log
+	memory     *quota.Budget
 	auth       *authn.Authenticator
 	sessions   *sessionrecording.Recorder
 	revocation *revocation.Tracker
@@ -137,6 +140,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	server.RegisterConnContext(a.Serves)
 	h.recordings = a.Recordings()
+	h.memory = a.Memory()
+	server.RegisterConnContext(h.memory.ConnContext)
+	server.RegisterConnState(h.memory.ConnState)
 	if err := h.setUp(a.Generation(), ctx.Logger(), server.Listen); err != nil {
 		return err
 	}
@@ -229,6 +235,12 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	claims := h.auth.Strip(r)
 	if h.auth.IsLast(r) {
 		w = upgrade.Last(w)
+	}
+	// How much may r make the proxy hold?
+	w, charge, err := h.memory.Admit(w, r)
+	defer charge.Close()
+	if err != nil {
+		return h.refuse(w, r, authn.Caller{}, err)
 	}
 	if h.Whoami != "" && r.URL.Path == h.Whoami {
 		return h.serveWhoami(w, r)

@@ -29,7 +29,8 @@ type Caddy struct {
 // Globals returns the global options of the lab's Caddyfiles, with further ones
 // added. They keep everything inside the lab, and write the log to a file: the log
 // named default would announce on standard error that it was redirected, so it is
-// silenced.
+// silenced. max_header_size is the API server's limit and not that of the examples, so that
+// attacks with long values reach the plugin.
 func (l *Lab) Globals(authKey string, further ...string) string {
 	globals := fmt.Sprintf(`{
 	admin off
@@ -54,7 +55,7 @@ func (l *Lab) Globals(authKey string, further ...string) string {
 		protocols h1 h2
 		max_header_size 1MiB
 		timeouts {
-			write_idle -1s
+			write_idle 1h
 		}
 	}
 `, filepath.Join(l.Dir, "caddy"), l.Log("caddy"), l.Headscale.URL(), authKey, filepath.Join(l.Dir, "nodes"))

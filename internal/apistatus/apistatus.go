@@ -64,6 +64,19 @@ func TryAgain(because Reason, format string, args ...any) error {
 	return err
 }
 
+// TooManyRequests returns a 429 that asks for a retry after one second, as [TryAgain]
+// does.
+func TooManyRequests(because Reason, format string, args ...any) error {
+	err := refuse(because, kind{http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests}, format, args...)
+	err.ErrStatus.Details.RetryAfterSeconds = 1
+	return err
+}
+
+// HeaderFieldsTooLarge returns a 431.
+func HeaderFieldsTooLarge(because Reason, format string, args ...any) error {
+	return refuse(because, kind{http.StatusRequestHeaderFieldsTooLarge, "RequestHeaderFieldsTooLarge"}, format, args...)
+}
+
 // kind is the kind of a Status object.
 type kind struct {
 	code   int32

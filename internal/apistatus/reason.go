@@ -42,13 +42,17 @@ const (
 	NoPermission   Reason = "no_permission"    // the proxy's account may not impersonate the caller
 	UpstreamAway   Reason = "upstream_away"    // the API server is unreachable
 	Method         Reason = "method"           // the whoami page allows GET and HEAD only
+	TooMuch        Reason = "too_much"         // its device makes the proxy hold too much at once
+	Waiting        Reason = "waiting"          // too many sessions of its device wait for an answer
+	HeaderFields   Reason = "header_fields"    // it has too many header fields
 	Other          Reason = "other"            // none of these
 )
 
 // Reasons lists every reason.
 var Reasons = []Reason{
 	Protocol, WebPage, Host, NotFromTailnet, AmbiguousNode, Starting, Replaced, Stopping, UnknownPeer, Self, NoAnswer, NotAdmitted,
-	NoIdentity, Guard, NoGroups, Impersonation, AmbiguousPath, Rewritten, Recording, NoHandler, NoCredentials, NoPermission, UpstreamAway, Method, Other,
+	NoIdentity, Guard, NoGroups, Impersonation, AmbiguousPath, Rewritten, Recording, NoHandler, NoCredentials, NoPermission, UpstreamAway, Method,
+	TooMuch, Waiting, HeaderFields, Other,
 }
 
 var refusals = metrics.NewCounter("refusals_total",

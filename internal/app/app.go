@@ -26,6 +26,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/quota"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
@@ -92,7 +93,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 	a.generation = a.process.Requests.NewGeneration()
 	a.nodes = &nodes{logger: ctx.Logger()}
 	a.watch = func(all []*tailnet.Node) { a.nodes.watch(ctx, all) }
-	metrics.Register(ctx.GetMetricsRegistry(), &a.process.Requests, a.nodes)
+	metrics.Register(ctx.GetMetricsRegistry(), &a.process.Requests, &a.process.Memory, a.nodes)
 	return events.(*caddyevents.App).Subscribe(&caddyevents.Subscription{
 		Events:   []string{started, stopping},
 		Handlers: []caddyevents.Handler{a},
@@ -104,6 +105,9 @@ func (a *App) Generation() *revocation.Generation { return a.generation }
 
 // Recordings returns the directories that the process records to.
 func (a *App) Recordings() *sessionrecording.Dirs { return &a.process.Recordings }
+
+// Memory returns what bounds the memory of the process that callers make it hold.
+func (a *App) Memory() *quota.Budget { return &a.process.Memory }
 
 // OnStarted calls start once Caddy has started all apps of the config, and from then
 // on lists the authenticator among the running ones.
@@ -220,6 +224,8 @@ type Process struct {
 	Requests revocation.Registry
 	// Recordings knows the directories with recordings.
 	Recordings sessionrecording.Dirs
+	// Memory bounds what callers make the process hold.
+	Memory quota.Budget
 
 	mu sync.Mutex
 	// running are the apps of the running config, and of those that it replaces.
@@ -232,7 +238,7 @@ var pool = caddy.NewUsagePool()
 // longer needed.
 func Acquire() *Process {
 	value, _, _ := pool.LoadOrNew(name, func() (caddy.Destructor, error) {
-		p := new(Process)
+		p := &Process{Memory: quota.Budget{Size: quota.OfProcess()}}
 		p.Requests.Hold = func() { Acquire() }
 		p.Requests.Release = p.Release
 		return p, nil

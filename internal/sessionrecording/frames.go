@@ -2,9 +2,22 @@
 
 package sessionrecording
 
-// maxFrame is the maximum length of a frame: what the 24 bits of SPDY can express, and the
-// header. The API server and kubectl write frames of 32 KiB.
-const maxFrame = 1<<24 + 8
+import "fmt"
+
+// maxFrame is the maximum size of the data in a frame, which is held until all of it has
+// arrived. The API server and kubectl write frames of 32 KiB.
+const maxFrame = 1 << 20
+
+// keep is up to which size a buffer for frames is kept for the next ones.
+const keep = 128 << 10
+
+// checkSize returns an error if a frame with so much data is too long.
+func checkSize(size uint64) error {
+	if size > maxFrame {
+		return fmt.Errorf("a frame of %d bytes, where %d are the limit", size, maxFrame)
+	}
+	return nil
+}
 
 // protocol parses the frames of one connection, which carries several streams.
 type protocol interface {
@@ -61,6 +74,9 @@ func (f *filter) push(b []byte) (pass []byte, err error) {
 	}
 	if end == 0 && waited {
 		return nil, err // without a copy of what is held for every byte that arrives
+	}
+	if cap(f.spare) > keep {
+		f.spare = nil
 	}
 	f.held, f.spare = append(f.spare[:0], b[end:]...), f.held
 	return b[:end], err

@@ -259,7 +259,7 @@ func TestFilter_PassesOnlyWholeFrames(t *testing.T) {
 // frameLength returns the length of the frame at the start of b.
 func frameLength(protocol, b string) (int, error) {
 	if protocol == "SPDY" {
-		return spdyLength([]byte(b)), nil
+		return spdyLength([]byte(b))
 	}
 	f, err := parseWSFrame([]byte(b))
 	return f.length, err

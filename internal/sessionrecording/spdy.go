@@ -50,15 +50,18 @@ func newSPDY(o observer) (*spdySession, error) {
 
 // spdyLength returns the length of the frame at the start of b, 0 if b does not hold
 // all of it.
-func spdyLength(b []byte) int {
+func spdyLength(b []byte) (int, error) {
 	if len(b) < spdyHeader {
-		return 0
+		return 0, nil
 	}
-	n := spdyHeader + int(binary.BigEndian.Uint32(b[4:])&0xffffff)
-	if len(b) < n {
-		return 0
+	size := binary.BigEndian.Uint32(b[4:]) & 0xffffff
+	if err := checkSize(uint64(size)); err != nil {
+		return 0, err
 	}
-	return n
+	if n := spdyHeader + int(size); n <= len(b) {
+		return n, nil
+	}
+	return 0, nil
 }
 
 // spdyData returns the stream and the data of a data frame. ok is false for a control
@@ -80,9 +83,9 @@ func (s *spdySession) carries(id uint32) (stream, error) {
 }
 
 func (s *spdySession) fromClient(b []byte) (int, error) {
-	n := spdyLength(b)
-	if n == 0 {
-		return 0, nil
+	n, err := spdyLength(b)
+	if n == 0 || err != nil {
+		return 0, err
 	}
 	id, data, ok := spdyData(b[:n])
 	if !ok {
@@ -136,9 +139,9 @@ func (s *spdySession) clientControl(b []byte) error {
 }
 
 func (s *spdySession) fromServer(b []byte) (int, error) {
-	n := spdyLength(b)
-	if n == 0 {
-		return 0, nil
+	n, err := spdyLength(b)
+	if n == 0 || err != nil {
+		return 0, err
 	}
 	id, data, ok := spdyData(b[:n])
 	if !ok {

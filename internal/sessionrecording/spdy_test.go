@@ -52,7 +52,10 @@ func TestSPDY_RejectsInvalidFrames(t *testing.T) {
 		{name: "a control frame with another one inside", client: raw(3, 6, "\x00\x00\x00\x01"+spdyFrame(5, "")), mention: "longer"},
 		{name: "a control frame that is too short", client: raw(3, 1, "\x00\x00"), mention: "cannot be read"},
 		{name: "uncompressed headers", client: raw(3, 1, strings.Repeat("\x00", 40)), mention: "cannot be read"},
-		{name: "not SPDY", client: "GET / HTTP/1.1\r\n\r\n" + strings.Repeat("x", 1<<24), mention: "unknown stream"},
+		{name: "not SPDY", client: "GET / HTTP/1.1\r\n\r\n", mention: "limit"},
+		{name: "a frame that is too long", client: "\x00\x00\x00\x01\x00\x10\x00\x01", mention: "a frame of 1048577 bytes, where 1048576 are the limit"},
+		{name: "a frame of the server that is too long", clientBefore: opening(t), server: "\x00\x00\x00\x01\x00\x10\x00\x01", mention: "limit"},
+		{name: "a frame that is as long as can be", client: "\x00\x00\x00\x01\x00\x10\x00\x00" + strings.Repeat("x", 1<<20), mention: "unknown stream"},
 	} {
 		t.Run(tt.name, func(t *testing.T) { tt.check(t, spdyStreams(newNoted())) })
 	}

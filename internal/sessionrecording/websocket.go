@@ -105,8 +105,8 @@ func parseWSFrame(b []byte) (f wsFrame, err error) {
 	if f.opcode >= opClose && (!f.final || size > 125) {
 		return f, errors.New("a WebSocket control frame that is too long or not the last of its message")
 	}
-	if size > maxFrame {
-		return f, fmt.Errorf("a WebSocket frame of %d bytes, where %d are the limit", size, maxFrame)
+	if err := checkSize(size); err != nil {
+		return f, err
 	}
 	if masked {
 		header += 4

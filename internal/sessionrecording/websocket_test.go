@@ -26,7 +26,7 @@ func TestWebSocket_RejectsInvalidFrames(t *testing.T) {
 		{name: "a masked server frame", server: wsClient("\x01x"), mention: "masked"},
 		{name: "a fragmented control frame", client: ws(opPing, true, "x"), mention: "control frame"},
 		{name: "a control frame that is too long", client: ws(0x80|opPing, true, strings.Repeat("x", 126)), mention: "control frame"},
-		{name: "a frame that is too long", server: string([]byte{0x82, 127, 0, 0, 0, 0, 2, 0, 0, 0}), mention: "limit"},
+		{name: "a frame that is too long", server: string([]byte{0x82, 127, 0, 0, 0, 0, 0, 16, 0, 1}), mention: "a frame of 1048577 bytes, where 1048576 are the limit"},
 		{name: "a frame of the maximum length", server: string([]byte{0x82, 127, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}), mention: "limit"},
 	} {
 		t.Run(tt.name, func(t *testing.T) { tt.check(t, binaryChannels(newNoted())) })

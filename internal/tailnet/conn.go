@@ -140,6 +140,13 @@ func HostConnFrom(ctx context.Context) (*Conn, error) {
 	return v.conn, nil
 }
 
+// AnyConnFrom returns the connection that a request with this context came on, whatever
+// accepted it, to count what its peer holds. It is nil where not even that is certain.
+func AnyConnFrom(ctx context.Context) *Conn {
+	v, _ := ctx.Value(connKey{}).(connOrError)
+	return v.conn
+}
+
 var errNotRecorded = errors.New("the connection was accepted by a server that does not record where connections come from")
 
 // accepted returns the tailnet connection at the bottom of c. If that is a socket of the

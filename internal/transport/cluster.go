@@ -20,6 +20,8 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/quota"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/requestinfo"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 )
 
@@ -156,8 +158,9 @@ type cluster struct {
 	token *tokenFile
 	// bearer is a bearer token that never changes, empty if there is none.
 	bearer string
-	// http2 speaks HTTP/2 if the server does. http1, for upgrades, never does.
-	http1, http2 http.RoundTripper
+	// http2 speaks HTTP/2 if the server does, and streams does for what lasts. http1, for
+	// upgrades, never does.
+	http1, http2, streams http.RoundTripper
 }
 
 // The pools of connections.
@@ -204,23 +207,29 @@ func (c clusterConfig) connect(logger *zap.Logger) (*cluster, error) {
 		// for the cluster's name.
 		config.ServerName = base.Hostname()
 	}
-	if out.http2, err = newPool(config); err != nil {
-		return nil, fmt.Errorf("cluster %s: %w", base, err)
-	}
-	config.NextProtos = []string{"http/1.1"}
-	if out.http1, err = newPool(config); err != nil {
-		return nil, fmt.Errorf("cluster %s: %w", base, err)
+	http1 := rest.CopyConfig(config)
+	http1.NextProtos = []string{"http/1.1"}
+	for _, pool := range []struct {
+		of     *http.RoundTripper
+		config *rest.Config
+		buffer int
+	}{{&out.http2, config, quota.AnswerBuffer}, {&out.streams, config, quota.StreamBuffer}, {&out.http1, http1, 0}} {
+		if *pool.of, err = newPool(pool.config, pool.buffer); err != nil {
+			return nil, fmt.Errorf("cluster %s: %w", base, err)
+		}
 	}
 	return out, nil
 }
 
-// newPool returns a pool of connections for config.
-func newPool(config *rest.Config) (http.RoundTripper, error) {
+// newPool returns a pool of connections for config. Over HTTP/2, it buffers at most buffer
+// bytes of an answer that is not read. Go's default is 4 MiB, which a client that does not
+// read makes the process hold for each of its requests.
+func newPool(config *rest.Config, buffer int) (http.RoundTripper, error) {
 	pool, err := rest.TransportFor(config)
 	if err != nil {
 		return nil, err
 	}
-	// client-go has no option for these two, so they are set on the http.Transport
+	// client-go has no options for these, so they are set on the http.Transport
 	// that it wraps, before the first request. Nothing else uses it: client-go
 	// shares transports between equal configurations, but not those with a Dial.
 	for layer := pool; ; {
@@ -228,6 +237,9 @@ func newPool(config *rest.Config) (http.RoundTripper, error) {
 		case *http.Transport:
 			l.MaxIdleConnsPerHost = idleConns
 			l.IdleConnTimeout = idleTimeout
+			// Not for the connection as a whole: all callers share it, and one that
+			// does not read would stop the others.
+			l.HTTP2 = &http.HTTP2Config{MaxReceiveBufferPerStream: buffer}
 			return pool, nil
 		case utilnet.RoundTripperWrapper:
 			layer = l.WrappedRoundTripper()
@@ -263,14 +275,19 @@ func (c *cluster) request(r *http.Request) *http.Request {
 //
 // Nearly all requests share a few HTTP/2 connections. A thousand watches would otherwise
 // hold a thousand connections, and requests that are sent at the same time share
-// packets. Upgrades need HTTP/1.1: neither SPDY nor WebSocket runs over HTTP/2.
+// packets. What lasts has a smaller buffer, as there may be a thousand of them, and connections
+// of its own. Upgrades need HTTP/1.1: neither SPDY nor WebSocket runs over HTTP/2.
 func (c *cluster) send(r *http.Request) (*http.Response, error) {
 	if !upgrade.Requested(r.Header) {
+		to := c.http2
+		if requestinfo.KindOf(r) != requestinfo.Short {
+			to = c.streams
+		}
 		if r.Body == nil || r.Body == http.NoBody {
-			return c.http2.RoundTrip(r)
+			return to.RoundTrip(r)
 		}
 		r.Body = &requestBody{body: r.Body}
-		resp, err := c.http2.RoundTrip(r)
+		resp, err := to.RoundTrip(r)
 		if err == nil {
 			resp.Body = closedLater{resp.Body}
 		}
@@ -321,4 +338,5 @@ func (c *cluster) renew() {
 func (c *cluster) close() {
 	utilnet.CloseIdleConnectionsFor(c.http1)
 	utilnet.CloseIdleConnectionsFor(c.http2)
+	utilnet.CloseIdleConnectionsFor(c.streams)
 }

@@ -189,7 +189,7 @@ func TestCluster_PoolsHoldNoToken(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := proxytest.NewAPIServer(t)
 			tr := newTransport(t, trusting(s, user))
-			for _, pool := range []http.RoundTripper{tr.cluster.http1, tr.cluster.http2} {
+			for _, pool := range []http.RoundTripper{tr.cluster.http1, tr.cluster.http2, tr.cluster.streams} {
 				r := newRequest(s, "/api")
 				r.URL.Scheme = "https"
 				resp, err := pool.RoundTrip(r)

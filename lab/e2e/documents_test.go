@@ -437,7 +437,7 @@ func TestTroubleshooting_HasEachMessage(t *testing.T) {
 		}
 	}
 	// A message that is nothing but a verb says what an error says.
-	for _, refusal := range matches(t, `apistatus\.(?:Forbidden|BadRequest|TryAgain|Unavailable|Misdirected|MethodNotAllowed)\([\w.]+, "([^"]{4,})"`, code, 30) {
+	for _, refusal := range matches(t, `apistatus\.(?:Forbidden|BadRequest|TryAgain|Unavailable|Misdirected|MethodNotAllowed|TooManyRequests|HeaderFieldsTooLarge)\([\w.]+, "([^"]{4,})"`, code, 30) {
 		if !slices.ContainsFunc(headings, func(heading string) bool { return strings.Contains(refusal, heading) }) {
 			t.Errorf("docs/troubleshooting.md has no heading for %q", refusal)
 		}

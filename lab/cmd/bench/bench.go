@@ -185,9 +185,9 @@ func (b *bench) caddyfile(s spec, body string) string {
 	}
 	servers {
 		protocols h1 h2
-		max_header_size 1MiB
+		max_header_size 256KiB
 		timeouts {
-			write_idle -1s
+			write_idle 1h
 		}
 	}
 }

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tailscaleimpersonate
+
+import (
+	"io"
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+)
+
+// heldBytes returns the metric held_bytes of the running Caddy.
+func heldBytes(t *testing.T) float64 {
+	t.Helper()
+	config := caddy.ActiveContext()
+	families, err := config.GetMetricsRegistry().Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, family := range families {
+		if family.GetName() == "caddy_tailscale_impersonate_held_bytes" {
+			return family.GetMetric()[0].GetGauge().GetValue()
+		}
+	}
+	t.Fatal("there is no metric held_bytes")
+	return 0
+}
+
+// What is counted and never given back would shut out a caller after some days.
+func TestQuota_NothingStaysCounted(t *testing.T) {
+	up := proxytest.NewPods(t)
+	s := proxytest.Config{API: up, Body: proxytest.ToKubernetes, Nodes: []*tailnet.Node{proxytest.AliceNode()}, TLS: true, Server: "max_header_size 1MiB"}.Start(t)
+	before := heldBytes(t)
+	sh := proxytest.MustOpen(t, proxytest.OpenWebSocket, s)
+	sh.Hear(t, "hello ")
+	fields := [][2]string{{":method", "GET"}, {":scheme", "https"}, {":authority", "k8s"}, {":path", "/api"}}
+	if got := s.HTTP2(t, fields); got != "200" {
+		t.Errorf("answered with %s", got)
+	}
+	for range 300 {
+		fields = append(fields, [2]string{"age", ""})
+	}
+	if got := s.HTTP2(t, fields); got != "431" {
+		t.Errorf("300 header fields were answered with %s; want 431", got)
+	}
+	for range 3000 {
+		fields = append(fields, [2]string{"age", ""})
+	}
+	if got := s.HTTP2(t, fields); got != "reset" {
+		t.Errorf("3,300 header fields were answered with %s; want a closed connection", got)
+	}
+	conn := s.Dial(t, proxytest.AliceAddr, "http/1.1")
+	if resp := proxytest.Exchange(t, conn, "GET /api HTTP/1.1\r\nHost: k8s\r\n\r\n"); resp.StatusCode != http.StatusOK {
+		body, _ := io.ReadAll(resp.Body)
+		t.Errorf("answered with %s: %s", resp.Status, body)
+	}
+	if held := heldBytes(t); held <= before {
+		t.Errorf("an open session and a connection count as %.0f bytes", held-before)
+	}
+	_ = conn.Close()
+	sh.Leave()
+	for deadline := time.Now().Add(15 * time.Second); heldBytes(t) != before; {
+		if time.Now().After(deadline) {
+			t.Fatalf("%.0f bytes are still counted", heldBytes(t)-before)
+		}
+		time.Sleep(10 * time.Millisecond) // between two looks
+	}
+}
