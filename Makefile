@@ -45,7 +45,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components assets-note asciicast client-node client-python browser demo test test-long conformance conformance-mutants fuzz bench lint xcaddy clean
+.PHONY: help components assets-note asciicast client-node client-python browser demo test test-long conformance conformance-mutants fuzz bench soak lint xcaddy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -169,6 +169,12 @@ fuzz: ## run every fuzz target for FUZZTIME (default 60s)
 
 bench: $(DEMO_PARTS) ## measure what a request costs, compared with the alternatives; writes docs/performance.md
 	cd lab && go build -o .bin/bench ./cmd/bench && .bin/bench
+
+# How long the attacks last.
+SOAKTIME ?= 10m
+
+soak: $(DEMO_PARTS) ## attack the proxy from 100 devices for SOAKTIME (default 10m), beside 20 that must not notice
+	cd lab && go build -o .bin/soak ./cmd/soak && .bin/soak -duration $(SOAKTIME)
 
 lint: $(BIN)/golangci-lint ## run the linters on both modules
 	@failed=; \

@@ -18,6 +18,7 @@ import (
 	"net/netip"
 	"runtime/debug"
 	"sync"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -30,12 +31,16 @@ import (
 // What one of each counts as, in bytes. docs/limits.md has them too.
 const (
 	// connection is TLS, HTTP/2 and the network stack of the tailnet node.
-	connection = 128 << 10
+	connection = 256 << 10
 	// answer is a request whose answer is read into a buffer of transport kubernetes
 	// ([AnswerBuffer]) while the client does not read.
 	answer = 256 << 10
 	// stream is a watch or a followed log, with a smaller buffer ([StreamBuffer]).
 	stream = 96 << 10
+	// slow is a connection whose first request has not arrived after firstRequest, in
+	// addition. Short headers take fifteen times as much memory as on the wire, as entries
+	// of a map.
+	slow = 512 << 10
 	// session is an upgraded connection: buffers for both directions, and the start of a
 	// frame.
 	session = 256 << 10
@@ -57,6 +62,8 @@ const (
 	// maxFields is how many header fields a request may have. kubectl and browsers send
 	// up to about 30.
 	maxFields = 256
+	// firstRequest is how long the first request of a connection may take to arrive.
+	firstRequest = 3 * time.Second
 	// maxWaiting is how many sessions of a caller may wait for an answer of the API
 	// server. Each may have a file and a recorder that are prepared for it.
 	maxWaiting = 32
@@ -111,13 +118,17 @@ type account struct {
 	caller netip.Addr
 	conn   *tailnet.Conn
 	bytes  int64
+	// waiting fires when the first request takes long to arrive. slow is set from then
+	// until it has.
+	waiting       *time.Timer
+	slow, arrived bool
 	// closed is set once the connection was closed for its caller's quota. What it
 	// counted as has been given back.
 	closed bool
 }
 
-// OfProcess returns the size of the budget of this process: half of its memory limit,
-// which Caddy takes from its container, and the default without one.
+// OfProcess returns the size of the budget of this process: two fifths of its
+// memory limit, which Caddy takes from its container, and the default without one.
 func OfProcess() int64 { return OfLimit(debug.SetMemoryLimit(-1)) }
 
 // OfLimit returns the size of the budget of a process with a memory limit.
@@ -125,7 +136,7 @@ func OfLimit(limit int64) int64 {
 	if limit == math.MaxInt64 {
 		return defaultSize
 	}
-	return limit / 2
+	return limit / 5 * 2
 }
 
 // of returns what caller holds. b.mu must be held.
@@ -270,6 +281,7 @@ func (b *Budget) ConnContext(ctx context.Context, c net.Conn) context.Context {
 	if b.conns == nil {
 		b.conns = make(map[net.Conn]*account)
 	}
+	a.waiting = time.AfterFunc(firstRequest, func() { b.takeSlow(a) })
 	b.conns[c] = a
 	return ctx
 }
@@ -277,16 +289,53 @@ func (b *Budget) ConnContext(ctx context.Context, c net.Conn) context.Context {
 // ConnState has the shape of [net/http.Server.ConnState]. A connection that is upgraded
 // counts as a session from then on.
 func (b *Budget) ConnState(c net.Conn, state http.ConnState) {
-	if state != http.StateClosed && state != http.StateHijacked {
+	if state == http.StateNew {
 		return
 	}
 	b.mu.Lock()
 	a := b.conns[c]
-	delete(b.conns, c)
+	over := state == http.StateClosed || state == http.StateHijacked
+	if over {
+		delete(b.conns, c)
+	}
 	b.mu.Unlock()
-	if a != nil {
+	if a == nil {
+		return
+	}
+	// net/http reports a request over HTTP/1.1 once its headers have arrived.
+	if a.waiting.Stop(); over || state == http.StateActive {
+		b.arrived(a)
+	}
+	if over {
 		b.give(a, connection)
 	}
+}
+
+// takeSlow counts the headers that are arriving on a, or closes it.
+func (b *Budget) takeSlow(a *account) {
+	if !b.take(a, slow) {
+		denied.With(ofConnection).Inc()
+		a.conn.End(errTooMuch)
+		return
+	}
+	b.mu.Lock()
+	a.slow = true
+	arrived := a.arrived
+	b.mu.Unlock()
+	if arrived { // meanwhile
+		b.arrived(a)
+	}
+}
+
+// arrived records that the first request has arrived on a, or that none will.
+func (b *Budget) arrived(a *account) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	a.arrived = true
+	if a.slow && !a.closed {
+		b.release(a, slow)
+	}
+	a.slow = false
 }
 
 var errTooMuch = apistatus.TooManyRequests(apistatus.TooMuch, "this device makes the proxy hold too much at once; close connections, watches or sessions, or try again later")

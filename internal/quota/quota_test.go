@@ -56,7 +56,7 @@ func TestBudget_CallerGetsHalf(t *testing.T) {
 }
 
 func TestBudget_ManyCallersLeaveRoomForOne(t *testing.T) {
-	b := &Budget{Size: OfLimit(461 << 20)} // of the shipped manifest
+	b := &Budget{Size: OfLimit(350 << 20)} // of the shipped manifest
 	// One after the other, so that the first ones take all there is.
 	for i := range 100 {
 		admit(t, b, 1+i, "/openapi/v2")
@@ -219,11 +219,37 @@ func TestConnections_Count(t *testing.T) {
 		t.Errorf("a caller may have %d connections of 10; want half", len(conns))
 	}
 	for i, c := range conns {
-		b.ConnState(c, http.StateActive)
 		b.ConnState(c, []http.ConnState{http.StateClosed, http.StateHijacked}[i%2])
 		b.ConnState(c, http.StateClosed)
 	}
 	if b.held != 0 || len(b.callers) != 0 || len(b.conns) != 0 {
 		t.Errorf("%d bytes, %v and %v are left", b.held, b.callers, b.conns)
+	}
+}
+
+// The headers of a request are in memory before any handler sees it.
+func TestConnections_SlowHeadersCount(t *testing.T) {
+	for size, affordable := range map[int64]bool{100 * slow: true, 3 * connection: false} {
+		b := &Budget{Size: size}
+		c, _ := net.Pipe()
+		r, _ := request(1, "/")
+		ctx := b.ConnContext(r.Context(), c)
+		a := b.conns[c]
+		b.takeSlow(a) // as the timer does
+		if closed := ctx.Err() != nil; closed == affordable {
+			t.Errorf("with a budget of %d bytes, the connection was closed: %t", size, closed)
+		}
+		if held := b.holds(peer(1)); affordable && held != connection+slow {
+			t.Errorf("%d bytes are held while headers arrive", held)
+		}
+		for _, state := range []http.ConnState{http.StateActive, http.StateIdle, http.StateActive, http.StateClosed} {
+			b.ConnState(c, state)
+			if want := map[bool]int64{true: 0, false: connection}[state == http.StateClosed]; b.holds(peer(1)) != want {
+				t.Errorf("%d bytes are held when the connection is %s; want %d", b.holds(peer(1)), state, want)
+			}
+		}
+		if b.takeSlow(a); b.held != 0 {
+			t.Errorf("%d bytes are counted after the end", b.held)
+		}
 	}
 }

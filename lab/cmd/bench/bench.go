@@ -185,7 +185,7 @@ func (b *bench) caddyfile(s spec, body string) string {
 	}
 	servers {
 		protocols h1 h2
-		max_header_size 256KiB
+		max_header_size 32KiB
 		timeouts {
 			write_idle 1h
 		}

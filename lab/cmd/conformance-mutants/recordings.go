@@ -153,11 +153,13 @@ var recordings = []file{
 		{name: "input without a terminal is bounded", old: "\tif t.tty {\n\t\treturn t.cast.input(p)\n\t}\n", new: "\tif true {\n\t\treturn t.cast.input(p)\n\t}\n", by: "./internal/sessionrecording"},
 		{name: "the size of a terminal is bounded", old: "\tif len(s.pending) > maxSize {", new: "\tif false {"},
 	}},
+	{"internal/sessionrecording/frames.go", "./internal/sessionrecording .", []mutant{
+		{name: "a frame that is too long ends the session", old: "\tif size > maxFrame {", new: "\tif false {"},
+	}},
 	{"internal/sessionrecording/websocket.go", "./internal/sessionrecording .", []mutant{
 		{name: "extensions of WebSocket end the session", old: "\tif b[0]&0x70 != 0 {", new: "\tif false {"},
 		{name: "a control frame in parts ends the session", old: "(!f.final || size > 125)", new: "(size > 125)"},
 		{name: "a control frame that is too long ends the session", old: "(!f.final || size > 125)", new: "(!f.final)"},
-		{name: "a frame that is too long ends the session", old: "\tif size > maxFrame {", new: "\tif false {"},
 		{name: "a mask where there must be none ends the session", old: "\tif (f.mask != nil) != fromClient {", new: "\tif false {"},
 		{name: "a client's message is whole", old: "fromClient && !w.whole && (!f.final || f.opcode == opContinuation)", new: "false"},
 		{name: "a client's message does not begin with its end", old: "(!f.final || f.opcode == opContinuation)", new: "!f.final"},

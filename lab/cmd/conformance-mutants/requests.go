@@ -16,6 +16,9 @@ var requests = []file{
 	{"module.go", ".", []mutant{
 		{name: "the handler comes before every proxy", old: `httpcaddyfile.After, "request_header")`, new: `httpcaddyfile.Before, "reverse_proxy")`, by: "./caddyfile ."},
 		{name: "connections are looked at when they are accepted", old: "\tserver.RegisterConnContext(tailnet.ConnContext)\n", new: ""},
+		{name: "connections count", old: "\tserver.RegisterConnContext(h.memory.ConnContext)\n", new: ""},
+		{name: "closed connections do not count", old: "\tserver.RegisterConnState(h.memory.ConnState)\n", new: ""},
+		{name: "requests count until they have ended", old: "\tdefer charge.Close()\n", new: ""},
 		{name: "authorize needs a transport that asks", old: "if err := h.CheckRoutes(ctx.Logger(), server); err != nil {", new: "if err := h.CheckRoutes(ctx.Logger(), server); false {"},
 		{name: "the limits are those of the config", old: "\t\tLimits:       h.Limits,\n", new: ""},
 		{name: "answers are kept as long as the config says", old: "\t\tCacheTTL:     h.TTL(),\n", new: "\t\tCacheTTL:     h.TTL() + 1<<42,\n"},
@@ -45,6 +48,18 @@ var requests = []file{
 		{name: "trailers are dropped", old: "\tr.Trailer = nil\n", new: "", by: attacks},
 		{name: "the answer to a session is the API server's", old: "\treturn h.explain(w, r, next.ServeHTTP(client, r))", new: "\treturn h.explain(client, r, next.ServeHTTP(client, r))"},
 		{name: "refusals are logged", old: "\th.refusals.Refused(r, err, who...)\n", new: "\t_ = who\n"},
+	}},
+	{"internal/quota/quota.go", "./internal/quota", []mutant{
+		{name: "header fields are counted", old: "\tcase fields > maxFields:", new: "\tcase false:"},
+		{name: "a request beyond its caller's share is refused", old: "\tcase !b.take(a, c.bytes):", new: "\tcase !b.take(a, c.bytes) && false:"},
+		{name: "one caller does not get all", old: "h.bytes+n > min(maxShare, size/2)", new: "false"},
+		{name: "whoever holds most gives way", old: "\t\tif !b.evict(h.bytes + n) {", new: "\t\tif true {"},
+		{name: "whoever asks does not evict those who hold less", old: "if h.bytes > n && (", new: "if ("},
+		{name: "refusals count", old: "\t\tif !b.refuse(a, refusal+size) {", new: "\t\tif false {"},
+		{name: "sessions that wait are bounded", old: "\tif h.waiting+n > maxWaiting {", new: "\tif false {"},
+		{name: "an HTTP/2 answer counts until it is read", old: "\tif r.ProtoMajor == 2 {", new: "\tif false {"},
+		{name: "a connection beyond its caller's share is closed", old: "\tif !b.take(a, connection) {", new: "\tif !b.take(a, connection) && false {"},
+		{name: "a connection whose request does not arrive counts more", old: "\tif !b.take(a, slow) {", new: "\tif false {"},
 	}},
 	{"internal/authn/actas.go", "./internal/authn .", []mutant{
 		{name: "what is asked is noted for other routes", old: `claims.header != "" && a.ActAs != StripActAs {`, new: "false {"},
@@ -386,6 +401,7 @@ var requests = []file{
 		{name: "options in a Caddyfile are checked", old: "\tif err := t.Validate(); err != nil {\n\t\treturn d.WrapErr(err)\n\t}\n", new: ""},
 	}},
 	{"internal/transport/cluster.go", "./internal/transport", []mutant{
+		{name: "answers that are not read are bounded", old: "MaxReceiveBufferPerStream: buffer}", new: "MaxReceiveBufferPerStream: 4 << 20}"},
 		{name: "a service account has an authority", old: "\tif config.CAFile == \"\" {", new: "\tif false {"},
 		{name: "a service account's token is read from its file only", old: "\tconfig.BearerToken, config.BearerTokenFile = \"\", \"\"\n", new: ""},
 		{name: "a kubeconfig has a context", old: "\tif contextName == \"\" {\n\t\treturn fail(", new: "\tif false {\n\t\treturn fail("},

@@ -136,8 +136,9 @@ func headerFields(ctx context.Context, c *lab.Caller) error {
 // endlessHeaders sends most of the headers of a request, and then nothing.
 func endlessHeaders(ctx context.Context, c *lab.Caller) error {
 	var head strings.Builder
-	head.WriteString("GET /api HTTP/1.1\r\nHost: k8s\r\n")
-	for i := 0; head.Len() < 250<<10; i++ {
+	// After a whole request, so that the connection is not a new one.
+	head.WriteString("GET /api HTTP/1.1\r\nHost: k8s\r\n\r\nGET /api HTTP/1.1\r\nHost: k8s\r\n")
+	for i := 0; head.Len() < 30<<10; i++ {
 		fmt.Fprintf(&head, "%x:\n", i)
 	}
 	return many(ctx, c, 20, head.String())
@@ -176,7 +177,7 @@ const execInPod = "/api/v1/namespaces/default/pods/" + lab.Pod + "/exec?stdin=tr
 // hangs up at once.
 func droppedExecs(ctx context.Context, c *lab.Caller) error {
 	for i := range 20 {
-		conn, err := hostile.Upgrade(ctx, c, execInPod+strings.Repeat("<", 200<<10))
+		conn, err := hostile.Upgrade(ctx, c, execInPod+strings.Repeat("<", 30<<10))
 		if err != nil {
 			return err
 		}
@@ -190,8 +191,8 @@ func droppedExecs(ctx context.Context, c *lab.Caller) error {
 
 // longTargets sends what is longer in logs and answers than it is on the wire.
 func longTargets(ctx context.Context, c *lab.Caller) error {
-	long := strings.Repeat("\xff", 200<<10)
-	for _, head := range []string{"GET a:" + long + " HTTP/1.1\r\nHost: k8s\r\n", "GET /api HTTP/1.1\r\nHost: " + strings.Repeat("x", 200<<10) + "\r\n", "GET /api HTTP/1.1\r\nHost: k8s\r\nOrigin: " + long + "\r\nUser-Agent: Mozilla/5.0\r\n"} {
+	long := strings.Repeat("\xff", 30<<10)
+	for _, head := range []string{"GET a:" + long + " HTTP/1.1\r\nHost: k8s\r\n", "GET /api HTTP/1.1\r\nHost: " + strings.Repeat("x", 30<<10) + "\r\n", "GET /api HTTP/1.1\r\nHost: k8s\r\nOrigin: " + long + "\r\nUser-Agent: Mozilla/5.0\r\n"} {
 		if err := request(ctx, c, head+"\r\n"); err != nil {
 			return err
 		}
@@ -201,7 +202,7 @@ func longTargets(ctx context.Context, c *lab.Caller) error {
 
 func refusedActAs(ctx context.Context, c *lab.Caller) error {
 	for range 10 {
-		if err := request(ctx, c, "GET /api/v1/pods HTTP/1.1\r\nHost: k8s\r\nImpersonate-User: "+strings.Repeat("x", 200<<10)+"\r\n\r\n"); err != nil {
+		if err := request(ctx, c, "GET /api/v1/pods HTTP/1.1\r\nHost: k8s\r\nImpersonate-User: "+strings.Repeat("x", 30<<10)+"\r\n\r\n"); err != nil {
 			return err
 		}
 	}

@@ -27,8 +27,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
 )
 
-// memoryLimit is what Caddy sets in the shipped pod: nine tenths of its limit.
-const memoryLimit = 512 << 20 / 10 * 9
+// memoryLimit is what the shipped manifest sets.
+const memoryLimit = 350 << 20
 
 // startTimeout is how long the proxy may take to join the tailnet.
 const startTimeout = time.Minute
@@ -36,7 +36,7 @@ const startTimeout = time.Minute
 // caddyfile is the Caddyfile of the proxy: that of the examples, with every option on
 // that an attack could use.
 func caddyfile(l *lab.Lab) string {
-	globals := strings.Replace(l.Globals(l.ProxyKey()), "max_header_size 1MiB", "max_header_size 256KiB", 1)
+	globals := strings.Replace(l.Globals(l.ProxyKey()), "max_header_size 1MiB", "max_header_size 32KiB", 1)
 	return globals + fmt.Sprintf(`
 https://%[1]s.%[2]s {
 	bind tailscale/%[1]s
