@@ -8,7 +8,7 @@ var kubeconfigs = []file{
 		{name: "an authority needs a fingerprint", old: "\tcase fingerprint == \"\":\n", new: "\tcase false:\n"},
 		{name: "a fingerprint is compared", old: "\tcase !sameFingerprint(fingerprint, got):", new: "\tcase false:"},
 		{name: "all of a fingerprint is compared", old: "return strings.EqualFold(plain(a), plain(b))", new: "return strings.HasSuffix(plain(b), strings.ToUpper(plain(a)))"},
-		{name: "the site's certificate leads to the authority", old: "ca := siteca.Root(chain, append(siteca.SelfSigned(chain), named...))", new: "ca := append(append(siteca.SelfSigned(chain), named...), nil)[0]"},
+		{name: "the site's certificate leads to the authority", old: "ca := siteca.Root(s.chain, append(siteca.SelfSigned(s.chain), s.named...))", new: "ca := append(append(siteca.SelfSigned(s.chain), s.named...), nil)[0]"},
 	}},
 	{"internal/siteca/site.go", "./internal/siteca", []mutant{
 		{name: "Caddy's own authority is named where its host trusts it", old: "if own := Root(chain, s.own()); own != nil {", new: "if own := Root(chain, s.own()); own != nil && !Public(chain) {"},
