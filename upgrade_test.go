@@ -60,7 +60,7 @@ func TestTunnel_LastWordsReachClientThatIsSending(t *testing.T) {
 				case <-time.After(20 * time.Millisecond): // long enough for a reset
 				}
 				_ = conn.Close()
-				<-sent
+				<-sent //nolint:errcheck // it ends with the connection
 			}
 		}
 	}

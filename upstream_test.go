@@ -145,7 +145,7 @@ func TestUpstream_EarlyRefusalDoesNotWaitForBody(t *testing.T) {
 				API: up, TLS: true, Nodes: []*tailnet.Node{proxytest.AliceNode()},
 				Body: "tailscale_impersonate\nreverse_proxy $UPSTREAM {\n$KUBERNETES\nflush_interval -1\n}",
 			}.Start(t)
-			conn, err := new(http2.Transport).NewClientConn(s.Dial(t, proxytest.AliceAddr, "h2"))
+			conn, err := new(http2.Transport).NewClientConn(s.Dial(t, proxytest.AliceAddr, "h2")) //nolint:staticcheck // net/http's dials itself
 			if err != nil {
 				t.Fatal(err)
 			}

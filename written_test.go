@@ -43,7 +43,7 @@ func TestWritten_MegabytesAreNotRepeated(t *testing.T) {
 		{"an extra field", "/api", "Impersonate-User: bob\r\nImpersonate-Extra-" + letters + ": x\r\n"},
 		{"an unknown impersonation header", "/api", "Impersonate-" + letters + ": x\r\n"},
 		{"a protocol to upgrade to", "/api", "Connection: Upgrade\r\nUpgrade: " + raw + "\r\n"},
-		{"many protocols to upgrade to", "/api", "Connection: Upgrade\r\n" + strings.Repeat("Upgrade: x\r\n", 80_000)},
+		{"many protocols to upgrade to", "/api", "Connection: Upgrade\r\n" + strings.Repeat("Upgrade: x\r\n", 240)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			for _, secure := range []bool{false, true} {

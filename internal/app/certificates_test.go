@@ -26,7 +26,7 @@ func TestTailscaleNames_ThoseThatCaddyAsksFor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer os.RemoveAll(folder)
+	defer func() { _ = os.RemoveAll(folder) }()
 	config, err := json.Marshal(object{
 		"admin":   object{"disabled": true},
 		"storage": object{"module": "file_system", "root": folder},

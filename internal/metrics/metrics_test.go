@@ -110,7 +110,7 @@ func TestRegister_Labels(t *testing.T) {
 			}
 		}
 	}
-	if plugin != 7 {
-		t.Errorf("got %d metrics; want 7", plugin)
+	if plugin != 9 {
+		t.Errorf("got %d metrics; want 9", plugin)
 	}
 }

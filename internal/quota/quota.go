@@ -91,7 +91,7 @@ const (
 
 var denied = metrics.NewCounter("over_quota_total",
 	"Connections and requests that were closed or refused because their caller made the proxy hold too much, by what it was.",
-	"what", ofConnection, ofRequest, ofSession, ofFields, ofEvicted)
+	"reason", ofConnection, ofRequest, ofSession, ofFields, ofEvicted)
 
 // Budget is what the callers of a process share. It is also a Prometheus collector. The
 // zero value is ready for use.

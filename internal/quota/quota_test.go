@@ -148,7 +148,7 @@ func TestAdmit_TooManyRefusalsEndTheConnection(t *testing.T) {
 		func() {
 			defer func() {
 				if v := recover(); v != nil {
-					if v != http.ErrAbortHandler {
+					if v != any(http.ErrAbortHandler) {
 						panic(v)
 					}
 					ended = r.Context().Err() != nil

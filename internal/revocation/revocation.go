@@ -325,7 +325,8 @@ func lost(had, has *impersonate.Identity) (Reason, string) {
 	}
 	for _, group := range had.Groups {
 		// What a request asks for may be held back from others.
-		if !slices.Contains(has.Groups, group) && !(had.Chosen && slices.Contains(has.HeldBack, group)) {
+		held := had.Chosen && slices.Contains(has.HeldBack, group)
+		if !held && !slices.Contains(has.Groups, group) {
 			return LostGroup, fmt.Sprintf("%s is no longer in group %s", had.User, group)
 		}
 	}

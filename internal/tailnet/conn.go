@@ -86,7 +86,7 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 	if conn == nil {
 		return context.WithValue(ctx, connKey{}, connOrError{err: err})
 	}
-	conn.Accepted, conn.jitter = time.Now(), rand.Float64()
+	conn.Accepted, conn.jitter = time.Now(), rand.Float64() //nolint:gosec // no secret
 	// A connection that ends by itself does not call cancel. That leaks nothing: the
 	// server's context, the parent, is never done and keeps no list of its children.
 	ctx, cancel := context.WithCancelCause(ctx)

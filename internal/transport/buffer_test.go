@@ -31,7 +31,7 @@ func TestTransport_BoundsUnreadAnswers(t *testing.T) {
 			s.Config.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){
 				"h2": func(_ *http.Server, conn *tls.Conn, _ http.Handler) { windows <- initialWindow(t, conn) },
 			}
-			s.TLS = &tls.Config{NextProtos: []string{"h2"}} //nolint:gosec // a test
+			s.TLS = &tls.Config{NextProtos: []string{"h2"}}
 			s.EnableHTTP2 = false
 		})
 		tr := newTransport(t, trusting(up, token))

@@ -58,7 +58,7 @@ func TestRecording_RefusedCallerLeavesNoFile(t *testing.T) {
 	eventually(t, "no file is left", func() error {
 		entries, err := os.ReadDir(dir)
 		if err != nil || len(entries) > 0 {
-			return fmt.Errorf("the directory holds %v, %v", entries, err)
+			return errors.Join(fmt.Errorf("the directory holds %v", entries), err)
 		}
 		return nil
 	})

@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -33,7 +34,7 @@ func TLS(ctx context.Context, c *lab.Caller, protocol string) (*tls.Conn, error)
 	if err != nil {
 		return nil, err
 	}
-	conn := tls.Client(raw, &tls.Config{ServerName: host, NextProtos: []string{protocol}, InsecureSkipVerify: true}) //nolint:gosec // whoever it is
+	conn := tls.Client(raw, &tls.Config{ServerName: host, NextProtos: []string{protocol}, InsecureSkipVerify: true})
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return nil, errors.Join(err, raw.Close())
 	}
@@ -199,7 +200,8 @@ func Upgraded(ctx context.Context, c *lab.Caller, target string) (net.Conn, erro
 // Frame begins a WebSocket frame of so many bytes, and does not finish it.
 func Frame(conn net.Conn, size int) error {
 	_ = conn.SetWriteDeadline(time.Now().Add(writeTimeout))
-	header := []byte{0x82, 0x80 | 127, 0, 0, 0, 0, byte(size >> 24), byte(size >> 16), byte(size >> 8), byte(size), 0, 0, 0, 0}
+	header := binary.BigEndian.AppendUint64([]byte{0x82, 0x80 | 127}, uint64(size)) //nolint:gosec // no size is negative
+	header = append(header, 0, 0, 0, 0)
 	if _, err := conn.Write(header); err != nil {
 		return err
 	}
