@@ -346,7 +346,7 @@ type Charge struct {
 	account *account
 	// bytes is what the request counts as, refused what its refusal does.
 	bytes, refused int64
-	// waiting is the session that waits for its answer, nil if the request is none.
+	// waiting is set for a session, which waits for its answer.
 	waiting *waiting
 }
 

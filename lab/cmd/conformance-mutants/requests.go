@@ -18,7 +18,7 @@ var requests = []file{
 		{name: "connections are looked at when they are accepted", old: "\tserver.RegisterConnContext(tailnet.ConnContext)\n", new: ""},
 		{name: "connections count", old: "\tserver.RegisterConnContext(h.memory.ConnContext)\n", new: ""},
 		{name: "closed connections do not count", old: "\tserver.RegisterConnState(h.memory.ConnState)\n", new: ""},
-		{name: "requests count until they have ended", old: "\tdefer charge.Close()\n", new: ""},
+		{name: "requests count until they have ended", old: "\tdefer charge.Close()\n", new: "\t_ = charge\n"},
 		{name: "authorize needs a transport that asks", old: "if err := h.CheckRoutes(ctx.Logger(), server); err != nil {", new: "if err := h.CheckRoutes(ctx.Logger(), server); false {"},
 		{name: "the limits are those of the config", old: "\t\tLimits:        h.Limits,\n", new: ""},
 		{name: "answers are kept as long as the config says", old: "\t\tCacheTTL:      h.TTL(),\n", new: "\t\tCacheTTL:      h.TTL() + 1<<42,\n"},
