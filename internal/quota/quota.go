@@ -45,7 +45,7 @@ const (
 	// frame.
 	session = 256 << 10
 	// field is what a header field takes beside its characters: its entries in maps and
-	// lists, of which there are several copies. HPACK sends it in one byte.
+	// lists, each in several copies. HPACK sends it in one byte.
 	field = 256
 	// copies is how often the characters of a target are held: as they arrived, decoded,
 	// and parsed.
