@@ -216,7 +216,7 @@ var requests = []file{
 	{"internal/tailnet/conn.go", "./internal/tailnet", []mutant{
 		{name: "a connection is looked at once", old: "\tif _, done := ctx.Value(connKey{}).(connOrError); done {", new: "\tif _, done := ctx.Value(connKey{}).(connOrError); done && false {"},
 		{name: "what could not be told is an error", old: "\t\treturn context.WithValue(ctx, connKey{}, connOrError{err: err})\n", new: "\t\treturn context.WithValue(ctx, connKey{}, connOrError{conn: new(Conn)})\n"},
-		{name: "when a connection was accepted is known", old: "\tconn.Accepted, conn.jitter = time.Now(), rand.Float64()\n", new: "\tconn.Accepted, conn.jitter = time.Time{}, rand.Float64()\n"},
+		{name: "when a connection was accepted is known", old: "conn.Accepted, conn.jitter = time.Now(), rand", new: "conn.Accepted, conn.jitter = time.Time{}, rand"},
 		{name: "connections do not all end at once", old: "maxAge-time.Duration(c.jitter*float64(maxAge)/10)", new: "maxAge"},
 		{name: "the port that a peer dialled is known", old: "\t\tPort:   local.Port(),\n", new: ""},
 		{name: "End ends requests", old: "\t\tcancel(cause)\n", new: "\t\t_ = cancel\n"},
