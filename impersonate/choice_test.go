@@ -135,6 +135,12 @@ func TestRecordGroups_FollowGroupsInUse(t *testing.T) {
 	if none, _ := l.Choose(&granted, &Target{User: "alice"}); !none.Recording.Enforce {
 		t.Error("a request without groups is not recorded, although a grant enforces it")
 	}
+	// Nor by leaving the group that is recorded as well.
+	both, _, _ := l.Apply(Peer{}, Identity{User: "alice", HeldBack: groups("admins"), Recording: Recording{Enforce: true}})
+	recorded, _ := l.Choose(&both, &Target{User: "alice", Groups: groups("tailnet:admins")})
+	if none, _ := l.Choose(recorded, &Target{User: "alice"}); !none.Recording.Enforce {
+		t.Error("what a grant enforces ends with the group")
+	}
 	always := Limits{RecordGroups: groups("dev*")}
 	if id, _, _ := always.Apply(Peer{}, Identity{User: "alice", Groups: groups("devs")}); !id.Recording.Enforce {
 		t.Error("a group in use by default is not recorded")

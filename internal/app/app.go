@@ -182,7 +182,8 @@ func (a *App) doRetireListeners(limit time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	if hanging := tailnet.RetireListeners(ctx, a.listeners()); len(hanging) > 0 {
-		a.ctx.Logger().Warn("tailnet nodes take long to close, and Caddy does not wait for them", zap.Strings("nodes", hanging))
+		logger := a.ctx.Logger()
+		logger.Warn("tailnet nodes take long to close, and Caddy does not wait for them", zap.Strings("nodes", hanging))
 	}
 }
 

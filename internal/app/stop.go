@@ -113,12 +113,11 @@ func (a *App) Serves(ctx context.Context, _ net.Conn) context.Context {
 // to a node that is gone. A node that closes hangs if it has more connections than its queue
 // holds packets.
 func (a *App) closeIdle() {
-	served := false
+	open := a.process.Memory.Connections()
 	for server := range a.servers.Range {
 		server.(*http.Server).SetKeepAlivesEnabled(false)
-		served = true
 	}
-	if served {
+	if open > 0 {
 		time.Sleep(revocation.DeliveryTime)
 	}
 }

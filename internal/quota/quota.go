@@ -286,6 +286,13 @@ func (b *Budget) ConnContext(ctx context.Context, c net.Conn) context.Context {
 	return ctx
 }
 
+// Connections returns how many connections are open, except for upgraded ones.
+func (b *Budget) Connections() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.conns)
+}
+
 // ConnState has the shape of [net/http.Server.ConnState]. A connection that is upgraded
 // counts as a session from then on.
 func (b *Budget) ConnState(c net.Conn, state http.ConnState) {

@@ -278,7 +278,6 @@ func TestActAs_DecidesLikeAPIServer(t *testing.T) {
 		{as("nobody"), version, false},
 		{as("old:user with blanks"), selfReview, true},
 		{as("Old-User"), selfReview, false},
-		{as("erin@example.com"), selfReview, false},
 		{as("for-group-a"), selfReview, true},
 		{as("for-everybody"), selfReview, true},
 		{as("old-user", "old-group"), selfReview, true},

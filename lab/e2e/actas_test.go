@@ -273,11 +273,15 @@ func TestActAs_ProxyWithoutReviewRightRefuses(t *testing.T) {
 	if _, stderr, err := runKubectl(t, admin, nil, "delete", "clusterrolebinding", "tailscale-impersonate-act-as"); err != nil {
 		t.Fatal(stderr)
 	}
+	log := tail(t, theLab.Log("caddy"))
 	eventually(t, "the proxy's right to ask is removed", func() error {
 		stderr, err := asBob()
-		if err == nil || !strings.Contains(stderr, `cannot create resource "subjectaccessreviews"`) {
+		if err == nil || !strings.Contains(stderr, "cannot find out whether alice@example.com may act as bob@example.com; the proxy's log says why") {
 			return fmt.Errorf("%w %s", err, stderr)
 		}
 		return nil
 	})
+	if lines := strings.Join(log.lines(t), "\n"); !strings.Contains(lines, `cannot create resource \"subjectaccessreviews\"`) {
+		t.Errorf("the log does not say which right is missing:\n%s", lines)
+	}
 }

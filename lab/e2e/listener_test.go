@@ -114,10 +114,11 @@ func TestListener_PROXYProtocolCannotChangeAddress(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			plain.take()
+			log := tail(t, theLab.Log("caddy"))
 			resp := send(t, "dave", portProxyProtocol, tt.header+get("/api"))
 			wantNothing(t, plain.take(), resp.StatusCode, http.StatusForbidden)
-			if !strings.Contains(resp.body, "proxyproto") {
-				t.Errorf("the answer is %s; want it to name the wrapper", resp.body)
+			if lines := strings.Join(log.lines(t), "\n"); !strings.Contains(lines, "proxyproto") {
+				t.Errorf("the log is %s; want it to name the wrapper", lines)
 			}
 		})
 	}
