@@ -159,7 +159,7 @@ conformance-mutants: $(DEMO_PARTS) ## remove each line that security depends on,
 
 # How long each fuzz target runs.
 FUZZTIME ?= 60s
-FUZZ_TARGETS := .:FuzzRequest impersonate:FuzzStripClient impersonate:FuzzIdentity impersonate:FuzzParseTarget impersonate:FuzzLimit impersonate:FuzzDeviceUser internal/requestinfo:FuzzParse internal/sessionrecording:FuzzFrames internal/transport:FuzzPath
+FUZZ_TARGETS := .:FuzzRequest impersonate:FuzzStripClient impersonate:FuzzIdentity impersonate:FuzzParseTarget impersonate:FuzzLimit impersonate:FuzzDeviceUser impersonate:FuzzChoose internal/requestinfo:FuzzParse internal/sessionrecording:FuzzFrames internal/transport:FuzzPath
 
 fuzz: ## run every fuzz target for FUZZTIME (default 60s)
 	@for target in $(FUZZ_TARGETS); do \
