@@ -25,10 +25,14 @@ func TestPermission_MissingOneIsNamed(t *testing.T) {
 			log := tail(t, theLab.Log("caddy"))
 			want := `"tailnet-readers" is forbidden: the proxy's account cannot impersonate`
 			for _, args := range []string{"get pods", "get --raw /version", "api-resources", "exec web -- date", "auth whoami", "delete pod none"} {
-				_, stderr, err := tryKubectl(t, "bob", strings.Fields(args)...)
-				if err == nil || !strings.Contains(strings.ReplaceAll(stderr, `\"`, `"`), want) || !strings.Contains(stderr, "caddy tailscale-impersonate rbac") {
-					t.Errorf("kubectl %s: %v: %s; want %q, and the command that helps", args, err, stderr, want)
-				}
+				// What the account lacked a second ago may still be named.
+				eventually(t, "kubectl "+args+" names the permission, and the command that helps", func() error {
+					_, stderr, err := tryKubectl(t, "bob", strings.Fields(args)...)
+					if err == nil || !strings.Contains(strings.ReplaceAll(stderr, `\"`, `"`), want) || !strings.Contains(stderr, "caddy tailscale-impersonate rbac") {
+						return fmt.Errorf("got %v: %s; want %q", err, stderr, want) //nolint:errorlint // nil if kubectl succeeds
+					}
+					return nil
+				})
 			}
 			if lines := strings.Join(log.lines(t), "\n"); !strings.Contains(lines, `"code":"no_permission"`) {
 				t.Errorf("nothing in Caddy's log says so:\n%s", lines)
