@@ -146,3 +146,26 @@ func TestMustRecord_FollowsGroupsOfRequest(t *testing.T) {
 		}
 	}
 }
+
+// What records sessions reads it from the identity that the request is forwarded with.
+func TestAuthenticate_TargetInRecordedGroup(t *testing.T) {
+	server := newServer(t, Options{ActAs: AuthorizeActAs, Limits: impersonate.Limits{RecordGroups: []string{"admins"}, OptionalGroups: []string{"admins"}}}, engineer())
+	for _, tt := range []struct {
+		headers []string
+		want    bool
+	}{
+		{asked("bob@example.com", "admins"), true},
+		{asked("bob@example.com", "devs"), false},
+		{asked(aliceLogin, "admins"), true},
+		{nil, false},
+	} {
+		r := proxytest.NewRequest("GET", "http://k8s/api", tt.headers...)
+		caller, err := server.Authenticate(r, server.Strip(r))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := caller.Identity.Recording.Enforce; got != tt.want {
+			t.Errorf("%v: recording is enforced: %t; want %t", tt.headers, got, tt.want)
+		}
+	}
+}
