@@ -148,9 +148,6 @@ func (r *Reviewer) Authorize(ctx context.Context, ask Ask, q Question) (*imperso
 // Missing describes the permissions that q's caller lacks to act as q's target, empty if it
 // lacks none.
 func (r *Reviewer) Missing(ctx context.Context, ask Ask, q Question) (string, error) {
-	if to("", q.Request).size() > maxRequest {
-		return "", errors.New("the request is too long to ask about")
-	}
 	missing, _, err := r.missing(ctx, ask, q)
 	return missing, err
 }

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -136,15 +137,24 @@ func (t *Transport) Validate() error {
 	return t.Source.Validate()
 }
 
-// Cleanup closes idle connections.
+// Cleanup closes idle connections, and those that become idle shortly afterwards: net/http
+// goes on opening a connection for a request that has been cancelled meanwhile.
 func (t *Transport) Cleanup() error {
 	t.refusals.Flush()
+	t.closeIdle()
+	time.AfterFunc(idleLater, t.closeIdle)
+	return nil
+}
+
+// idleLater is how long a connection may take to become idle after a config has gone.
+const idleLater = 2 * time.Second
+
+func (t *Transport) closeIdle() {
 	for _, c := range []*cluster{t.cluster, t.anonymous} {
 		if c != nil {
 			c.close()
 		}
 	}
-	return nil
 }
 
 // RoundTrip sends r to the API server as the identity in r's context. It answers

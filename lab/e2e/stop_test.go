@@ -256,7 +256,8 @@ func openAll(t *testing.T, c *caddyProcess, scheme string) *streams {
 	}
 	s.watch = startKubectl(t, config, nil, "get", "namespaces", "--watch", "--output-watch-events", "--no-headers")
 	s.watch.want(t, "ADDED")
-	s.log = startKubectl(t, config, nil, "logs", "--follow", lab.Pod)
+	// Not all of the log: nobody reads more than some lines before the end.
+	s.log = startKubectl(t, config, nil, "logs", "--follow", "--tail=5", lab.Pod)
 	s.log.line(t)
 	s.raw = c.stream(t, "alice")
 	return s

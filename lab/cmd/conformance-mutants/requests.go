@@ -251,7 +251,7 @@ var requests = []file{
 		{name: "only a tailnet's addresses are dialled", old: "\tif !tsaddr.IsTailscaleIP(peer.Addr()) {", new: "\tif false && tsaddr.IsTailscaleIP(peer.Addr()) {"},
 		{name: "the node does not dial itself", old: "\tif n.Is(peer.Addr().Unmap()) {", new: "\tif false {"},
 		{name: "the node does not dial itself by a mapped address", old: "n.Is(peer.Addr().Unmap())", new: "n.Is(peer.Addr())"},
-		{name: "the node itself is no peer", old: "\tif remote == local || n.Is(remote) {", new: "\tif false {", by: attacks},
+		{name: "the node itself is no peer", old: "\tif remote == local || n.Is(remote) {", new: "\tif false {"},
 		{name: "the node is no peer either while it does not say who it is", old: "remote == local || n.Is(remote) {", new: "n.Is(remote) {"},
 		{name: "a question has an end", old: "\tctx, cancel := context.WithTimeout(ctx, WhoIsTimeout)\n\tdefer cancel()\n\treturn n.Ask(", new: "\treturn n.Ask("},
 		{name: "no address is not the node's", old: "addr.IsValid() && ", new: ""},
