@@ -51,9 +51,6 @@ const (
 	size = 4096
 	// maxReason is how much of the API server's reason is kept, in bytes.
 	maxReason = 1024
-	// maxRequest is how much a request may say about what it is for, in bytes. The client
-	// writes it, and the API server gets it twice.
-	maxRequest = 4096
 	// noticeable is the age from which on a refusal says how old it is.
 	noticeable = 5 * time.Second
 )
@@ -129,9 +126,6 @@ func (r *Reviewer) remember(review key, res result) {
 func (r *Reviewer) Authorize(ctx context.Context, ask Ask, q Question) (*impersonate.Identity, error) {
 	if q.Request.Ambiguous {
 		return nil, apistatus.Forbidden(apistatus.Impersonation, "kubectl --as cannot be used with a path that can be understood in more than one way: %q", clip.String(q.Request.Path))
-	}
-	if n := to("", q.Request).size(); n > maxRequest {
-		return nil, apistatus.Forbidden(apistatus.Impersonation, "kubectl --as cannot be used with a request this long: what it is for takes %d bytes, and at most %d are allowed", n, maxRequest)
 	}
 	missing, groups, err := r.missing(ctx, ask, q)
 	switch {

@@ -40,15 +40,6 @@ type permission struct {
 	path     *authorizationv1.NonResourceAttributes
 }
 
-// size returns how many bytes p takes that a client chooses.
-func (p permission) size() int {
-	if p.path != nil {
-		return len(p.path.Verb) + len(p.path.Path)
-	}
-	r := p.resource
-	return len(r.Verb) + len(r.Group) + len(r.Version) + len(r.Resource) + len(r.Subresource) + len(r.Namespace) + len(r.Name)
-}
-
 // The forms for users. Those for nodes and service accounts differ.
 var (
 	legacy      = attributes{verb: "impersonate", users: "users"}

@@ -192,7 +192,7 @@ func TestAuthorize_LongRequestsAreNotReviewed(t *testing.T) {
 			q := asBob("/api")
 			q.Request = info
 			_, err := newReviewer(t).Authorize(t.Context(), ask, q)
-			if !apierrors.IsForbidden(err) || len(err.Error()) > 1000 {
+			if !apierrors.IsBadRequest(err) || len(err.Error()) > 1000 {
 				t.Errorf("got %.200v; want a short refusal", err)
 			}
 			if _, err := newReviewer(t).Missing(t.Context(), ask, q); err == nil {

@@ -107,7 +107,7 @@ func (a *Authenticator) claimed(r *http.Request, known *Caller, claims Claims) (
 			choices.With(refused).Inc()
 			return nil, nil, apistatus.Forbidden(apistatus.Impersonation, "%s asks for the group %q, which it is not granted; it may ask for: %s", id.User, clip.String(id.Missing(target)), groupNames(id))
 		}
-		return nil, nil, apistatus.Forbidden(apistatus.Impersonation, "%s may not act as another user: the request asks for it with the header %s, as kubectl --as does", id.User, clip.String(claims.header))
+		return nil, nil, apistatus.Forbidden(apistatus.Impersonation, "%s may not act as another user: the request asks for it with the header %s, as kubectl --as does", id.User, claims.header)
 	case claims.err != nil:
 		return nil, nil, claims.err
 	}

@@ -45,8 +45,9 @@ type Options struct {
 	// Tailscale daemon routes to it, rather than a tsnet node's.
 	HostSockets bool
 
-	// ReadOnlyGroup, Listen, RecordsFiles and LogsEvents are repeated in explanations: the group for
-	// reading only, the addresses of the server, and whether it records sessions to files and logs requests.
+	// ReadOnlyGroup, Listen, RecordsFiles and LogsEvents are repeated in explanations:
+	// the group for reading only, the addresses of the server, and whether it records
+	// sessions to files and logs requests.
 	ReadOnlyGroup string
 	Listen        []string
 	RecordsFiles  bool

@@ -11,14 +11,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
 	"tailscale.com/tailcfg"
 	tailscalecontrol "tailscale.com/tstest/integration/testcontrol"
 	"tailscale.com/types/logger"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/tempdir"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
 )
 
 // Caddy asks Tailscale for the certificate of a ts.net name. Without certificates in the
@@ -31,7 +28,7 @@ func TestCertificates_TailnetWithoutThemIsLogged(t *testing.T) {
 	t.Cleanup(control.HTTPTestServer.Close)
 
 	log := filepath.Join(t.TempDir(), "log")
-	config, err := lab.Adapt(fmt.Sprintf(`{
+	_, status := runCaddy(t, fmt.Sprintf(`{
 	admin off
 	persist_config off
 	auto_https disable_redirects
@@ -54,25 +51,6 @@ https://k8s.%[5]s {
 	tailscale_impersonate
 }
 `, filepath.Join(t.TempDir(), "caddy"), log, control.HTTPTestServer.URL, tempdir.New(t), domain))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := caddy.Load(config, true); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := caddy.Stop(); err != nil {
-			t.Errorf("stopping Caddy: %v", err)
-		}
-	})
-	node, ok := standin.Node("k8s")
-	if !ok {
-		t.Fatal("Caddy has no tailnet node")
-	}
-	status, err := node.Up(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
 	named := control.Node(status.Self.PublicKey)
 	named.Name = "k8s." + domain + "."
 	control.UpdateNode(named)

@@ -17,6 +17,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 	"tailscale.com/derp/derpserver"
+	"tailscale.com/ipn/ipnstate"
 	"tailscale.com/tailcfg"
 	"tailscale.com/tsnet"
 	tailscalecontrol "tailscale.com/tstest/integration/testcontrol"
@@ -138,11 +139,38 @@ func relay(t *testing.T) *tailcfg.DERPMap {
 	}}}}}
 }
 
+// runCaddy runs Caddy with a Caddyfile until the test is over, and returns its tailnet node
+// k8s and what that says about itself.
+func runCaddy(t *testing.T, caddyfile string) (*tsnet.Server, *ipnstate.Status) {
+	t.Helper()
+	config, err := lab.Adapt(caddyfile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := caddy.Load(config, true); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := caddy.Stop(); err != nil {
+			t.Errorf("stopping Caddy: %v", err)
+		}
+	})
+	node, ok := standin.Node("k8s")
+	if !ok {
+		t.Fatal("Caddy has no tailnet node")
+	}
+	status, err := node.Up(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return node, status
+}
+
 // startCaddy runs Caddy in front of an upstream, on a node of control's tailnet, and
 // returns the node.
 func startCaddy(t *testing.T, control, upstream string) *tsnet.Server {
 	t.Helper()
-	config, err := lab.Adapt(fmt.Sprintf(`{
+	node, _ := runCaddy(t, fmt.Sprintf(`{
 	admin off
 	persist_config off
 	storage file_system %[1]s
@@ -163,24 +191,6 @@ http:// {
 	reverse_proxy %[4]s
 }
 `, filepath.Join(t.TempDir(), "caddy"), control, tempdir.New(t), upstream))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := caddy.Load(config, true); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := caddy.Stop(); err != nil {
-			t.Errorf("stopping Caddy: %v", err)
-		}
-	})
-	node, ok := standin.Node("k8s")
-	if !ok {
-		t.Fatal("Caddy has no tailnet node")
-	}
-	if _, err := node.Up(t.Context()); err != nil {
-		t.Fatal(err)
-	}
 	return node
 }
 
