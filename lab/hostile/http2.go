@@ -27,8 +27,13 @@ import (
 // writeTimeout is how long the server may take to read what an attack sends.
 const writeTimeout = 20 * time.Second
 
+// Dialer connects to addresses of the tailnet, as a [lab.Caller] does.
+type Dialer interface {
+	Dial(ctx context.Context, network, address string) (net.Conn, error)
+}
+
 // TLS opens a connection of a caller to the proxy's site that speaks a protocol.
-func TLS(ctx context.Context, c *lab.Caller, protocol string) (*tls.Conn, error) {
+func TLS(ctx context.Context, c Dialer, protocol string) (*tls.Conn, error) {
 	host := lab.ProxyName + "." + lab.Domain
 	raw, err := c.Dial(ctx, "tcp", host+":443")
 	if err != nil {
@@ -54,7 +59,7 @@ type HTTP2 struct {
 
 // NewHTTP2 opens an HTTP/2 connection whose answers have a window: with 0, the server can
 // send no byte of a body.
-func NewHTTP2(ctx context.Context, c *lab.Caller, window uint32) (*HTTP2, error) {
+func NewHTTP2(ctx context.Context, c Dialer, window uint32) (*HTTP2, error) {
 	conn, err := TLS(ctx, c, "h2")
 	if err != nil {
 		return nil, err
@@ -134,7 +139,7 @@ func (h *HTTP2) send(method, path string, fields int, end bool) error {
 }
 
 // UnreadAnswers asks for path n times on a connection and reads nothing.
-func UnreadAnswers(ctx context.Context, c *lab.Caller, path string, n int) (*HTTP2, error) {
+func UnreadAnswers(ctx context.Context, c Dialer, path string, n int) (*HTTP2, error) {
 	h, err := NewHTTP2(ctx, c, 0)
 	if err != nil {
 		return nil, err
@@ -148,7 +153,7 @@ func UnreadAnswers(ctx context.Context, c *lab.Caller, path string, n int) (*HTT
 }
 
 // HeaderBombs sends n requests with 29,000 header fields each.
-func HeaderBombs(ctx context.Context, c *lab.Caller, path string, n int) (*HTTP2, error) {
+func HeaderBombs(ctx context.Context, c Dialer, path string, n int) (*HTTP2, error) {
 	h, err := NewHTTP2(ctx, c, 0)
 	if err != nil {
 		return nil, err
@@ -163,7 +168,7 @@ func HeaderBombs(ctx context.Context, c *lab.Caller, path string, n int) (*HTTP2
 
 // Upgrade sends a request to upgrade an HTTP/1.1 connection to a WebSocket, as kubectl
 // exec does. It does not wait for the answer.
-func Upgrade(ctx context.Context, c *lab.Caller, target string) (net.Conn, error) {
+func Upgrade(ctx context.Context, c Dialer, target string) (net.Conn, error) {
 	conn, err := TLS(ctx, c, "http/1.1")
 	if err != nil {
 		return nil, err
@@ -179,7 +184,7 @@ func Upgrade(ctx context.Context, c *lab.Caller, target string) (net.Conn, error
 }
 
 // Upgraded is Upgrade, and waits until the session is open.
-func Upgraded(ctx context.Context, c *lab.Caller, target string) (net.Conn, error) {
+func Upgraded(ctx context.Context, c Dialer, target string) (net.Conn, error) {
 	conn, err := Upgrade(ctx, c, target)
 	if err != nil {
 		return nil, err

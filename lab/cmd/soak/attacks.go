@@ -8,9 +8,9 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
@@ -23,7 +23,7 @@ type attack struct {
 	// granted says that the attacker may open sessions. All others have no grant.
 	granted bool
 	// round attacks once, and holds what it took until ctx is done.
-	round func(ctx context.Context, c *lab.Caller) error
+	round func(ctx context.Context, c hostile.Dialer) error
 	tally *tally
 }
 
@@ -49,33 +49,31 @@ func init() {
 	}
 }
 
-// tally counts the rounds of an attack.
-type tally struct {
-	rounds atomic.Int64
-	mu     sync.Mutex
-	err    error
+func attackNamed(name string) attack {
+	return attacks[slices.IndexFunc(attacks, func(a attack) bool { return a.name == name })]
 }
 
-func (t *tally) last() error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.err
+// tally counts the rounds of an attack.
+type tally struct {
+	mu     sync.Mutex
+	Rounds int
+	Last   string // the last error
 }
 
 // repeat attacks from c once every pace, first after the time given.
-func (a attack) repeat(ctx context.Context, c *lab.Caller, first, pace time.Duration) {
+func (a attack) repeat(ctx context.Context, c hostile.Dialer, first, pace time.Duration) {
 	if !sleep(ctx, first) {
 		return
 	}
 	for {
 		round, cancel := context.WithTimeout(ctx, pace)
 		err := a.round(round, c)
-		a.tally.rounds.Add(1)
+		a.tally.mu.Lock()
+		a.tally.Rounds++
 		if err != nil && ctx.Err() == nil { // it was told to go away
-			a.tally.mu.Lock()
-			a.tally.err = err
-			a.tally.mu.Unlock()
+			a.tally.Last = err.Error()
 		}
+		a.tally.mu.Unlock()
 		<-round.Done()
 		cancel()
 		if ctx.Err() != nil {
@@ -102,7 +100,7 @@ func hold(ctx context.Context, conns ...net.Conn) {
 	}
 }
 
-func unreadAnswers(ctx context.Context, c *lab.Caller) error {
+func unreadAnswers(ctx context.Context, c hostile.Dialer) error {
 	conn, err := hostile.UnreadAnswers(ctx, c, "/openapi/v2", 240)
 	if conn != nil {
 		hold(ctx, conn)
@@ -111,7 +109,7 @@ func unreadAnswers(ctx context.Context, c *lab.Caller) error {
 }
 
 // unreadSmallAnswers asks for what fits into the buffers of the server.
-func unreadSmallAnswers(ctx context.Context, c *lab.Caller) error {
+func unreadSmallAnswers(ctx context.Context, c hostile.Dialer) error {
 	var conns []net.Conn
 	var errs []error
 	for range 5 {
@@ -125,7 +123,7 @@ func unreadSmallAnswers(ctx context.Context, c *lab.Caller) error {
 	return errors.Join(errs...)
 }
 
-func headerFields(ctx context.Context, c *lab.Caller) error {
+func headerFields(ctx context.Context, c hostile.Dialer) error {
 	conn, err := hostile.HeaderBombs(ctx, c, "/api", 200)
 	if conn != nil {
 		hold(ctx, conn)
@@ -134,7 +132,7 @@ func headerFields(ctx context.Context, c *lab.Caller) error {
 }
 
 // endlessHeaders sends most of the headers of a request, and then nothing.
-func endlessHeaders(ctx context.Context, c *lab.Caller) error {
+func endlessHeaders(ctx context.Context, c hostile.Dialer) error {
 	var head strings.Builder
 	// After a whole request, so that the connection is not a new one.
 	head.WriteString("GET /api HTTP/1.1\r\nHost: k8s\r\n\r\nGET /api HTTP/1.1\r\nHost: k8s\r\n")
@@ -144,15 +142,15 @@ func endlessHeaders(ctx context.Context, c *lab.Caller) error {
 	return many(ctx, c, 20, head.String())
 }
 
-func idleConnections(ctx context.Context, c *lab.Caller) error { return many(ctx, c, 50, "") }
+func idleConnections(ctx context.Context, c hostile.Dialer) error { return many(ctx, c, 50, "") }
 
 // pipelined asks for large answers again and again over HTTP/1.1, and reads nothing.
-func pipelined(ctx context.Context, c *lab.Caller) error {
+func pipelined(ctx context.Context, c hostile.Dialer) error {
 	return many(ctx, c, 20, strings.Repeat("GET /openapi/v2 HTTP/1.1\r\nHost: k8s\r\n\r\n", 100))
 }
 
 // many opens n connections, sends raw on each, and reads nothing.
-func many(ctx context.Context, c *lab.Caller, n int, raw string) error {
+func many(ctx context.Context, c hostile.Dialer, n int, raw string) error {
 	var conns []net.Conn
 	var errs []error
 	for range n {
@@ -175,7 +173,7 @@ const execInPod = "/api/v1/namespaces/default/pods/" + lab.Pod + "/exec?stdin=tr
 
 // droppedExecs asks for sessions with a long command that is longer still in JSON, and
 // hangs up at once.
-func droppedExecs(ctx context.Context, c *lab.Caller) error {
+func droppedExecs(ctx context.Context, c hostile.Dialer) error {
 	for i := range 20 {
 		conn, err := hostile.Upgrade(ctx, c, execInPod+strings.Repeat("<", 30<<10))
 		if err != nil {
@@ -190,7 +188,7 @@ func droppedExecs(ctx context.Context, c *lab.Caller) error {
 }
 
 // longTargets sends what is longer in logs and answers than it is on the wire.
-func longTargets(ctx context.Context, c *lab.Caller) error {
+func longTargets(ctx context.Context, c hostile.Dialer) error {
 	long := strings.Repeat("\xff", 30<<10)
 	for _, head := range []string{"GET a:" + long + " HTTP/1.1\r\nHost: k8s\r\n", "GET /api HTTP/1.1\r\nHost: " + strings.Repeat("x", 30<<10) + "\r\n", "GET /api HTTP/1.1\r\nHost: k8s\r\nOrigin: " + long + "\r\nUser-Agent: Mozilla/5.0\r\n"} {
 		if err := request(ctx, c, head+"\r\n"); err != nil {
@@ -200,7 +198,7 @@ func longTargets(ctx context.Context, c *lab.Caller) error {
 	return nil
 }
 
-func refusedActAs(ctx context.Context, c *lab.Caller) error {
+func refusedActAs(ctx context.Context, c hostile.Dialer) error {
 	for range 10 {
 		if err := request(ctx, c, "GET /api/v1/pods HTTP/1.1\r\nHost: k8s\r\nImpersonate-User: "+strings.Repeat("x", 30<<10)+"\r\n\r\n"); err != nil {
 			return err
@@ -210,7 +208,7 @@ func refusedActAs(ctx context.Context, c *lab.Caller) error {
 }
 
 // request sends a raw request on a connection of its own, and reads the answer.
-func request(ctx context.Context, c *lab.Caller, raw string) error {
+func request(ctx context.Context, c hostile.Dialer, raw string) error {
 	conn, err := hostile.TLS(ctx, c, "http/1.1")
 	if err != nil {
 		return err
@@ -225,7 +223,7 @@ func request(ctx context.Context, c *lab.Caller, raw string) error {
 }
 
 // thousandQuestions asks who it is, and for what it may not have, a thousand times at once.
-func thousandQuestions(ctx context.Context, c *lab.Caller) error {
+func thousandQuestions(ctx context.Context, c hostile.Dialer) error {
 	var conns []net.Conn
 	var errs []error
 	for i := range 4 {
@@ -247,7 +245,7 @@ func thousandQuestions(ctx context.Context, c *lab.Caller) error {
 }
 
 // sessions opens n sessions, and calls f with each.
-func sessions(ctx context.Context, c *lab.Caller, n int, target string, f func(net.Conn) error) error {
+func sessions(ctx context.Context, c hostile.Dialer, n int, target string, f func(net.Conn) error) error {
 	var conns []net.Conn
 	var errs []error
 	for range n {
@@ -263,11 +261,11 @@ func sessions(ctx context.Context, c *lab.Caller, n int, target string, f func(n
 	return errors.Join(errs...)
 }
 
-func unfinishedFrames(ctx context.Context, c *lab.Caller) error {
+func unfinishedFrames(ctx context.Context, c hostile.Dialer) error {
 	return sessions(ctx, c, 5, execInPod+"cat", func(conn net.Conn) error { return hostile.Frame(conn, 1<<20) })
 }
 
 // unreadSessions opens sessions that print without an end, and reads nothing.
-func unreadSessions(ctx context.Context, c *lab.Caller) error {
+func unreadSessions(ctx context.Context, c hostile.Dialer) error {
 	return sessions(ctx, c, 5, execInPod+"yes", func(net.Conn) error { return nil })
 }

@@ -6,11 +6,13 @@
 // target is missed.
 //
 // The proxy runs in a process of its own, with the memory limit of the shipped manifest.
-// Everything else is the lab: nothing leaves the machine.
+// The attackers run in another, at the lowest priority: in the world, they have machines of
+// their own. Everything else is the lab: nothing leaves the machine.
 package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,7 +22,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -39,6 +40,13 @@ type options struct {
 func main() {
 	if len(os.Args) == 3 && os.Args[1] == "proxy" {
 		if err := serveProxy(os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	if len(os.Args) == 2 && os.Args[1] == "attack" {
+		if err := attackAll(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -116,10 +124,11 @@ func run(ctx context.Context, o options) (met bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	attackers, err := join(ctx, l, attackingDevices)
+	attackers, err := startAttackers(ctx, l, o, attackingDevices)
 	if err != nil {
 		return false, err
 	}
+	defer attackers.stop()
 	work, err := newWork(ctx, l, innocents)
 	if err != nil {
 		return false, err
@@ -131,20 +140,18 @@ func run(ctx context.Context, o options) (met bool, err error) {
 		return false, err
 	}
 
-	fmt.Printf("Attacking from %d devices for %v\n", len(attackers), o.duration)
+	fmt.Printf("Attacking from %d devices for %v\n", len(attackingDevices), o.duration)
 	attacking, cancel := context.WithTimeout(ctx, o.duration)
 	defer cancel()
-	var running sync.WaitGroup
-	for i, c := range attackers {
-		running.Go(func() {
-			chosen[i%len(chosen)].repeat(attacking, c, o.pace*time.Duration(i)/time.Duration(len(attackers)), o.pace)
-		})
-	}
 	watched := make(chan usage, 1)
 	go func() { watched <- p.peak(attacking, before) }()
-	with := work.measure(attacking, o.duration)
-	running.Wait()
-	peak := <-watched
+	measured := make(chan times, 1)
+	go func() { measured <- work.measure(attacking, o.duration) }()
+	tallies, err := attackers.attack()
+	if err != nil {
+		return false, fmt.Errorf("the attackers did not survive: %w (log: %s)", err, l.Log("attackers"))
+	}
+	with, peak := <-measured, <-watched
 	if err := ctx.Err(); err != nil {
 		return false, err
 	}
@@ -154,7 +161,7 @@ func run(ctx context.Context, o options) (met bool, err error) {
 	}
 	peak = peak.max(after)
 	for _, a := range chosen {
-		fmt.Printf("  %-28s %d rounds, last error: %v\n", a.name, a.tally.rounds.Load(), a.tally.last())
+		fmt.Printf("  %-28s %d rounds, last error: %s\n", a.name, tallies[a.name].Rounds, cmp.Or(tallies[a.name].Last, "none"))
 	}
 	return report(before, peak, without, with, work.lost()), nil
 }
@@ -162,21 +169,24 @@ func run(ctx context.Context, o options) (met bool, err error) {
 // devices returns the devices that work with the cluster and those that attack. Each is
 // another user's. The former are in the group that may do anything, as are the attackers
 // whose attack needs a grant; other attackers have none.
-func devices(o options, chosen []attack) (innocents, attackers []lab.CallerSpec, admins []string) {
-	spec := func(name string) lab.CallerSpec { return lab.CallerSpec{Name: name, Login: name + "@example.com"} }
+func devices(o options, chosen []attack) (innocents []lab.CallerSpec, attackers []attacker, admins []string) {
 	for i := range o.innocents {
-		d := spec(fmt.Sprint("innocent-", i))
+		d := lab.CallerSpec{Name: fmt.Sprint("innocent-", i)}
+		d.Login = login(d.Name)
 		innocents, admins = append(innocents, d), append(admins, d.Login)
 	}
 	for i := range o.attackers {
-		d := spec(fmt.Sprint("attacker-", i))
+		a := chosen[i%len(chosen)]
+		d := attacker{Name: fmt.Sprint("attacker-", i), Attack: a.name}
 		attackers = append(attackers, d)
-		if chosen[i%len(chosen)].granted {
-			admins = append(admins, d.Login)
+		if a.granted {
+			admins = append(admins, login(d.Name))
 		}
 	}
 	return innocents, attackers, admins
 }
+
+func login(device string) string { return device + "@example.com" }
 
 // admit adds users to the group of the policy file that may do anything.
 func admit(policy []byte, users []string) ([]byte, error) {
