@@ -17,11 +17,21 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddypki"
+	lru "github.com/hashicorp/golang-lru/v2"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/once"
 )
 
 // handshakeTimeout is how long a server may take to choose a certificate. It takes longer
 // than a millisecond only where it asks another program.
 const handshakeTimeout = 2 * time.Second
+
+// An answer is good for a minute. Certificates are replaced by ones of the same authority,
+// and a handshake is work that any caller could ask for.
+const (
+	answerTTL  = time.Minute
+	maxAnswers = 1024
+)
 
 // Site finds the certificate authority of what a server presents.
 type Site struct {
@@ -29,13 +39,32 @@ type Site struct {
 	config func() *tls.Config
 	// own returns the roots of Caddy's own authorities.
 	own func() []*x509.Certificate
+
+	answers *lru.Cache[question, answer]
+	asking  once.Group[question, *x509.Certificate]
+}
+
+// question is what a server's choice of a certificate may depend on.
+type question struct {
+	serverName    string
+	remote, local string // addresses
+}
+
+type answer struct {
+	ca    *x509.Certificate
+	asked time.Time
 }
 
 // Of returns the site of server. It must be called while the config is provisioned, and
 // looks at nothing before the config runs.
 func Of(ctx caddy.Context, server *caddyhttp.Server) *Site {
+	answers, err := lru.New[question, answer](maxAnswers)
+	if err != nil {
+		panic(err) // the size is positive
+	}
 	return &Site{
-		config: sync.OnceValue(func() *tls.Config { return server.TLSConnPolicies.TLSConfig(ctx) }),
+		answers: answers,
+		config:  sync.OnceValue(func() *tls.Config { return server.TLSConnPolicies.TLSConfig(ctx) }),
 		own: func() (roots []*x509.Certificate) {
 			app, err := ctx.AppIfConfigured("pki")
 			if err != nil {
@@ -55,7 +84,33 @@ func (s *Site) CA(r *http.Request) (*x509.Certificate, error) {
 	if s == nil || r.TLS == nil {
 		return nil, nil
 	}
-	chain, err := s.chain(r)
+	q := question{serverName: r.TLS.ServerName, remote: host(r.RemoteAddr)}
+	if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
+		q.local = host(local.String())
+	}
+	if known, ok := s.answers.Get(q); ok && time.Since(known.asked) < answerTTL {
+		return known.ca, nil
+	}
+	return s.asking.Ask(r.Context(), q, time.Now().Add(-answerTTL), func(ctx context.Context, asked time.Time) (*x509.Certificate, error) {
+		ca, err := s.find(ctx, r)
+		if err == nil {
+			s.answers.Add(q, answer{ca, asked})
+		}
+		return ca, err
+	})
+}
+
+// host returns an address without its port.
+func host(address string) string {
+	if h, _, err := net.SplitHostPort(address); err == nil {
+		return h
+	}
+	return address
+}
+
+// find is CA without what is known.
+func (s *Site) find(ctx context.Context, r *http.Request) (*x509.Certificate, error) {
+	chain, err := s.chain(ctx, r)
 	if err != nil {
 		return nil, fmt.Errorf("a handshake with this server: %w", err)
 	}
@@ -74,8 +129,8 @@ var errSeen = errors.New("the certificate has been seen")
 // chain returns what the server presents to the sender of r. Nothing but a handshake tells
 // what a server presents, which depends on policies for connections, on managers of
 // certificates, and on what the client offers. This one takes place in memory.
-func (s *Site) chain(r *http.Request) (chain []*x509.Certificate, err error) {
-	ctx, cancel := context.WithTimeout(r.Context(), handshakeTimeout)
+func (s *Site) chain(ctx context.Context, r *http.Request) (chain []*x509.Certificate, err error) {
+	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	near, far := net.Pipe()
 	defer near.Close()
