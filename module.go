@@ -191,6 +191,7 @@ func (h *Handler) setUp(generation *revocation.Generation, logger *zap.Logger, l
 		Retention: h.Retention(),
 		Input:     h.RecordInput == caddyfile.AllInput,
 		Allowed:   h.EnforcedSessions,
+		Hold:      h.memory.Hold,
 		Client:    h.recorders,
 		Logger:    logger,
 	}

@@ -37,9 +37,9 @@ const (
 	answer = 256 << 10
 	// stream is a watch or a followed log, with a smaller buffer ([StreamBuffer]).
 	stream = 96 << 10
-	// slow is a connection whose first request has not arrived after firstRequest, in
-	// addition. Short headers take fifteen times as much memory as on the wire, as entries
-	// of a map.
+	// slow is a connection whose next request has not arrived after nextRequest, in
+	// addition: a part of its headers may have. Short headers take fifteen times as much
+	// memory as on the wire, as entries of a map.
 	slow = 512 << 10
 	// session is an upgraded connection: buffers for both directions, and the start of a
 	// frame.
@@ -62,8 +62,8 @@ const (
 	// maxFields is how many header fields a request may have. kubectl and browsers send
 	// up to about 30.
 	maxFields = 256
-	// firstRequest is how long the first request of a connection may take to arrive.
-	firstRequest = 3 * time.Second
+	// nextRequest is how long the next request of a connection may take to arrive.
+	nextRequest = 3 * time.Second
 	// maxWaiting is how many sessions of a caller may wait for an answer of the API
 	// server. Each may have a file and a recorder that are prepared for it.
 	maxWaiting = 32
@@ -86,12 +86,13 @@ const (
 	ofRequest    what = "request"    // a request was refused
 	ofSession    what = "session"    // a session was refused, as too many wait for an answer
 	ofFields     what = "fields"     // a request with too many header fields was refused
+	ofFrame      what = "frame"      // a session with large frames was ended
 	ofEvicted    what = "evicted"    // an open connection was closed in favor of another caller
 )
 
 var denied = metrics.NewCounter("over_quota_total",
 	"Connections and requests that were closed or refused because their caller made the proxy hold too much, by what it was.",
-	"reason", ofConnection, ofRequest, ofSession, ofFields, ofEvicted)
+	"reason", ofConnection, ofRequest, ofSession, ofFields, ofFrame, ofEvicted)
 
 // Budget is what the callers of a process share. It is also a Prometheus collector. The
 // zero value is ready for use.
@@ -118,7 +119,7 @@ type account struct {
 	caller netip.Addr
 	conn   *tailnet.Conn
 	bytes  int64
-	// waiting fires when the first request takes long to arrive. slow is set from then
+	// waiting fires when the next request takes long to arrive. slow is set from then
 	// until it has.
 	waiting       *time.Timer
 	slow, arrived bool
@@ -163,6 +164,11 @@ func (b *Budget) forget(caller netip.Addr, h *holding) {
 func (b *Budget) take(a *account, n int64) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	return b.takeLocked(a, n)
+}
+
+// takeLocked is take for a caller that holds b.mu.
+func (b *Budget) takeLocked(a *account, n int64) bool {
 	size := b.Size
 	if size == 0 {
 		size = defaultSize
@@ -281,7 +287,7 @@ func (b *Budget) ConnContext(ctx context.Context, c net.Conn) context.Context {
 	if b.conns == nil {
 		b.conns = make(map[net.Conn]*account)
 	}
-	a.waiting = time.AfterFunc(firstRequest, func() { b.takeSlow(a) })
+	a.waiting = time.AfterFunc(nextRequest, func() { b.takeSlow(a) })
 	b.conns[c] = a
 	return ctx
 }
@@ -309,32 +315,43 @@ func (b *Budget) ConnState(c net.Conn, state http.ConnState) {
 	if a == nil {
 		return
 	}
-	// net/http reports a request over HTTP/1.1 once its headers have arrived.
-	if a.waiting.Stop(); over || state == http.StateActive {
-		b.arrived(a)
+	if state == http.StateIdle {
+		b.wait(a)
+		return
 	}
+	// net/http reports a request over HTTP/1.1 once its headers have arrived.
+	a.waiting.Stop()
+	b.arrived(a)
 	if over {
 		b.give(a, connection)
 	}
 }
 
-// takeSlow counts the headers that are arriving on a, or closes it.
+// wait begins to wait for the next request of a.
+func (b *Budget) wait(a *account) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	a.arrived = false
+	a.waiting.Reset(nextRequest)
+}
+
+// takeSlow counts the headers that may be arriving on a, or closes it.
 func (b *Budget) takeSlow(a *account) {
-	if !b.take(a, slow) {
-		denied.With(ofConnection).Inc()
-		a.conn.End(errTooMuch)
+	b.mu.Lock()
+	if a.slow || a.arrived { // meanwhile
+		b.mu.Unlock()
 		return
 	}
-	b.mu.Lock()
-	a.slow = true
-	arrived := a.arrived
+	a.slow = b.takeLocked(a, slow)
+	closes := !a.slow
 	b.mu.Unlock()
-	if arrived { // meanwhile
-		b.arrived(a)
+	if closes {
+		denied.With(ofConnection).Inc()
+		a.conn.End(errTooMuch)
 	}
 }
 
-// arrived records that the first request has arrived on a, or that none will.
+// arrived records that the next request has arrived on a, or that none will.
 func (b *Budget) arrived(a *account) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -425,6 +442,24 @@ func (c Charge) Close() {
 	if c.refused != 0 {
 		c.budget.refuse(c.account, -c.refused)
 	}
+}
+
+// Hold adds n bytes, or takes -n bytes, to what the connection with the context ctx counts
+// as, and reports whether its caller may hold so much.
+func (b *Budget) Hold(ctx context.Context, n int64) bool {
+	a, counted := ctx.Value(accountKey{}).(*account)
+	if !counted {
+		return true
+	}
+	if n <= 0 {
+		b.give(a, -n)
+		return true
+	}
+	if !b.take(a, n) {
+		denied.With(ofFrame).Inc()
+		return false
+	}
+	return true
 }
 
 // weight returns what a request of a kind counts as.

@@ -242,14 +242,43 @@ func TestConnections_SlowHeadersCount(t *testing.T) {
 		if held := b.holds(peer(1)); affordable && held != connection+slow {
 			t.Errorf("%d bytes are held while headers arrive", held)
 		}
-		for _, state := range []http.ConnState{http.StateActive, http.StateIdle, http.StateActive, http.StateClosed} {
+		for _, state := range []http.ConnState{http.StateActive, http.StateIdle, http.StateActive, http.StateIdle, http.StateClosed} {
 			b.ConnState(c, state)
-			if want := map[bool]int64{true: 0, false: connection}[state == http.StateClosed]; b.holds(peer(1)) != want {
+			want := map[bool]int64{true: 0, false: connection}[state == http.StateClosed]
+			if b.holds(peer(1)) != want {
 				t.Errorf("%d bytes are held when the connection is %s; want %d", b.holds(peer(1)), state, want)
+			}
+			// As the timer does, twice.
+			b.takeSlow(a)
+			b.takeSlow(a)
+			if affordable && state == http.StateIdle {
+				want += slow
+			}
+			if b.holds(peer(1)) != want {
+				t.Errorf("%d bytes are held some time after the connection is %s; want %d", b.holds(peer(1)), state, want)
 			}
 		}
 		if b.takeSlow(a); b.held != 0 {
 			t.Errorf("%d bytes are counted after the end", b.held)
 		}
+	}
+}
+
+func TestHold_CountsForTheConnection(t *testing.T) {
+	b := &Budget{Size: 10 * connection}
+	c, _ := net.Pipe()
+	r, _ := request(1, "/")
+	ctx := b.ConnContext(r.Context(), c)
+	if !b.Hold(ctx, connection) || b.holds(peer(1)) != 2*connection {
+		t.Errorf("%d bytes are held; want those of two connections", b.holds(peer(1)))
+	}
+	if b.Hold(ctx, 5*connection) {
+		t.Error("a caller may hold more than its share")
+	}
+	if b.Hold(ctx, -connection); b.holds(peer(1)) != connection {
+		t.Errorf("%d bytes are held; want those of the connection", b.holds(peer(1)))
+	}
+	if !b.Hold(t.Context(), 100*connection) {
+		t.Error("what belongs to no connection is refused")
 	}
 }

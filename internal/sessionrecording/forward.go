@@ -18,7 +18,8 @@ const maxPorts = 64
 
 // forwarding is the observer of a port-forward. It notes the ports and counts bytes.
 type forwarding struct {
-	query url.Values // of the request
+	query url.Values          // of the request
+	grow  func(n int64) error // for the frames inside of others, see [filter]
 
 	mu       sync.Mutex
 	ports    []string
@@ -50,7 +51,7 @@ func (f *forwarding) protocol(upgrade, version string) (protocol, error) {
 	}
 	return &webSocket{
 		whole:    true,
-		observer: &tunnel{client: filter{next: inner.fromClient}, server: filter{next: inner.fromServer}},
+		observer: &tunnel{client: filter{next: inner.fromClient, grow: f.grow}, server: filter{next: inner.fromServer, grow: f.grow}},
 		out:      noChannel, errors: noChannel,
 	}, nil
 }

@@ -2,14 +2,18 @@
 
 package sessionrecording
 
-import "fmt"
+import (
+	"cmp"
+	"fmt"
+)
 
 // maxFrame is the maximum size of the data in a frame, which is held until all of it has
 // arrived. The API server and kubectl write frames of 32 KiB.
 const maxFrame = 1 << 20
 
-// keep is up to which size a buffer for frames is kept for the next ones.
-const keep = 128 << 10
+// keep is up to which size a buffer for frames is kept for the next ones, and does not
+// count.
+const keep = 64 << 10
 
 // checkSize returns an error if a frame with so much data is too long.
 func checkSize(size uint64) error {
@@ -54,6 +58,23 @@ type filter struct {
 	// held is the start of a frame whose end has not arrived. It and spare take turns,
 	// because the caller may still use the frames that push returned from held.
 	held, spare []byte
+	// grow is told by how many bytes more, or fewer, the buffers exceed what is kept. Its
+	// error ends the session. If it is nil, nobody counts.
+	grow  func(n int64) error
+	grown int64
+}
+
+// count tells grow what the buffers have come to.
+func (f *filter) count() error {
+	n := int64(max(0, cap(f.held)-keep) + max(0, cap(f.spare)-keep))
+	if f.grow == nil || n == f.grown {
+		return nil
+	}
+	err := f.grow(n - f.grown)
+	if err == nil {
+		f.grown = n
+	}
+	return err
 }
 
 // push appends b to what is held. It returns the whole frames up to the first one that
@@ -73,11 +94,11 @@ func (f *filter) push(b []byte) (pass []byte, err error) {
 		end += n
 	}
 	if end == 0 && waited {
-		return nil, err // without a copy of what is held for every byte that arrives
+		return nil, cmp.Or(err, f.count()) // without a copy of what is held for every byte that arrives
 	}
 	if cap(f.spare) > keep {
 		f.spare = nil
 	}
 	f.held, f.spare = append(f.spare[:0], b[end:]...), f.held
-	return b[:end], err
+	return b[:end], cmp.Or(err, f.count())
 }

@@ -54,6 +54,10 @@ type Recorder struct {
 	// Input says that what is typed is recorded as well, even if the terminal does not
 	// show it.
 	Input bool
+	// Hold adds n bytes, fewer if n is negative, to what the connection of a request with
+	// the context ctx counts as, and reports whether its caller may hold so much. If it is
+	// nil, nobody counts.
+	Hold func(ctx context.Context, n int64) bool
 	// Client uploads recordings.
 	Client *recorder.Client
 	Logger *zap.Logger

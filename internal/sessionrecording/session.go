@@ -46,6 +46,7 @@ type Session struct {
 	// headerIsDue writes the recording's header if the client does not send the size
 	// of its terminal.
 	headerIsDue *time.Timer
+	holding     holding
 	over        chan struct{}      // closed by Close
 	ctx         context.Context    // that of Watch
 	begun       chan struct{}      // closed by begin
@@ -73,6 +74,7 @@ const answerTimeout = 5 * time.Second
 // server refuses could leave a recording for each request, by not waiting for the answer.
 func (s *Session) Watch(client context.Context) context.Context {
 	s.ctx = client
+	s.holding = holding{ctx: client, hold: s.recorder.Hold}
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(client))
 	stop := context.AfterFunc(client, func() {
 		s.awaitAnswer()
@@ -158,6 +160,7 @@ func (w *responseWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		return nil, nil, err
 	}
 	w.session.client.AllowFarewell()
+	c.in.grow, c.out.grow = w.session.holding.grow, w.session.holding.grow
 	c.endWith(w.session.ctx)
 	w.session.begin(c)
 	return c, buffered, nil
@@ -196,6 +199,7 @@ func (s *Session) protocol(h http.Header) (protocol, error) {
 		return nil, fmt.Errorf("the API server chose the protocol %q, which cannot be recorded", version)
 	}
 	if s.kind == forward {
+		s.forwarding.grow = s.holding.grow
 		return s.forwarding.protocol(s.upgrade, version)
 	}
 	return s.terminal.protocol(s.upgrade, version)
@@ -310,6 +314,7 @@ func (s *Session) fileCut() {
 // been handled, whether or not it became a session.
 func (s *Session) Close() {
 	s.cancel()
+	defer s.holding.release()
 	s.mu.Lock()
 	c, reason, lost := s.conn, s.reason, s.lost
 	nothingRan := s.out == 0 || s.answered && s.in == s.out

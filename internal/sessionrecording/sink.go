@@ -11,7 +11,7 @@ import (
 
 const (
 	// maxPending is how many bytes a sink buffers. With more, the session waits.
-	maxPending = 256 << 10
+	maxPending = 128 << 10
 	// chunk is how many bytes are written at once.
 	chunk = 16 << 10
 	// stall is how long writing a chunk may take.

@@ -76,7 +76,7 @@ type lenient struct {
 
 // maxHeld is how much of a frame is held until the rest arrives. The API server and
 // kubectl write frames of 32 KiB.
-const maxHeld = 1 << 20
+const maxHeld = 64 << 10
 
 func (l *lenient) fromClient(b []byte) (int, error) { return l.pass(b, l.protocol.fromClient) }
 func (l *lenient) fromServer(b []byte) (int, error) { return l.pass(b, l.protocol.fromServer) }
