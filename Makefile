@@ -45,7 +45,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components assets-note asciicast client-node client-python browser demo test test-long conformance conformance-mutants fuzz bench soak lint xcaddy clean
+.PHONY: help components assets-note asciicast client-node client-python browser demo test test-long conformance conformance-mutants fuzz bench soak lint xcaddy image release-caddy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -191,6 +191,28 @@ xcaddy: $(BIN)/xcaddy ## build Caddy with the plugin through xcaddy, and check t
 	@for module in $(MODULES_WANTED); do \
 		grep -qx "$$module" $(BIN)/caddy.modules || { echo "==> $(BIN)/caddy lacks module $$module"; exit 1; }; \
 		echo "==> $(BIN)/caddy has $$module"; \
+	done
+
+# A release's image has the Caddy that release-caddy builds:
+#
+#	make release-caddy
+#	make image CADDY_AMD64=lab/.bin/release/caddy-linux-amd64 CADDY_ARM64=lab/.bin/release/caddy-linux-arm64 VERSION=v1.2.3
+IMAGE_FLAGS = -twice $(if $(CADDY_AMD64),-caddy amd64=$(abspath $(CADDY_AMD64))) $(if $(CADDY_ARM64),-caddy arm64=$(abspath $(CADDY_ARM64))) $(if $(VERSION),-version $(VERSION))
+
+image: ## build the container image for amd64 and arm64, twice, into lab/.bin/image; without CADDY_AMD64 and CADDY_ARM64 it has the lab's stand-in for caddy-tailscale
+	cd lab && go run ./cmd/image $(IMAGE_FLAGS)
+	cd lab && go test -count=1 $(TEST_FLAGS) ./cmd/image
+
+CADDY_TAILSCALE         := github.com/tailscale/caddy-tailscale
+CADDY_TAILSCALE_VERSION := $(shell sed -n 's/^ARG CADDY_TAILSCALE_VERSION=//p' xcaddy.Dockerfile)
+
+release-caddy: $(BIN)/xcaddy ## build Caddy with the plugin and caddy-tailscale for each architecture of the image, into lab/.bin/release
+	@for arch in amd64 arm64; do \
+		echo "==> xcaddy build $(CADDY_VERSION) for $$arch"; \
+		GOOS=linux GOARCH=$$arch CGO_ENABLED=0 $(BIN)/xcaddy build $(CADDY_VERSION) \
+			--with $(CADDY_TAILSCALE)@$(CADDY_TAILSCALE_VERSION) \
+			--with $(MODULE)@v0.0.0=$(CURDIR) \
+			--output $(BIN)/release/caddy-linux-$$arch || exit 1; \
 	done
 
 clean: ## remove everything that was built, and what runs of the lab left

@@ -32,11 +32,11 @@ RUN /out/usr/bin/caddy list-modules > /tmp/modules \
 	&& grep -qx tailscale /tmp/modules
 RUN mkdir -p /out/etc/caddy /out/data/config
 
-# Only Caddy and the certificates of public authorities: no shell and no user
-# database that an attacker could use.
+# Only Caddy: no shell and no user database that an attacker could use. Caddy has the
+# certificates of public authorities within itself. A file that you mount at
+# /etc/ssl/certs/ca-certificates.crt replaces them.
 FROM scratch
 
-COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY --from=build /out/usr/bin/caddy /usr/bin/caddy
 COPY --from=build /out/etc/caddy /etc/caddy
 COPY --from=build --chown=65532:65532 /out/data /data
