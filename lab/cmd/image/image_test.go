@@ -338,7 +338,7 @@ func TestImage_IsThatOfDockerfileAndManifest(t *testing.T) {
 func TestImage_OnlyReleasesArePushed(t *testing.T) {
 	for _, module := range []string{labModule, caddyTailscaleModule} {
 		dir, _ := written(t, fakeCaddies(t, module), "")
-		if err := push(t.Context(), filepath.Join(dir, layoutDir), "registry.invalid/"+imageName); err == nil || !strings.Contains(err.Error(), "has no release") {
+		if _, err := push(t.Context(), filepath.Join(dir, layoutDir), "registry.invalid/"+imageName); err == nil || !strings.Contains(err.Error(), "has no release") {
 			t.Errorf("pushing an image with %s and without a version: got %v", module, err)
 		}
 	}
@@ -353,7 +353,8 @@ func TestImage_IsPushedAsItIs(t *testing.T) {
 	}
 	dir, index := written(t, fakeCaddies(t, caddyTailscaleModule), "v1.2.3")
 	repository := address.Host + "/team/" + imageName
-	if err := push(t.Context(), filepath.Join(dir, layoutDir), repository); err != nil {
+	pushed, err := push(t.Context(), filepath.Join(dir, layoutDir), repository)
+	if err != nil {
 		t.Fatal(err)
 	}
 	ref, err := name.ParseReference(repository + ":v1.2.3")
@@ -371,8 +372,8 @@ func TestImage_IsPushedAsItIs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := pulled.Digest(); err != nil || got != want {
-		t.Errorf("pulled %v, %v; want %v", got, err, want)
+	if got, err := pulled.Digest(); err != nil || got != want || pushed != want {
+		t.Errorf("pushed %v and pulled %v, %v; want %v", pushed, got, err, want)
 	}
 }
 
@@ -541,6 +542,9 @@ func TestBuiltImage_BillOfMaterialsNamesEachModule(t *testing.T) {
 	bom := new(cyclonedx.BOM)
 	if err := cyclonedx.NewBOMDecoder(file, cyclonedx.BOMFileFormatJSON).Decode(bom); err != nil {
 		t.Fatal(err)
+	}
+	if !strings.HasPrefix(bom.SerialNumber, "urn:uuid:") {
+		t.Errorf("the bill of materials has the serial number %q, without which it is not attested", bom.SerialNumber)
 	}
 	listed := make(map[string]bool)
 	for _, c := range *bom.Components {

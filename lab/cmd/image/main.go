@@ -80,7 +80,11 @@ func run(ctx context.Context, o options) error {
 		o.out = filepath.Join(root, "lab", ".bin", "image")
 	}
 	if o.push != "" {
-		return push(ctx, filepath.Join(o.out, layoutDir), o.push, remote.WithAuthFromKeychain(authn.DefaultKeychain))
+		digest, err := push(ctx, filepath.Join(o.out, layoutDir), o.push, remote.WithAuthFromKeychain(authn.DefaultKeychain))
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(o.out, "pushed"), []byte(digest.String()+"\n"), 0o644)
 	}
 	src, err := sourceOf(ctx, root)
 	if err != nil {
@@ -168,29 +172,29 @@ func buildAgain(ctx context.Context, root string, o options, src source, first v
 	return nil
 }
 
-// push sends the image in an OCI layout to a registry, with its version as the tag. It
-// refuses what is not a release.
-func push(ctx context.Context, layout, repository string, options ...remote.Option) error {
+// push sends the image in an OCI layout to a registry, with its version as the tag, and
+// returns its digest. It refuses what is not a release.
+func push(ctx context.Context, layout, repository string, options ...remote.Option) (v1.Hash, error) {
 	index, version, err := read(layout)
 	if err != nil {
-		return err
+		return v1.Hash{}, err
 	}
 	if version == standIn || version == unreleased {
-		return fmt.Errorf("%s has no release: its version is %s", layout, version)
+		return v1.Hash{}, fmt.Errorf("%s has no release: its version is %s", layout, version)
 	}
 	ref, err := name.NewTag(repository + ":" + version)
 	if err != nil {
-		return err
+		return v1.Hash{}, err
 	}
 	if err := remote.WriteIndex(ref, index, append(options, remote.WithContext(ctx))...); err != nil {
-		return fmt.Errorf("pushing %s: %w", ref, err)
+		return v1.Hash{}, fmt.Errorf("pushing %s: %w", ref, err)
 	}
 	digest, err := index.Digest()
 	if err != nil {
-		return err
+		return v1.Hash{}, err
 	}
 	fmt.Printf("==> pushed %s@%s\n", ref, digest)
-	return nil
+	return digest, nil
 }
 
 // source says which source code the image is built from.

@@ -13,12 +13,13 @@ import (
 	"time"
 
 	"github.com/CycloneDX/cyclonedx-go"
+	"github.com/google/uuid"
 	"github.com/package-url/packageurl-go"
 )
 
 // writeBOM writes a bill of materials in CycloneDX's format: what Go's linker recorded in
-// Caddy, which is all that the image holds. It has no random serial number, so that
-// two builds are the same.
+// Caddy, which is all that the image holds. Its serial number is not random, so that two
+// builds are the same.
 func writeBOM(to string, c caddy, what description) error {
 	bom, err := bomOf(c, what)
 	if err != nil {
@@ -38,7 +39,9 @@ func bomOf(c caddy, what description) (*cyclonedx.BOM, error) {
 		return nil, err
 	}
 	sum := sha256.Sum256(program)
+	digest := hex.EncodeToString(sum[:])
 	bom := cyclonedx.NewBOM()
+	bom.SerialNumber = uuid.NewSHA1(uuid.NameSpaceURL, []byte("https://"+pluginModule+"#"+what.version+" "+what.revision+" "+digest)).URN()
 	bom.Metadata = &cyclonedx.Metadata{
 		Timestamp: what.time.Format(time.RFC3339),
 		Component: &cyclonedx.Component{
@@ -46,7 +49,7 @@ func bomOf(c caddy, what description) (*cyclonedx.BOM, error) {
 			Type:    cyclonedx.ComponentTypeApplication,
 			Name:    what.labels()["org.opencontainers.image.title"],
 			Version: what.version,
-			Hashes:  &[]cyclonedx.Hash{{Algorithm: cyclonedx.HashAlgoSHA256, Value: hex.EncodeToString(sum[:])}},
+			Hashes:  &[]cyclonedx.Hash{{Algorithm: cyclonedx.HashAlgoSHA256, Value: digest}},
 			Properties: &[]cyclonedx.Property{
 				{Name: "file", Value: "/usr/bin/caddy"},
 				{Name: "GOOS", Value: "linux"},
