@@ -176,8 +176,10 @@ SOAKTIME ?= 10m
 soak: $(DEMO_PARTS) ## attack the proxy from 100 devices for SOAKTIME (default 10m), beside 20 that must not notice
 	cd lab && go build -o .bin/soak ./cmd/soak && .bin/soak -duration $(SOAKTIME)
 
-lint: $(BIN)/golangci-lint ## run the linters on both modules
+lint: $(BIN)/golangci-lint $(BIN)/actionlint ## run the linters on both modules and on the workflows
 	@failed=; \
+	echo "==> actionlint"; \
+	$(BIN)/actionlint -shellcheck= -pyflakes= .github/workflows/*.yml || failed="$$failed workflows"; \
 	for dir in . lab; do \
 		echo "==> (in $$dir) golangci-lint run"; \
 		(cd $$dir && "$(CURDIR)/$(BIN)/golangci-lint" run --config "$(CURDIR)/.golangci.yml" ./...) || failed="$$failed $$dir"; \
@@ -193,10 +195,7 @@ xcaddy: $(BIN)/xcaddy ## build Caddy with the plugin through xcaddy, and check t
 		echo "==> $(BIN)/caddy has $$module"; \
 	done
 
-# A release's image has the Caddy that release-caddy builds:
-#
-#	make release-caddy
-#	make image CADDY_AMD64=lab/.bin/release/caddy-linux-amd64 CADDY_ARM64=lab/.bin/release/caddy-linux-arm64 VERSION=v1.2.3
+# docs/releasing.md says how a release uses these targets.
 IMAGE_FLAGS = -twice $(if $(CADDY_AMD64),-caddy amd64=$(abspath $(CADDY_AMD64))) $(if $(CADDY_ARM64),-caddy arm64=$(abspath $(CADDY_ARM64))) $(if $(VERSION),-version $(VERSION))
 
 image: ## build the container image for amd64 and arm64, twice, into lab/.bin/image; without CADDY_AMD64 and CADDY_ARM64 it has the lab's stand-in for caddy-tailscale
@@ -206,12 +205,14 @@ image: ## build the container image for amd64 and arm64, twice, into lab/.bin/im
 CADDY_TAILSCALE         := github.com/tailscale/caddy-tailscale
 CADDY_TAILSCALE_VERSION := $(shell sed -n 's/^ARG CADDY_TAILSCALE_VERSION=//p' xcaddy.Dockerfile)
 
-release-caddy: $(BIN)/xcaddy ## build Caddy with the plugin and caddy-tailscale for each architecture of the image, into lab/.bin/release
+# A release takes the plugin by its version, so that Caddy says which it has and the path of
+# the working copy is not part of its bytes.
+release-caddy: $(BIN)/xcaddy ## build Caddy with caddy-tailscale and the plugin for the image, into lab/.bin/release; the plugin of VERSION, or of the working copy
 	@for arch in amd64 arm64; do \
 		echo "==> xcaddy build $(CADDY_VERSION) for $$arch"; \
 		GOOS=linux GOARCH=$$arch CGO_ENABLED=0 $(BIN)/xcaddy build $(CADDY_VERSION) \
 			--with $(CADDY_TAILSCALE)@$(CADDY_TAILSCALE_VERSION) \
-			--with $(MODULE)@v0.0.0=$(CURDIR) \
+			--with $(MODULE)@$(if $(VERSION),$(VERSION),v0.0.0=$(CURDIR)) \
 			--output $(BIN)/release/caddy-linux-$$arch || exit 1; \
 	done
 
@@ -246,6 +247,9 @@ $(BIN)/promql: $(TOOLS)/prometheus/go.mod $(TOOLS)/prometheus/go.sum $(wildcard 
 
 $(BIN)/xcaddy: $(TOOLS)/xcaddy/go.mod $(TOOLS)/xcaddy/go.sum
 	$(call build,xcaddy,xcaddy,github.com/caddyserver/xcaddy/cmd/xcaddy,10 seconds)
+
+$(BIN)/actionlint: $(TOOLS)/actionlint/go.mod $(TOOLS)/actionlint/go.sum
+	$(call build,actionlint,actionlint,github.com/rhysd/actionlint/cmd/actionlint,10 seconds)
 
 $(BIN)/golangci-lint: $(TOOLS)/golangci-lint/go.mod $(TOOLS)/golangci-lint/go.sum
 	$(call build,golangci-lint,golangci-lint,github.com/golangci/golangci-lint/v2/cmd/golangci-lint,4 minutes)
