@@ -85,7 +85,7 @@ func inspect(path, arch string) (caddy, error) {
 	if err != nil {
 		return caddy{}, fmt.Errorf("%s: %w", path, err)
 	}
-	defer file.Close()
+	defer func() { _ = file.Close() }()
 	for _, segment := range file.Progs {
 		if segment.Type == elf.PT_INTERP {
 			return caddy{}, fmt.Errorf("%s is not static: it names a dynamic linker, which the image does not have", path)

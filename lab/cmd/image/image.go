@@ -57,6 +57,11 @@ func describe(caddies []caddy, version string, src source) (description, error) 
 			return description{}, fmt.Errorf("%s and %s are not the same Caddy", caddies[0].path, c.path)
 		}
 		what.standIn, what.caddy = c.standIn, v
+		for _, dep := range c.info.Deps {
+			if dep.Path == pluginModule && dep.Replace == nil && version != "" && dep.Version != version {
+				return description{}, fmt.Errorf("%s has the plugin's %s; want %s", c.path, dep.Version, version)
+			}
+		}
 	}
 	switch {
 	case what.standIn && version != "":

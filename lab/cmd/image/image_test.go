@@ -227,6 +227,17 @@ func TestImage_NamesTheStandIn(t *testing.T) {
 	}
 }
 
+func TestImage_IsOfOneCaddyAndItsVersion(t *testing.T) {
+	if _, err := describe(fakeCaddies(t, caddyTailscaleModule), "v1.2.4", source{}); err == nil || !strings.Contains(err.Error(), "has the plugin's v1.2.3; want v1.2.4") {
+		t.Errorf("an image with another version of the plugin: got %v", err)
+	}
+	caddies := fakeCaddies(t, caddyTailscaleModule)
+	caddies[1].info.Deps[0].Version = "v2.0.0"
+	if _, err := describe(caddies, "v1.2.3", source{}); err == nil || !strings.Contains(err.Error(), "are not the same Caddy") {
+		t.Errorf("an image with two versions of Caddy: got %v", err)
+	}
+}
+
 func TestImage_RefusesWhatDoesNotRunInIt(t *testing.T) {
 	none := filepath.Join(t.TempDir(), "caddy")
 	if err := os.WriteFile(none, []byte("no program"), 0o600); err != nil {
