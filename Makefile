@@ -45,14 +45,14 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components assets-note asciicast client-node client-python browser demo test test-long conformance conformance-mutants fuzz bench soak lint xcaddy image release-caddy clean
+.PHONY: help components assets-note asciicast client-node client-python browser demo test test-long chart-test conformance conformance-mutants fuzz bench soak lint xcaddy image release-caddy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # What the demo and the tests run, and what only the tests run.
 DEMO_PARTS := $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale)
-TEST_PARTS := $(addprefix $(BIN)/,helm tailscaled promql)
+TEST_PARTS := $(addprefix $(BIN)/,helm tailscaled promql servicemonitors.yaml)
 
 components: assets-note $(DEMO_PARTS) $(TEST_PARTS) browser client-python client-node asciicast ## build what the lab runs (once)
 
@@ -151,6 +151,12 @@ test: components $(RACE)/overlay.json ## run every test with the race detector
 test-long: components ## run the end-to-end tests under constrained impersonation, with those that take minutes
 	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 45m -v ./e2e -long -constrained
 
+# What the chart's tests run, which are a part of make test.
+CHART_PARTS := $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation helm servicemonitors.yaml)
+
+chart-test: assets-note $(CHART_PARTS) ## test the Helm chart with Helm and the API server; no pod runs
+	cd lab && go test -count=1 $(TEST_FLAGS) ./chart
+
 conformance: $(DEMO_PARTS) ## attack the plugin, also in the ways in which other such proxies have failed
 	cd lab && go run ./cmd/conformance
 
@@ -244,6 +250,14 @@ $(BIN)/tailscaled: $(TOOLS)/tailscaled/go.mod $(TOOLS)/tailscaled/go.sum
 
 $(BIN)/promql: $(TOOLS)/prometheus/go.mod $(TOOLS)/prometheus/go.sum $(wildcard $(TOOLS)/prometheus/promql/*.go)
 	$(call build,promql,prometheus,./promql,40 seconds)
+
+# The ServiceMonitor of the Prometheus operator, as a CustomResourceDefinition.
+OPERATOR := github.com/prometheus-operator/prometheus-operator
+
+$(BIN)/servicemonitors.yaml: $(TOOLS)/prometheus-operator/go.mod $(TOOLS)/prometheus-operator/go.sum
+	@mkdir -p $(BIN)
+	cd $(TOOLS)/prometheus-operator && go mod download $(OPERATOR) && \
+	install -m 644 "$$(go list -m -f '{{.Dir}}' $(OPERATOR))/example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml" ../../.bin/servicemonitors.yaml
 
 $(BIN)/xcaddy: $(TOOLS)/xcaddy/go.mod $(TOOLS)/xcaddy/go.sum
 	$(call build,xcaddy,xcaddy,github.com/caddyserver/xcaddy/cmd/xcaddy,10 seconds)
