@@ -18,6 +18,9 @@
 {{- if and .Values.auth.preauthorized (ne .Values.auth.method "oauth") -}}
 {{- $problems = append $problems "auth.preauthorized: needs auth.method oauth; an auth key says for itself whether its devices need approval" -}}
 {{- end -}}
+{{- if and (eq .Values.auth.method "oauth") (contains "?" .Values.auth.value) -}}
+{{- $problems = append $problems "auth.value: give the client secret without ? and what follows; persistence.state.enabled and auth.preauthorized say that" -}}
+{{- end -}}
 {{- if and .Values.tailscale.controlURL (eq .Values.tls.issuer "tailscale") -}}
 {{- $problems = append $problems "tls.issuer tailscale: only Tailscale's control server issues certificates, so with tailscale.controlURL use internal or secret" -}}
 {{- end -}}
@@ -47,6 +50,9 @@
 {{- end -}}
 {{- if and (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) -}}
 {{- $problems = append $problems "serviceAccount.create false: needs serviceAccount.name" -}}
+{{- end -}}
+{{- if and .Values.caddyfile.raw (or .Values.caddyfile.globalOptions .Values.caddyfile.site) -}}
+{{- $problems = append $problems "caddyfile.raw: is the whole Caddyfile, so globalOptions and site have no place in it" -}}
 {{- end -}}
 {{- if le (int .Values.terminationGracePeriodSeconds) (int .Values.gracePeriodSeconds) -}}
 {{- $problems = append $problems "terminationGracePeriodSeconds: must be more than gracePeriodSeconds, or Kubernetes kills Caddy before it has told its clients" -}}
