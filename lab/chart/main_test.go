@@ -112,7 +112,7 @@ func start(ctx context.Context, dir string) (c *cluster.Cluster, err error) {
 	return c, nil
 }
 
-// output runs a command with input, for at most a minute.
+// output runs a command with input.
 func output(cmd *exec.Cmd, input string) (stdout, stderr string, err error) {
 	var out, errOut bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(input), &out, &errOut
