@@ -70,7 +70,8 @@ var recordings = []file{
 	}},
 	{"internal/sessionrecording/frames.go", "./internal/sessionrecording .", []mutant{
 		{name: "what cannot be understood does not pass", old: "n == 0 || err != nil", new: "n == 0"},
-		{name: "only whole frames pass", old: "return b[:end], err", new: "return b, err"},
+		{name: "what is held for frames is counted", old: "\tif f.grow == nil || n == f.grown {", new: "\tif n >= 0 {"},
+		{name: "only whole frames pass", old: "return b[:end], cmp.Or(err, f.count())", new: "return b, cmp.Or(err, f.count())"},
 	}},
 	{"internal/sessionrecording/recorder.go", "./internal/sessionrecording .", []mutant{
 		{name: "what is decided about a session goes with the request", old: "\tif !pin.Require(r, d.holds) {", new: "\tif false && pin.Require(r, d.holds) {"},

@@ -50,6 +50,7 @@ var requests = []file{
 		{name: "refusals are logged", old: "\th.refusals.Refused(r, err, who...)\n", new: "\t_ = who\n"},
 	}},
 	{"internal/quota/quota.go", "./internal/quota", []mutant{
+		{name: "a session's large frames count", old: "\tif !b.take(a, n) {\n\t\tdenied.With(ofFrame)", new: "\tif false {\n\t\tdenied.With(ofFrame)"},
 		{name: "header fields are counted", old: "\tcase fields > maxFields:", new: "\tcase false:"},
 		{name: "a request beyond its caller's share is refused", old: "\tcase !b.take(a, c.bytes):", new: "\tcase !b.take(a, c.bytes) && false:"},
 		{name: "one caller does not get all", old: "h.bytes+n > min(maxShare, size/2)", new: "false"},
