@@ -180,7 +180,7 @@ bench: $(DEMO_PARTS) ## measure what a request costs, compared with the alternat
 SOAKTIME ?= 10m
 
 soak: $(DEMO_PARTS) ## attack the proxy from 100 devices for SOAKTIME (default 10m), beside 20 that must not notice
-	cd lab && go build -o .bin/soak ./cmd/soak && .bin/soak -duration $(SOAKTIME)
+	cd lab && go build -o .bin/soak ./cmd/soak && go build -trimpath -ldflags "-s -w" -o .bin/caddy-standin ./cmd/caddy && .bin/soak -duration $(SOAKTIME)
 
 lint: $(BIN)/golangci-lint $(BIN)/actionlint ## run the linters on both modules and on the workflows
 	@failed=; \

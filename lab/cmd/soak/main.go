@@ -5,7 +5,8 @@
 // proxy used and what the others saw, each with its target, and exits with status 1 if a
 // target is missed.
 //
-// The proxy runs in a process of its own, with the memory limit of the shipped manifest.
+// The proxy is Caddy's own command with the stand-in for caddy-tailscale, and has the memory
+// limit of the shipped manifest.
 // The attackers run in another, at the lowest priority: in the world, they have machines of
 // their own. Everything else is the lab: nothing leaves the machine.
 package main
@@ -34,17 +35,10 @@ import (
 type options struct {
 	duration, baseline, pace time.Duration
 	attackers, innocents     int
-	only, dir                string
+	only, dir, caddy         string
 }
 
 func main() {
-	if len(os.Args) == 3 && os.Args[1] == "proxy" {
-		if err := serveProxy(os.Args[2]); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		return
-	}
 	if len(os.Args) == 2 && os.Args[1] == "attack" {
 		if err := attackAll(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -59,6 +53,7 @@ func main() {
 	flag.IntVar(&o.attackers, "attackers", 100, "how many devices attack")
 	flag.IntVar(&o.innocents, "innocents", 20, "how many devices work with the cluster")
 	flag.StringVar(&o.only, "only", "", "run only the attacks with these names (comma-separated)")
+	flag.StringVar(&o.caddy, "caddy", "", "the Caddy to attack (default: .bin/caddy-standin in the lab's folder)")
 	flag.StringVar(&o.dir, "dir", "", "folder for logs (default: .run/soak in the lab's folder)")
 	flag.Parse()
 
@@ -93,6 +88,9 @@ func run(ctx context.Context, o options) (met bool, err error) {
 	if o.dir == "" {
 		o.dir = filepath.Join(root, "lab", ".run", "soak")
 	}
+	if o.caddy == "" {
+		o.caddy = filepath.Join(root, "lab", ".bin", "caddy-standin")
+	}
 	if err := os.RemoveAll(o.dir); err != nil {
 		return false, err
 	}
@@ -114,7 +112,7 @@ func run(ctx context.Context, o options) (met bool, err error) {
 	if err := fill(ctx, l); err != nil {
 		return false, err
 	}
-	p, err := startProxy(ctx, l)
+	p, err := startProxy(ctx, l, o.caddy)
 	if err != nil {
 		return false, err
 	}
@@ -122,6 +120,9 @@ func run(ctx context.Context, o options) (met bool, err error) {
 
 	innocents, err := join(ctx, l, innocentDevices)
 	if err != nil {
+		return false, err
+	}
+	if err := p.wait(ctx, l, innocents[0]); err != nil {
 		return false, err
 	}
 	attackers, err := startAttackers(ctx, l, o, attackingDevices)

@@ -5,26 +5,22 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"log"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
-
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/hostile"
 )
 
 // memoryLimit is what the shipped manifest sets.
@@ -35,8 +31,9 @@ const startTimeout = time.Minute
 
 // caddyfile is the Caddyfile of the proxy: that of the examples, with every option on
 // that an attack could use.
-func caddyfile(l *lab.Lab) string {
+func caddyfile(l *lab.Lab, socket string) string {
 	globals := strings.Replace(l.Globals(l.ProxyKey()), "max_header_size 1MiB", "max_header_size 32KiB", 1)
+	globals = strings.Replace(globals, "admin off", "admin unix/"+socket, 1)
 	return globals + fmt.Sprintf(`
 https://%[1]s.%[2]s {
 	bind tailscale/%[1]s
@@ -53,91 +50,67 @@ https://%[1]s.%[2]s {
 
 func recordings(dir string) string { return filepath.Join(dir, "recordings") }
 
-// serveProxy runs in the proxy's process. For each line on standard input, it prints how
-// many goroutines it has.
-func serveProxy(path string) error {
-	if err := os.Setenv("TS_NO_LOGS_NO_SUPPORT", "true"); err != nil {
-		return err
-	}
-	log.SetOutput(io.Discard)
-	config, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	adapted, err := lab.Adapt(string(config))
-	if err != nil {
-		return err
-	}
-	if err := caddy.Load(adapted, true); err != nil {
-		return err
-	}
-	node, ok := standin.Node(lab.ProxyName)
-	if !ok {
-		return fmt.Errorf("caddy has no tailnet node %q", lab.ProxyName)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
-	defer cancel()
-	if _, err := node.Up(ctx); err != nil {
-		return err
-	}
-	out := json.NewEncoder(os.Stdout)
-	for in := bufio.NewScanner(os.Stdin); ; {
-		if err := out.Encode(runtime.NumGoroutine()); err != nil {
-			return err
-		}
-		if !in.Scan() {
-			return nil // the soak is over
-		}
-	}
-}
-
-// proxy is the running process of the proxy.
+// proxy is the running process of the proxy: Caddy's own command, with the stand-in for
+// caddy-tailscale.
 type proxy struct {
-	dir string
-	log string
-	cmd *exec.Cmd
-
-	mu  sync.Mutex // held from a question to its answer
-	in  io.WriteCloser
-	out *json.Decoder
+	dir, log string
+	admin    *http.Client
+	cmd      *exec.Cmd
 }
 
-func startProxy(ctx context.Context, l *lab.Lab) (_ *proxy, err error) {
-	path := filepath.Join(l.Dir, "Caddyfile")
-	if err := os.WriteFile(path, []byte(caddyfile(l)), 0o600); err != nil {
+func startProxy(ctx context.Context, l *lab.Lab, program string) (*proxy, error) {
+	// In a folder with a short name: the path of a socket has at most 107 bytes.
+	sockets, err := os.MkdirTemp("", "soak-")
+	if err != nil {
 		return nil, err
 	}
-	p := &proxy{dir: l.Dir, log: l.Log("caddy"), cmd: exec.CommandContext(ctx, "/proc/self/exe", "proxy", path)}
+	socket, path := filepath.Join(sockets, "admin"), filepath.Join(l.Dir, "Caddyfile")
+	if err := os.WriteFile(path, []byte(caddyfile(l, socket)), 0o600); err != nil {
+		return nil, err
+	}
+	p := &proxy{
+		dir: l.Dir, log: l.Log("caddy"),
+		admin: &http.Client{Timeout: answerTimeout, Transport: &http.Transport{
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return new(net.Dialer).DialContext(ctx, "unix", socket)
+			},
+		}},
+		cmd: exec.CommandContext(ctx, program, "run", "--config", path, "--adapter", "caddyfile"),
+	}
 	stderr, err := os.Create(l.Log("proxy"))
 	if err != nil {
 		return nil, err
 	}
 	defer stderr.Close()
 	p.cmd.Stderr = stderr
-	p.cmd.Env = append(os.Environ(), "GOMEMLIMIT="+strconv.Itoa(memoryLimit))
+	p.cmd.Env = append(os.Environ(), "GOMEMLIMIT="+strconv.Itoa(memoryLimit), "TS_NO_LOGS_NO_SUPPORT=true")
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if p.in, err = p.cmd.StdinPipe(); err != nil {
-		return nil, err
-	}
-	stdout, err := p.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	p.out = json.NewDecoder(stdout)
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
 	}
-	var goroutines int
-	if err := p.out.Decode(&goroutines); err != nil {
-		return nil, errors.Join(fmt.Errorf("the proxy does not start: %w (log: %s)", err, l.Log("proxy")), p.stop())
-	}
+	context.AfterFunc(ctx, func() { _ = os.RemoveAll(sockets) })
 	return p, nil
+}
+
+// wait waits until the proxy's site answers a caller.
+func (p *proxy) wait(ctx context.Context, l *lab.Lab, c hostile.Dialer) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for {
+		conn, err := hostile.TLS(ctx, c, "http/1.1")
+		if err == nil {
+			return conn.Close()
+		}
+		if !sleep(ctx, 100*time.Millisecond) {
+			return fmt.Errorf("the proxy does not answer: %w (logs: %s, %s)", err, p.log, l.Log("proxy"))
+		}
+	}
 }
 
 // stop ends the process.
 func (p *proxy) stop() error {
-	_ = p.in.Close()
-	kill := time.AfterFunc(10*time.Second, func() { _ = p.cmd.Process.Kill() })
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	kill := time.AfterFunc(30*time.Second, func() { _ = p.cmd.Process.Kill() })
 	defer kill.Stop()
 	return p.cmd.Wait()
 }
@@ -166,12 +139,7 @@ func (p *proxy) peak(ctx context.Context, u usage) usage {
 
 // usage returns what the process uses now.
 func (p *proxy) usage() (u usage, err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if _, err := io.WriteString(p.in, "\n"); err != nil {
-		return usage{}, err
-	}
-	if err := p.out.Decode(&u.goroutines); err != nil {
+	if u.goroutines, err = p.goroutines(); err != nil {
 		return usage{}, err
 	}
 	process := filepath.Join("/proc", strconv.Itoa(p.cmd.Process.Pid))
@@ -198,6 +166,23 @@ func (p *proxy) usage() (u usage, err error) {
 		}
 	}
 	return usage{}, fmt.Errorf("%s/status has no VmHWM", process)
+}
+
+// goroutines returns how many goroutines the process has, from Caddy's own metrics.
+func (p *proxy) goroutines() (int, error) {
+	resp, err := p.admin.Get("http://caddy/metrics")
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	const name = "go_goroutines "
+	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+		if value, ok := strings.CutPrefix(lines.Text(), name); ok {
+			return strconv.Atoi(value)
+		}
+	}
+	_, _ = io.Copy(io.Discard, resp.Body)
+	return 0, fmt.Errorf("caddy has no metric %s", name)
 }
 
 // size returns the size of a file, or of all files in a folder. What is not there has

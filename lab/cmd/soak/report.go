@@ -12,7 +12,7 @@ const (
 	mostResident   = 400 << 20
 	mostFiles      = 2000
 	mostGoroutines = 20_000
-	mostDisk       = 256 << 20
+	mostDisk       = 1 << 30 // record_max_size, if it is not set
 	mostLog        = 64 << 20
 	mostSlower     = 2 // times
 )
