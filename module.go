@@ -63,6 +63,7 @@ import (
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/admin"
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/cli"
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/matcher"
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/service"
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/transport"
 )
 

@@ -123,6 +123,7 @@ func (a *App) Handle(_ context.Context, event caddy.Event) error {
 		a.started()
 	case stopping:
 		if caddy.Exiting() {
+			a.drain()
 			a.newStop(func() { os.Exit(caddy.ExitCodeFailedQuit) }).run()
 		} else {
 			a.leaveNodes()

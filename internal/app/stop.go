@@ -6,6 +6,7 @@ import (
 	"context"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -21,6 +22,8 @@ const (
 	// streamsTimeout is how long streams and other requests may take to end when Caddy
 	// exits.
 	streamsTimeout = 3 * time.Second
+	// drainTimeout is how long nodes may take to take note that a service is drained.
+	drainTimeout = 2 * time.Second
 	// closeTimeout is how long tailnet nodes may then take to close. tsnet gives itself
 	// as long to log out, or to send its logs.
 	closeTimeout = 5 * time.Second
@@ -81,8 +84,18 @@ func (s *stop) leave() {
 	s.closeNodes()
 }
 
-// leaveNodes ends the streams on nodes that only the config of a listens on. With that
-// config they close.
+// drain has the control server send new connections to Tailscale Services to their other
+// hosts, before anything ends here.
+func (a *App) drain() {
+	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
+	defer cancel()
+	if err := tailnet.FromListeners(a.listeners()).Drain(ctx); err != nil {
+		a.ctx.Logger().Error("a Tailscale Service cannot be drained, and may get connections until its node closes", zap.Error(err))
+	}
+}
+
+// leaveNodes ends the streams on nodes, and on services of nodes, that only the config of a
+// listens on. With that config they close.
 func (a *App) leaveNodes() {
 	var staying tailnet.Nodes
 	for _, other := range a.process.apps() {
@@ -90,14 +103,17 @@ func (a *App) leaveNodes() {
 			staying = append(staying, tailnet.FromListeners(other.listeners())...)
 		}
 	}
-	leaving := slices.DeleteFunc(tailnet.FromListeners(a.listeners()), func(n *tailnet.Node) bool {
+	leaving := tailnet.FromListeners(a.listeners())
+	services := slices.DeleteFunc(leaving.ServiceAddrs(), staying.Own)
+	leaving = slices.DeleteFunc(leaving, func(n *tailnet.Node) bool {
 		ip4, ip6 := n.Addrs()
 		return staying.Own(ip4) || staying.Own(ip6)
 	})
-	if len(leaving) == 0 {
+	if len(leaving) == 0 && len(services) == 0 {
 		return
 	}
-	logEnded(a.ctx.Logger(), revocation.Leaving, a.process.Requests.EndOn(leaving.Own, revocation.Leaving, streamsTimeout))
+	closing := func(local netip.Addr) bool { return leaving.Own(local) || slices.Contains(services, local) }
+	logEnded(a.ctx.Logger(), revocation.Leaving, a.process.Requests.EndOn(closing, revocation.Leaving, streamsTimeout))
 	a.closeIdle()
 }
 

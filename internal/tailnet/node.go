@@ -75,6 +75,9 @@ type Node struct {
 	// DialPeer connects to an address of the tailnet, as the node. Use [Node.Dial].
 	DialPeer func(ctx context.Context, network, address string) (net.Conn, error)
 
+	// services are the Tailscale Services that the server hosts on the node.
+	services []Service
+
 	// lastName is the last result of DNSName.
 	lastName atomic.Pointer[nodeName]
 	naming   once.Group[string, *nodeName]
@@ -242,10 +245,11 @@ func (n *Node) WhoIs(ctx context.Context, remote, local netip.Addr) (*apitype.Wh
 	return n.Ask(ctx, remote, local)
 }
 
-// Is reports whether addr is one of the node's own addresses.
+// Is reports whether addr is one of the node's own addresses, or of a service that the
+// server hosts on it.
 func (n *Node) Is(addr netip.Addr) bool {
 	ip4, ip6 := n.Addrs()
-	return addr.IsValid() && (addr == ip4 || addr == ip6)
+	return addr.IsValid() && (addr == ip4 || addr == ip6) || n.hosts(addr)
 }
 
 // connected reports whether the node knows its own addresses.
@@ -255,14 +259,15 @@ func (n *Node) connected() bool {
 }
 
 // Owns reports whether host, the Host header of a request, is this node's tailnet name,
-// the first label of that, or one of its addresses, each with or without a port.
+// the first label of that, or one of its addresses, each with or without a port. The same
+// goes for the services that the server hosts on it.
 func (n *Node) Owns(ctx context.Context, host string) (bool, error) {
 	host = Hostname(host)
 	if addr, err := netip.ParseAddr(host); err == nil {
 		return n.Is(addr.Unmap()), nil
 	}
 	if last := n.lastName.Load(); last != nil && (names(last.name, host) || time.Since(last.asked) < namePeriod) {
-		return names(last.name, host), nil
+		return n.named(last.name, host), nil
 	}
 	last, err := n.naming.Ask(ctx, "", time.Time{}, func(ctx context.Context, asked time.Time) (*nodeName, error) {
 		ctx, cancel := context.WithTimeout(ctx, WhoIsTimeout)
@@ -278,7 +283,13 @@ func (n *Node) Owns(ctx context.Context, host string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	return names(last.name, host), nil
+	return n.named(last.name, host), nil
+}
+
+// named reports whether host is the node, whose tailnet name is fqdn, or a service that the
+// server hosts on it.
+func (n *Node) named(fqdn, host string) bool {
+	return names(fqdn, host) || n.namesService(fqdn, host)
 }
 
 // names reports whether host is the node name fqdn or its first label.

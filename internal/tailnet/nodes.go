@@ -25,7 +25,9 @@ func FromListeners(listeners []net.Listener) Nodes {
 			continue
 		}
 		seen[s] = true
-		nodes = append(nodes, FromServer(s))
+		n := FromServer(s)
+		n.services = servicesOf(s, listeners)
+		nodes = append(nodes, n)
 	}
 	return nodes
 }
@@ -36,9 +38,20 @@ func FromListeners(listeners []net.Listener) Nodes {
 // This looks through every layer, which is safe because listeners only propose nodes:
 // [ConnContext] decides whether a connection is a node's and unaltered.
 func server(ln any) *tsnet.Server {
+	if s := bottom(ln); s != nil {
+		return s.Server()
+	}
+	return nil
+}
+
+// onNode is a listener that tells the tsnet node it listens on, as tsnet's own does.
+type onNode interface{ Server() *tsnet.Server }
+
+// bottom returns the layer of ln that tells its node, or nil.
+func bottom(ln any) onNode {
 	for ln != nil {
-		if s, ok := ln.(interface{ Server() *tsnet.Server }); ok {
-			return s.Server()
+		if s, ok := ln.(onNode); ok {
+			return s
 		}
 		if u, ok := ln.(interface{ Unwrap() net.Listener }); ok {
 			ln = u.Unwrap()
@@ -49,12 +62,25 @@ func server(ln any) *tsnet.Server {
 	return nil
 }
 
-// Own reports whether addr is an address of one of the nodes.
+// Own reports whether addr is an address of one of the nodes, or of a service that one
+// of them hosts.
 func (nodes Nodes) Own(addr netip.Addr) bool {
 	return slices.ContainsFunc(nodes, func(n *Node) bool { return n.Is(addr) })
 }
 
-// Accepting returns the node that owns the address local.
+// ServiceAddrs returns the addresses of the services that the nodes host.
+func (nodes Nodes) ServiceAddrs() (all []netip.Addr) {
+	for _, n := range nodes {
+		for _, s := range n.services {
+			_, addrs := s.Service()
+			all = append(all, addrs...)
+		}
+	}
+	return all
+}
+
+// Accepting returns the node that owns the address local, its own or that of a service
+// that it hosts on this server.
 //
 // It is an error if no node does, or more than one: every Headscale tailnet starts at
 // 100.64.0.1, so two nodes of one server can own the same address, and a connection does

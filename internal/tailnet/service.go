@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tailnet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"tailscale.com/tsnet"
+)
+
+// Service is a listener for a Tailscale Service on a tsnet node. A service has addresses
+// and a name of its own, and can have several nodes as its hosts.
+//
+// Only the listener that a server has can make a connection to such an address count: the
+// control server also tells a node the addresses of services on which nothing listens.
+type Service interface {
+	// Service returns the name of the service, such as "k8s-api", and the addresses on
+	// which its connections are accepted now. There are none while the node may not host
+	// the service.
+	Service() (name string, addrs []netip.Addr)
+	// Drain makes the control server send new connections to other hosts of the service.
+	// Those that still come are accepted.
+	Drain(ctx context.Context) error
+}
+
+// Drain drains the services that the server hosts on the nodes.
+func (nodes Nodes) Drain(ctx context.Context) error {
+	var errs []error
+	for _, n := range nodes {
+		for _, s := range n.services {
+			if err := s.Drain(ctx); err != nil {
+				name, _ := s.Service()
+				errs = append(errs, fmt.Errorf("service %q of tailnet node %q: %w", name, n.Name, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// servicesOf returns those of listeners that listen on node for a service.
+func servicesOf(node *tsnet.Server, listeners []net.Listener) (services []Service) {
+	for _, ln := range listeners {
+		layer := bottom(ln)
+		if s, ok := layer.(Service); ok && layer.Server() == node {
+			services = append(services, s)
+		}
+	}
+	return services
+}
+
+// hosts reports whether addr is that of a service that the server hosts on the node.
+func (n *Node) hosts(addr netip.Addr) bool {
+	return slices.ContainsFunc(n.services, func(s Service) bool {
+		_, addrs := s.Service()
+		return slices.Contains(addrs, addr)
+	})
+}
+
+// namesService reports whether host is the name of a service that the server hosts on the
+// node, whose tailnet name is fqdn: services are named in the same domain.
+func (n *Node) namesService(fqdn, host string) bool {
+	_, domain, _ := strings.Cut(strings.ToLower(fqdn), ".")
+	return slices.ContainsFunc(n.services, func(s Service) bool {
+		name, _ := s.Service()
+		return domain != "" && names(name+"."+domain, host)
+	})
+}
+
+// ServerOf returns the tsnet server that ln listens on, or nil.
+func ServerOf(ln net.Listener) *tsnet.Server { return server(ln) }
