@@ -12,11 +12,11 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
+	"tailscale.com/client/local"
 	"tailscale.com/ipn"
 	"tailscale.com/tailcfg"
-
-	"tailscale.com/client/local"
 )
 
 const (
@@ -95,7 +95,8 @@ func (h *hosting) Destruct() error {
 		err = advertise(ctx, h.client, h.service, false)
 	}
 	if err != nil {
-		logger().Error("a Tailscale Service that this Caddy no longer serves is still in the node's settings", append(h.fields(), zap.Error(err))...)
+		logger := h.logger()
+		logger.Error("a Tailscale Service that this Caddy no longer serves is still in its node's settings", zap.Error(err))
 	}
 	return nil // Caddy cannot do anything about it
 }
@@ -291,17 +292,20 @@ func (h *hosting) report(s state) {
 	if same && slices.Equal(s.addrs, last.addrs) {
 		return
 	}
+	logger := h.logger()
 	if s.err == nil {
-		logger().Info("a Tailscale Service is hosted", append(h.fields(), zap.Stringers("addresses", s.addrs))...)
+		logger.Info("a Tailscale Service is hosted", zap.Stringers("addresses", s.addrs))
 		return
 	}
-	fields := append(h.fields(), zap.String("reason", s.err.what), zap.String("remedy", s.err.remedy))
+	fields := []zap.Field{zap.String("reason", s.err.what), zap.String("remedy", s.err.remedy)}
 	if s.err.cause != nil {
 		fields = append(fields, zap.NamedError("cause", s.err.cause))
 	}
-	logger().Error("a Tailscale Service cannot be hosted, and its callers time out", fields...)
+	logger.Error("a Tailscale Service is not hosted", fields...)
 }
 
-func (h *hosting) fields() []zap.Field {
-	return []zap.Field{zap.String("service", string(h.service)), zap.Uint16("port", h.port), zap.String("node", h.name)}
+// logger is that of the process, as the service is hosted for several configs.
+func (h *hosting) logger() *zap.Logger {
+	return caddy.Log().Named("tailscale_service").With(
+		zap.String("service", string(h.service)), zap.Uint16("port", h.port), zap.String("node", h.name))
 }

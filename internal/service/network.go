@@ -13,7 +13,6 @@ import (
 	"sync"
 
 	"github.com/caddyserver/caddy/v2"
-	"go.uber.org/zap"
 	"tailscale.com/tailcfg"
 	"tailscale.com/tsnet"
 
@@ -155,9 +154,6 @@ func (l *listener) Addr() net.Addr {
 
 // Server returns the node that hosts the service.
 func (l *listener) Server() *tsnet.Server { return l.node }
-
-// logger is the process's: a service is hosted for several configs.
-func logger() *zap.Logger { return caddy.Log().Named("tailscale_service") }
 
 // Interface guards
 var (

@@ -56,7 +56,7 @@ func servicesOf(node *tsnet.Server, listeners []net.Listener) (services []Servic
 
 // hosts reports whether addr is that of a service that the server hosts on the node.
 func (n *Node) hosts(addr netip.Addr) bool {
-	return slices.ContainsFunc(n.services, func(s Service) bool {
+	return addr != netip.Addr{} && slices.ContainsFunc(n.services, func(s Service) bool {
 		_, addrs := s.Service()
 		return slices.Contains(addrs, addr)
 	})

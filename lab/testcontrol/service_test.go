@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -21,6 +22,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"tailscale.com/ipn"
 	"tailscale.com/tailcfg"
 	"tailscale.com/tsnet"
@@ -28,6 +30,7 @@ import (
 	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/tempdir"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
@@ -61,8 +64,12 @@ func TestService_CallersAreKnown(t *testing.T) {
 			t.Errorf("over %s, the API server sees user %q; want %q", protocol, got, want)
 		}
 	}
-	if got := l.upgrade(); got != "caller."+domain {
+	upgraded := l.upgrade()
+	if got := upgraded.user; got != "caller."+domain {
 		t.Errorf("on an upgraded connection, the API server sees user %q; want the caller", got)
+	}
+	if err := upgraded.echo(); err != nil {
+		t.Error(err)
 	}
 
 	// Over plain HTTP, the name and the address of the service are those of the server.
@@ -84,17 +91,6 @@ func TestService_CallersAreKnown(t *testing.T) {
 		if resp.StatusCode != want {
 			t.Errorf("host %s: got status %d; want %d", host, resp.StatusCode, want)
 		}
-	}
-
-	// A process on the proxy's host that dials the service does not become its node.
-	self := l.client(l.node("k8s"), serviceAddr, "HTTP/1.1")
-	resp, err := self.Get("https://" + serviceHost + "/api")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = resp.Body.Close()
-	if resp.StatusCode != http.StatusForbidden {
-		t.Errorf("the node that hosts the service gets status %d from it; want 403", resp.StatusCode)
 	}
 }
 
@@ -178,6 +174,7 @@ func TestService_IsTakenBackWithItsSite(t *testing.T) {
 	caller := l.client(l.caller, serviceAddr, "HTTP/1.1")
 	l.get(caller, "https://"+serviceHost+"/api")
 
+	stream := l.upgrade()
 	// A second config, which differs, and the first again.
 	l.load(both + "\n# changed\nhttp://changed.example.com {\n\tbind tailscale/k8s\n\trespond changed\n}\n")
 	l.load(both)
@@ -185,6 +182,10 @@ func TestService_IsTakenBackWithItsSite(t *testing.T) {
 	for range 5 {
 		caller.CloseIdleConnections()
 		l.get(caller, "https://"+serviceHost+"/api")
+	}
+
+	if err := stream.echo(); err != nil {
+		t.Errorf("after the reloads: %v", err)
 	}
 
 	// Somebody clears the settings, as tsnet does when it is first asked to come up.
@@ -196,7 +197,11 @@ func TestService_IsTakenBackWithItsSite(t *testing.T) {
 	}
 	l.until("the settings are repaired", func() error { return l.settings(node, want, "svc:other", string(serviceName)) })
 
+	began := time.Now()
 	l.load(own)
+	if _, err := stream.r.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) || time.Since(began) > 10*time.Second {
+		t.Errorf("%v after its service is gone, a stream ends with %v; want its end", time.Since(began), err)
+	}
 	l.wantSettings(node, foreign(), "svc:other", string(serviceName))
 	// Another program still serves a port of the service, so it is still offered. Nothing
 	// answers on the port of the site.
@@ -297,6 +302,42 @@ func TestService_LeavesThePortsOfOthers(t *testing.T) {
 	l.awaitLog("handles port 443 of svc:k8s-api in another way")
 	l.load(own)
 	l.wantSettings(node, theirs)
+}
+
+// A service is drained before anything ends. The control server is told, and what still
+// comes is answered.
+func TestService_IsDrained(t *testing.T) {
+	l := newServiceLab(t)
+	l.load(l.site("https://"+serviceHost, "tailscale-service/k8s/k8s-api"))
+	node := l.node("k8s")
+	l.allowHost(node, serviceAddr)
+	l.awaitLog("a Tailscale Service is hosted")
+	stream := l.upgrade()
+	app, err := caddy.ActiveContext().App("http")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var listeners []net.Listener
+	for _, server := range app.(*caddyhttp.App).Servers {
+		listeners = append(listeners, server.Listeners()...)
+	}
+	if err := tailnet.FromListeners(listeners).Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := l.told(node), "svc:k8s-api drained"; got != want {
+		t.Errorf("the control server is told %q; want %q", got, want)
+	}
+	// Nothing that happens on the node makes it offer the service again.
+	l.tag(node)
+	for _, protocol := range []string{"HTTP/1.1", "HTTP/2.0"} {
+		l.get(l.client(l.caller, serviceAddr, protocol), "https://"+serviceHost+"/api")
+	}
+	if err := stream.echo(); err != nil {
+		t.Error(err)
+	}
+	if got, want := l.told(node), "svc:k8s-api drained"; got != want {
+		t.Errorf("the control server is told %q; want %q", got, want)
+	}
 }
 
 // Two nodes of one server that both host the service own its address, so that a connection
@@ -410,7 +451,9 @@ func (l *serviceLab) site(address string, bind ...string) string {
 	tailscale_impersonate {
 		cache_ttl 0
 	}
-	reverse_proxy %s
+	reverse_proxy %s {
+		stream_close_delay 1m
+	}
 }
 `, one, strings.Join(bind, " "), option, l.upstream)
 	}
@@ -535,6 +578,9 @@ func (l *serviceLab) client(node *tsnet.Server, addr netip.Addr, protocol string
 			}
 			ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 			defer cancel()
+			if err := routed(ctx, node, addr); err != nil {
+				return nil, err
+			}
 			return node.Dial(ctx, "tcp", net.JoinHostPort(addr.String(), port))
 		},
 	}
@@ -542,6 +588,25 @@ func (l *serviceLab) client(node *tsnet.Server, addr netip.Addr, protocol string
 	transport.Protocols.SetHTTP2(protocol == "HTTP/2.0")
 	l.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport, Timeout: 5 * time.Second}
+}
+
+// routed returns an error unless node knows a peer for addr: tsnet would dial it over the
+// network of the host.
+func routed(ctx context.Context, node *tsnet.Server, addr netip.Addr) error {
+	client, err := node.LocalClient()
+	if err != nil {
+		return err
+	}
+	status, err := client.Status(ctx)
+	if err != nil {
+		return err
+	}
+	for _, peer := range status.Peer {
+		if slices.Contains(peer.TailscaleIPs, addr) || peer.AllowedIPs != nil && peer.AllowedIPs.ContainsFunc(func(p netip.Prefix) bool { return p.Contains(addr) }) {
+			return nil
+		}
+	}
+	return fmt.Errorf("no peer has the address %v", addr)
 }
 
 // get requests url until it is answered with 200.
@@ -561,17 +626,25 @@ func (l *serviceLab) get(client *http.Client, url string) (resp *http.Response) 
 	return resp
 }
 
-// upgrade opens an upgraded connection, uses it, and returns the user that the upstream saw.
-func (l *serviceLab) upgrade() (user string) {
+// upgraded is an upgraded connection.
+type upgraded struct {
+	net.Conn
+	r    *bufio.Reader
+	user string // whom the upstream saw
+}
+
+// upgrade opens an upgraded connection to the service.
+func (l *serviceLab) upgrade() *upgraded {
 	l.Helper()
+	l.until("the caller has a route", func() error { return routed(l.Context(), l.caller, serviceAddr) })
 	plain, err := lab.Dial(l.Context(), l.caller, "tcp", serviceAddr.String()+":443")
 	if err != nil {
 		l.Fatal(err)
 	}
 	//nolint:gosec // Caddy's own authority issues the certificate
 	c := tls.Client(plain, &tls.Config{ServerName: serviceHost, InsecureSkipVerify: true})
-	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	l.Cleanup(func() { _ = c.Close() })
+	if err := c.SetDeadline(time.Now().Add(40 * time.Second)); err != nil {
 		l.Fatal(err)
 	}
 	_, _ = fmt.Fprintf(c, "GET /api/v1/namespaces/default/pods/web/portforward HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\r\n", serviceHost)
@@ -584,11 +657,18 @@ func (l *serviceLab) upgrade() (user string) {
 	if resp.StatusCode != http.StatusSwitchingProtocols {
 		l.Fatalf("got status %s; want an upgrade", resp.Status)
 	}
-	_, _ = io.WriteString(c, "echo\n")
-	if line, err := r.ReadString('\n'); line != "echo\n" {
-		l.Errorf("the upgraded connection answers %q, %v", line, err)
+	return &upgraded{c, r, resp.Header.Get("Saw-User")}
+}
+
+// echo uses the connection.
+func (u *upgraded) echo() error {
+	if _, err := io.WriteString(u, "echo\n"); err != nil {
+		return fmt.Errorf("the upgraded connection has ended: %w", err)
 	}
-	return resp.Header.Get("Saw-User")
+	if line, err := u.r.ReadString('\n'); line != "echo\n" {
+		return fmt.Errorf("the upgraded connection answers %q, %w", line, err)
+	}
+	return nil
 }
 
 // settings returns how those of node differ from what is wanted.

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package tailnet
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"net/netip"
+	"testing"
+
+	"tailscale.com/client/tailscale/apitype"
+	"tailscale.com/tsnet"
+)
+
+var (
+	service4 = netip.MustParseAddr("100.100.7.7")
+	service6 = netip.MustParseAddr("fd7a:115c:a1e0::7")
+)
+
+// hosted is a service on addrs.
+type hosted struct {
+	name    string
+	addrs   []netip.Addr
+	drained *[]string
+	err     error
+}
+
+func (s *hosted) Service() (string, []netip.Addr) { return s.name, s.addrs }
+
+func (s *hosted) Drain(context.Context) error {
+	*s.drained = append(*s.drained, s.name)
+	return s.err
+}
+
+// hosting returns a node that hosts services.
+func hosting(name string, ip4 netip.Addr, services ...Service) *Node {
+	n := owning(name, ip4, netip.Addr{})
+	n.services = services
+	n.DNSName = func(context.Context) (string, error) { return name + ".example.ts.net", nil }
+	return n
+}
+
+// A service's address is that of the node that hosts it, as long as it does.
+func TestAccepting_Services(t *testing.T) {
+	api := &hosted{name: "k8s-api", addrs: []netip.Addr{service4, service6}}
+	one, two := hosting("one", node4, api), owning("two", peer4, netip.Addr{})
+	nodes := Nodes{two, one}
+	for _, addr := range []netip.Addr{node4, service4, service6} {
+		if got, err := nodes.Accepting(addr); got != one {
+			t.Errorf("%v is an address of node %v (%v); want one", addr, got, err)
+		}
+		if !nodes.Own(addr) {
+			t.Errorf("the nodes do not own %v", addr)
+		}
+	}
+	if got := nodes.ServiceAddrs(); len(got) != 2 || got[0] != service4 {
+		t.Errorf("got addresses of services %v", got)
+	}
+
+	// Two replicas on one server, or a node of another tailnet with that very address.
+	for name, twin := range map[string]*Node{
+		"another host": hosting("twin", peer4, &hosted{name: "k8s-api", addrs: []netip.Addr{service4}}),
+		"another node": owning("twin", service4, netip.Addr{}),
+	} {
+		if got, err := (Nodes{one, twin}).Accepting(service4); err == nil {
+			t.Errorf("%s: node %q is picked", name, got.Name)
+		}
+	}
+
+	// The control server takes the right to host it away.
+	api.addrs = nil
+	if got, err := nodes.Accepting(service4); err == nil {
+		t.Errorf("an address that the service had is one of node %q", got.Name)
+	}
+	if (&Node{Addrs: one.Addrs, services: []Service{&hosted{addrs: []netip.Addr{{}}}}}).Is(netip.Addr{}) {
+		t.Error("no address is the node's")
+	}
+}
+
+// A node is no caller at its services either, and does not dial them.
+func TestWhoIs_ServiceIsSelf(t *testing.T) {
+	n := hosting("one", node4, &hosted{name: "k8s-api", addrs: []netip.Addr{service4}})
+	n.Ask = func(context.Context, netip.Addr, netip.Addr) (*apitype.WhoIsResponse, error) {
+		t.Error("the node is asked")
+		return new(apitype.WhoIsResponse), nil
+	}
+	for _, pair := range [][2]netip.Addr{{node4, service4}, {service4, node4}, {service4, service4}} {
+		if _, err := n.WhoIs(t.Context(), pair[0], pair[1]); !errors.Is(err, ErrSelf) {
+			t.Errorf("from %v to %v: got error %v; want %v", pair[0], pair[1], err, ErrSelf)
+		}
+	}
+	if _, err := n.Dial(t.Context(), "tcp", service4.String()+":443"); !errors.Is(err, ErrSelf) {
+		t.Errorf("the node dials its own service (%v)", err)
+	}
+}
+
+func TestOwns_Services(t *testing.T) {
+	n := hosting("k8s", node4, &hosted{name: "k8s-api", addrs: []netip.Addr{service4}})
+	for host, want := range map[string]bool{
+		"k8s": true, "k8s.example.ts.net": true, "100.64.0.1": true,
+		"k8s-api": true, "k8s-api:80": true, "K8S-API.example.ts.net": true, "k8s-api.example.ts.net.:80": true, "100.100.7.7": true, "100.100.7.7:80": true,
+		"": false, ".": false, "k8s-api.other.ts.net": false, "k8s-api.k8s.example.ts.net": false, "web": false, "web.example.ts.net": false, "100.100.7.8": false,
+	} {
+		if got, err := n.Owns(t.Context(), host); got != want || err != nil {
+			t.Errorf("%q is the node's: got %v (%v); want %v", host, got, err, want)
+		}
+	}
+	n.lastName.Store(nil)
+	n.DNSName = func(context.Context) (string, error) { return "", nil }
+	if got, _ := n.Owns(t.Context(), "k8s-api"); got {
+		t.Error("a node without a name has services with names")
+	}
+}
+
+// serviceListener listens for a service on a node.
+type serviceListener struct {
+	nodeListener
+	*hosted
+}
+
+func TestFromListeners_Services(t *testing.T) {
+	node, other := &tsnet.Server{Hostname: "node"}, &tsnet.Server{Hostname: "other"}
+	var drained []string
+	on := func(node *tsnet.Server, name string, addr netip.Addr) net.Listener {
+		return serviceListener{nodeListener{node: node}, &hosted{name: name, addrs: []netip.Addr{addr}, drained: &drained}}
+	}
+	failing := on(node, "failing", service6).(serviceListener)
+	failing.err = errors.New("the node has gone")
+	nodes := FromListeners([]net.Listener{
+		nodeListener{node: node},
+		embeddingListener{tls.NewListener(unwrappingListener{on(node, "k8s-api", service4)}, nil)},
+		on(other, "web", peer4), failing,
+	})
+	if len(nodes) != 2 {
+		t.Fatalf("got %d nodes; want 2", len(nodes))
+	}
+	for _, addr := range []netip.Addr{service4, service6} {
+		if !nodes[0].Is(addr) || nodes[1].Is(addr) {
+			t.Errorf("%v is not the address of the node that hosts its service, and of no other", addr)
+		}
+	}
+	if nodes[0].Is(peer4) || !nodes[1].Is(peer4) {
+		t.Error("the other node's service is not the other node's")
+	}
+	if err := nodes.Drain(t.Context()); !errors.Is(err, failing.err) {
+		t.Errorf("got error %v; want that of the service that cannot be drained", err)
+	}
+	if len(drained) != 3 {
+		t.Errorf("drained %q; want all", drained)
+	}
+}
