@@ -58,8 +58,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 
-	// The rest of the module: the admin API, the command, the matcher and the
-	// transport.
+	// The rest of the module: the admin API, the command, the matcher, the network for
+	// Tailscale Services and the transport.
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/admin"
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/cli"
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/matcher"

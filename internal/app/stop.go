@@ -90,7 +90,8 @@ func (a *App) drain() {
 	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
 	defer cancel()
 	if err := tailnet.FromListeners(a.listeners()).Drain(ctx); err != nil {
-		a.ctx.Logger().Error("a Tailscale Service cannot be drained, and may get connections until its node closes", zap.Error(err))
+		logger := a.ctx.Logger()
+		logger.Error("a Tailscale Service cannot be drained, and may get connections until its node closes", zap.Error(err))
 	}
 }
 

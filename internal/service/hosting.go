@@ -85,7 +85,7 @@ func (h *hosting) Destruct() error {
 	<-h.over
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	h.listen(nil)
+	h.closeAll()
 	close(h.done)
 	if h.client == nil {
 		return nil
@@ -185,12 +185,12 @@ func (h *hosting) update(ctx context.Context) state {
 		return state{waiting: true}
 	}
 	if status.Self.Tags == nil || status.Self.Tags.Len() == 0 {
-		h.listen(nil)
+		h.closeAll()
 		return state{err: &problem{what: "the node has no tag, and only tagged nodes may host a service", remedy: "give the node a tag, by its auth key or by tags in the option tailscale"}}
 	}
 	if err := serve(ctx, h.client, h.service, h.port); err != nil {
 		// Then the node answers on the port itself, or with what another program set.
-		h.listen(nil)
+		h.closeAll()
 		if p := new(problem); errors.As(err, &p) {
 			return state{err: p}
 		}
@@ -201,11 +201,11 @@ func (h *hosting) update(ctx context.Context) state {
 	}
 	addrs, err := mayHost(status.Self.CapMap, h.service)
 	if err != nil {
-		h.listen(nil)
+		h.closeAll()
 		return state{err: &problem{"the control server sent addresses that cannot be read", err, "see the error"}}
 	}
 	if len(addrs) == 0 {
-		h.listen(nil)
+		h.closeAll()
 		return state{err: &problem{what: "the control server does not let the node host the service", remedy: "Tailscale: define the service on the page Services of the admin console, with this port, and approve the node as its host there or by autoApprovers in the policy file; Headscale has no Services"}}
 	}
 	if err := h.listen(addrs); err != nil {
@@ -260,6 +260,9 @@ func (h *hosting) listen(addrs []netip.Addr) error {
 	h.addrs.Store(&open)
 	return errors.Join(errs...)
 }
+
+// closeAll accepts connections on no address.
+func (h *hosting) closeAll() { _ = h.listen(nil) } // only to open one can fail
 
 // accept passes on what ln accepts.
 func (h *hosting) accept(ln net.Listener) {

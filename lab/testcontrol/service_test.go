@@ -267,7 +267,7 @@ func TestService_FollowsTheControlServer(t *testing.T) {
 		}
 	}
 
-	l.forget("the control server does not let the node host the service")
+	l.forget()
 	l.control.SetNodeCapMap(l.key(node), tailcfg.NodeCapMap{})
 	l.awaitLog("the control server does not let the node host the service")
 	if addrs := l.listening(node); len(addrs) > 0 {
@@ -363,10 +363,10 @@ func TestService_TwoHosts(t *testing.T) {
 		}
 		defer resp.Body.Close()
 		body, err := io.ReadAll(resp.Body)
-		if resp.StatusCode != http.StatusForbidden || !strings.Contains(string(body), `both own the address `+serviceAddr.String()) {
-			return fmt.Errorf("got status %d: %s (%v)", resp.StatusCode, body, err)
+		if err == nil && (resp.StatusCode != http.StatusForbidden || !strings.Contains(string(body), `both own the address `+serviceAddr.String())) {
+			err = fmt.Errorf("got status %d: %s", resp.StatusCode, body)
 		}
-		return nil
+		return err
 	})
 }
 
@@ -378,7 +378,7 @@ type serviceLab struct {
 	caller   *tsnet.Server
 	upstream string
 	dir, log string
-	roots    string
+	running  bool
 	from     int // where in the log awaitLog looks
 }
 
@@ -486,8 +486,8 @@ func (l *serviceLab) load(sites string) {
 	if err != nil {
 		l.Fatal(err)
 	}
-	if l.roots == "" {
-		l.roots = l.dir
+	if !l.running {
+		l.running = true
 		l.Cleanup(func() {
 			if err := caddy.Stop(); err != nil {
 				l.Errorf("stopping Caddy: %v", err)
@@ -569,7 +569,7 @@ func (l *serviceLab) route(node *tsnet.Server, addr netip.Addr) {
 func (l *serviceLab) client(node *tsnet.Server, addr netip.Addr, protocol string) *http.Client {
 	transport := &http.Transport{
 		Protocols: new(http.Protocols),
-		//nolint:gosec // Caddy's own authority issues the certificate
+		// Caddy's own authority issues the certificate.
 		TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 		DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
 			_, port, err := net.SplitHostPort(address)
@@ -641,7 +641,7 @@ func (l *serviceLab) upgrade() *upgraded {
 	if err != nil {
 		l.Fatal(err)
 	}
-	//nolint:gosec // Caddy's own authority issues the certificate
+	// Caddy's own authority issues the certificate.
 	c := tls.Client(plain, &tls.Config{ServerName: serviceHost, InsecureSkipVerify: true})
 	l.Cleanup(func() { _ = c.Close() })
 	if err := c.SetDeadline(time.Now().Add(40 * time.Second)); err != nil {
@@ -756,7 +756,7 @@ func (l *serviceLab) awaitLog(text string) {
 }
 
 // forget makes awaitLog look only at what is logged from now on.
-func (l *serviceLab) forget(string) {
+func (l *serviceLab) forget() {
 	l.Helper()
 	log, err := os.ReadFile(l.log)
 	if err != nil {

@@ -274,6 +274,17 @@ var requests = []file{
 		{name: "also one behind that of the config in use", old: "\tfor range 2 {\n", new: "\tfor range 1 {\n"},
 		{name: "a node that hangs delays nothing", old: "\tcase <-ctx.Done():\n", new: "\tcase <-context.Background().Done():\n"},
 	}},
+	{"internal/tailnet/service.go", "./internal/tailnet", []mutant{
+		{name: "a service is its own node's only", old: "ok && layer.Server() == node {", new: "ok {"},
+		{name: "only addresses that a service has now are the node's", old: "return slices.Contains(addrs, addr)", new: "return addrs != nil || addr.IsValid()"},
+		{name: "no address is that of no service", old: "addr != netip.Addr{} && slices", new: "slices"},
+		{name: "a service is named in its node's domain", old: `names(name+"."+domain, host)`, new: `strings.HasPrefix(host, name)`},
+		{name: "services of a node without a name have none", old: `domain != "" && names`, new: "names"},
+	}},
+	{"internal/service/network.go", "./internal/service", []mutant{
+		{name: "a listener that is closed takes no connection", old: "\t\t\tcase <-l.closed:\n\t\t\t\t// It", new: "\t\t\tcase <-l.done:\n\t\t\t\t// It"},
+		{name: "the prefix that Caddy cuts off is not taken for a service", old: `if name == "svc" {`, new: "if false {"},
+	}},
 	{"internal/tailnet/nodes.go", "./internal/tailnet", []mutant{
 		{name: "a node is one, however many its listeners", old: "if s == nil || seen[s] {", new: "if s == nil {"},
 		{name: "only a node that owns the address is asked", old: "\t\tcase !n.Is(local):\n", new: "\t\tcase false:\n"},
