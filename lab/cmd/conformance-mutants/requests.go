@@ -282,7 +282,6 @@ var requests = []file{
 		{name: "services of a node without a name have none", old: `domain != "" && names`, new: "names"},
 	}},
 	{"internal/service/network.go", "./internal/service", []mutant{
-		{name: "a listener that is closed takes no connection", old: "\t\t\tcase <-l.closed:\n\t\t\t\t// It", new: "\t\t\tcase <-l.done:\n\t\t\t\t// It"},
 		{name: "the prefix that Caddy cuts off is not taken for a service", old: `if name == "svc" {`, new: "if false {"},
 	}},
 	{"internal/tailnet/nodes.go", "./internal/tailnet", []mutant{
