@@ -198,7 +198,9 @@ func TestService_IsTakenBackWithItsSite(t *testing.T) {
 	l.until("the settings are repaired", func() error { return l.settings(node, want, "svc:other", string(serviceName)) })
 
 	began := time.Now()
+	l.forget()
 	l.load(own)
+	l.awaitLog("streams ended") // at once, and not when the caller is checked again
 	if _, err := stream.r.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) || time.Since(began) > 10*time.Second {
 		t.Errorf("%v after its service is gone, a stream ends with %v; want its end", time.Since(began), err)
 	}
