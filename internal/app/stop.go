@@ -105,7 +105,8 @@ func (a *App) leaveNodes() {
 		}
 	}
 	leaving := tailnet.FromListeners(a.listeners())
-	services := slices.DeleteFunc(leaving.ServiceAddrs(), staying.Own)
+	keeps := staying.ServiceAddrs()
+	services := slices.DeleteFunc(leaving.ServiceAddrs(), func(dialled netip.AddrPort) bool { return slices.Contains(keeps, dialled) })
 	leaving = slices.DeleteFunc(leaving, func(n *tailnet.Node) bool {
 		ip4, ip6 := n.Addrs()
 		return staying.Own(ip4) || staying.Own(ip6)
@@ -113,7 +114,9 @@ func (a *App) leaveNodes() {
 	if len(leaving) == 0 && len(services) == 0 {
 		return
 	}
-	closing := func(local netip.Addr) bool { return leaving.Own(local) || slices.Contains(services, local) }
+	closing := func(dialled netip.AddrPort) bool {
+		return leaving.Own(dialled.Addr()) || slices.Contains(services, dialled)
+	}
 	logEnded(a.ctx.Logger(), revocation.Leaving, a.process.Requests.EndOn(closing, revocation.Leaving, streamsTimeout))
 	a.closeIdle()
 }

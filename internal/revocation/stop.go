@@ -42,14 +42,14 @@ func (r *Registry) Stop(limit time.Duration) (ended map[requestinfo.Kind]int) {
 	r.mu.Lock()
 	r.stopping = true
 	r.mu.Unlock()
-	return r.EndOn(func(netip.Addr) bool { return true }, Exiting, limit)
+	return r.EndOn(func(netip.AddrPort) bool { return true }, Exiting, limit)
 }
 
-// EndOn ends the streams of clients that dialled an address for which closing reports true,
+// EndOn ends the streams of clients that dialled what closing reports true for,
 // and returns how many, by kind. It waits until no request to these addresses is open, and
 // closes the connections of the streams: otherwise clients would send their next requests to
 // a node that no longer answers. All of that takes limit at most.
-func (r *Registry) EndOn(closing func(local netip.Addr) bool, why Stopping, limit time.Duration) (ended map[requestinfo.Kind]int) {
+func (r *Registry) EndOn(closing func(dialled netip.AddrPort) bool, why Stopping, limit time.Duration) (ended map[requestinfo.Kind]int) {
 	deadline := time.Now().Add(limit - DeliveryTime)
 	ended = make(map[requestinfo.Kind]int)
 	conns := make(map[*tailnet.Conn]bool)
@@ -74,13 +74,14 @@ func (r *Registry) EndOn(closing func(local netip.Addr) bool, why Stopping, limi
 	return ended
 }
 
-// on calls f for each open request to the given addresses, and returns how many there are.
-func (r *Registry) on(local func(netip.Addr) bool, f func(*Request)) (n int) {
+// on calls f for each open request to what dialled reports true for, and returns how many
+// there are.
+func (r *Registry) on(dialled func(netip.AddrPort) bool, f func(*Request)) (n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, t := range r.trackers {
 		for req := t.open; req != nil; req = req.next {
-			if local(req.conn.Local) {
+			if dialled(req.conn.Dialled()) {
 				n++
 				f(req)
 			}

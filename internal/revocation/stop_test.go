@@ -84,7 +84,7 @@ func TestEndOn_OtherAddressesContinue(t *testing.T) {
 		kept := tracker.track(stays.ctx, caller(stays, alice, time.Now()), requestinfo.Watch)
 		defer kept.Close()
 		began := time.Now()
-		ended := registry.EndOn(func(local netip.Addr) bool { return local != other }, Leaving, time.Minute)
+		ended := registry.EndOn(func(dialled netip.AddrPort) bool { return dialled.Addr() != other }, Leaving, time.Minute)
 		if diff := cmp.Diff(map[requestinfo.Kind]int{requestinfo.Watch: 1}, ended); diff != "" {
 			t.Errorf("ended (-want +got):\n%s", diff)
 		}

@@ -32,8 +32,11 @@ type hosting struct {
 	key
 	name  string // of the node, in the config
 	conns chan net.Conn
-	// addrs are the addresses on which connections are accepted.
-	addrs atomic.Pointer[[]netip.Addr]
+	// addrs are the addresses and the port on which connections are accepted.
+	addrs atomic.Pointer[[]netip.AddrPort]
+	// had holds every address on which connections were ever accepted. The control server
+	// gives a service another one when an administrator does.
+	had sync.Map // netip.Addr -> true
 	// drained is whether the service must not be advertised any more.
 	drained atomic.Bool
 
@@ -57,15 +60,21 @@ func host(k key, name string) *hosting {
 		over:      make(chan struct{}),
 		done:      make(chan struct{}),
 	}
-	h.addrs.Store(new([]netip.Addr))
+	h.addrs.Store(new([]netip.AddrPort))
 	go h.follow(ctx)
 	return h
 }
 
 // Service returns the name of the service and the addresses on which connections to it are
 // accepted.
-func (h *hosting) Service() (name string, addrs []netip.Addr) {
+func (h *hosting) Service() (name string, addrs []netip.AddrPort) {
 	return h.service.WithoutPrefix(), *h.addrs.Load()
+}
+
+// Had reports whether connections to addr are or were accepted.
+func (h *hosting) Had(addr netip.Addr) bool {
+	_, had := h.had.Load(addr)
+	return had
 }
 
 // Drain makes the node no longer offer itself as a host of the service, so that the control
@@ -76,8 +85,11 @@ func (h *hosting) Drain(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return advertise(ctx, client, h.service, false)
+	return advertise(ctx, client, h.service, never)
 }
+
+// never is what a service that is drained or gone tells [advertise].
+func never() bool { return false }
 
 // Destruct takes everything back.
 func (h *hosting) Destruct() error {
@@ -92,7 +104,7 @@ func (h *hosting) Destruct() error {
 	}
 	last, err := unserve(ctx, h.client, h.service, h.port)
 	if err == nil && last {
-		err = advertise(ctx, h.client, h.service, false)
+		err = advertise(ctx, h.client, h.service, never)
 	}
 	if err != nil {
 		logger := h.logger()
@@ -196,7 +208,7 @@ func (h *hosting) update(ctx context.Context) state {
 		}
 		return state{err: &problem{"the node does not take the serve config", err, "see the error"}}
 	}
-	if err := advertise(ctx, h.client, h.service, !h.drained.Load()); err != nil {
+	if err := advertise(ctx, h.client, h.service, func() bool { return !h.drained.Load() }); err != nil {
 		return state{err: &problem{"the node does not offer itself as a host", err, "see the error"}}
 	}
 	addrs, err := mayHost(status.Self.CapMap, h.service)
@@ -209,7 +221,7 @@ func (h *hosting) update(ctx context.Context) state {
 		return state{err: &problem{what: "the control server does not let the node host the service", remedy: "Tailscale: define the service on the page Services of the admin console, with this port, and approve the node as its host there or by autoApprovers in the policy file; Headscale has no Services"}}
 	}
 	if err := h.listen(addrs); err != nil {
-		return state{addrs: *h.addrs.Load(), err: &problem{"an address of the service is in use on the node", err, "let only one program in this process listen on it"}}
+		return state{addrs: addrs, err: &problem{"an address of the service is in use on the node", err, "let only one program in this process listen on it"}}
 	}
 	return state{addrs: addrs}
 }
@@ -243,10 +255,11 @@ func (h *hosting) listen(addrs []netip.Addr) error {
 		}
 	}
 	var errs []error
-	var open []netip.Addr
+	var open []netip.AddrPort
 	for _, addr := range addrs {
+		dialled := netip.AddrPortFrom(addr, h.port)
 		if h.listeners[addr] == nil {
-			ln, err := h.node.Listen("tcp", netip.AddrPortFrom(addr, h.port).String())
+			ln, err := h.node.Listen("tcp", dialled.String())
 			if err != nil {
 				errs = append(errs, err)
 				continue
@@ -254,7 +267,8 @@ func (h *hosting) listen(addrs []netip.Addr) error {
 			h.listeners[addr] = ln
 			defer func() { go h.accept(ln) }()
 		}
-		open = append(open, addr)
+		open = append(open, dialled)
+		h.had.Store(addr, true)
 	}
 	// Before the first connection is accepted, it has to be known whose address that is.
 	h.addrs.Store(&open)

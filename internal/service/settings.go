@@ -101,10 +101,12 @@ func change(ctx context.Context, client *local.Client, f func(*ipn.ServeConfig) 
 	}
 }
 
-// advertise makes the node offer itself as a host of service, or no longer.
-func advertise(ctx context.Context, client *local.Client, service tailcfg.ServiceName, offer bool) error {
+// advertise makes the node offer itself as a host of service, or no longer, whichever
+// wanted reports once nothing else changes the settings.
+func advertise(ctx context.Context, client *local.Client, service tailcfg.ServiceName, wanted func() bool) error {
 	settings.Lock()
 	defer settings.Unlock()
+	offer := wanted()
 	prefs, err := client.GetPrefs(ctx)
 	if err != nil {
 		return err

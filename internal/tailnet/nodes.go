@@ -68,8 +68,8 @@ func (nodes Nodes) Own(addr netip.Addr) bool {
 	return slices.ContainsFunc(nodes, func(n *Node) bool { return n.Is(addr) })
 }
 
-// ServiceAddrs returns the addresses of the services that the nodes host.
-func (nodes Nodes) ServiceAddrs() (all []netip.Addr) {
+// ServiceAddrs returns the addresses and ports of the services that the nodes host.
+func (nodes Nodes) ServiceAddrs() (all []netip.AddrPort) {
 	for _, n := range nodes {
 		for _, s := range n.services {
 			_, addrs := s.Service()
@@ -84,20 +84,21 @@ func (nodes Nodes) ServiceAddrs() (all []netip.Addr) {
 //
 // It is an error if no node does, or more than one: every Headscale tailnet starts at
 // 100.64.0.1, so two nodes of one server can own the same address, and a connection does
-// not tell which of them accepted it. The error is [ErrNotConnected] if the owner may be a
-// node that is not connected.
+// not tell which of them accepted it. So can two nodes that host a service with that
+// address one after the other. The error is [ErrNotConnected] if the owner may be a node
+// that is not connected.
 func (nodes Nodes) Accepting(local netip.Addr) (*Node, error) {
 	var owner *Node
 	for _, n := range nodes {
 		switch {
-		case !n.Is(local):
+		case !n.Is(local) && !n.had(local):
 		case owner != nil:
 			return nil, fmt.Errorf("nodes %q and %q of this server both own the address %v, so it cannot be told which of them accepted the connection; give each a server of its own", owner.Name, n.Name, local)
 		default:
 			owner = n
 		}
 	}
-	if owner != nil {
+	if owner != nil && owner.Is(local) {
 		return owner, nil
 	}
 	for _, n := range nodes {

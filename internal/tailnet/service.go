@@ -20,10 +20,12 @@ import (
 // Only the listener that a server has can make a connection to such an address count: the
 // control server also tells a node the addresses of services on which nothing listens.
 type Service interface {
-	// Service returns the name of the service, such as "k8s-api", and the addresses on
-	// which its connections are accepted now. There are none while the node may not host
-	// the service.
-	Service() (name string, addrs []netip.Addr)
+	// Service returns the name of the service, such as "k8s-api", and the addresses and
+	// port on which its connections are accepted now. There are none while the node may
+	// not host the service.
+	Service() (name string, addrs []netip.AddrPort)
+	// Had reports whether addr is, or was earlier, one of these addresses.
+	Had(addr netip.Addr) bool
 	// Drain makes the control server send new connections to other hosts of the service.
 	// Those that still come are accepted.
 	Drain(ctx context.Context) error
@@ -58,8 +60,14 @@ func servicesOf(node *tsnet.Server, listeners []net.Listener) (services []Servic
 func (n *Node) hosts(addr netip.Addr) bool {
 	return addr != netip.Addr{} && slices.ContainsFunc(n.services, func(s Service) bool {
 		_, addrs := s.Service()
-		return slices.Contains(addrs, addr)
+		return slices.ContainsFunc(addrs, func(a netip.AddrPort) bool { return a.Addr() == addr })
 	})
+}
+
+// had reports whether addr is or was that of a service that the server hosts on the node.
+// What a caller sent before the node lost the service can still be unread.
+func (n *Node) had(addr netip.Addr) bool {
+	return slices.ContainsFunc(n.services, func(s Service) bool { return s.Had(addr) })
 }
 
 // namesService reports whether host is the name of a service that the server hosts on the

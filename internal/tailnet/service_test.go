@@ -8,6 +8,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"tailscale.com/client/tailscale/apitype"
@@ -23,11 +24,21 @@ var (
 type hosted struct {
 	name    string
 	addrs   []netip.Addr
+	lost    []netip.Addr
 	drained *[]string
 	err     error
 }
 
-func (s *hosted) Service() (string, []netip.Addr) { return s.name, s.addrs }
+func (s *hosted) Service() (name string, addrs []netip.AddrPort) {
+	for _, addr := range s.addrs {
+		addrs = append(addrs, netip.AddrPortFrom(addr, 443))
+	}
+	return s.name, addrs
+}
+
+func (s *hosted) Had(addr netip.Addr) bool {
+	return slices.Contains(s.addrs, addr) || slices.Contains(s.lost, addr)
+}
 
 func (s *hosted) Drain(context.Context) error {
 	*s.drained = append(*s.drained, s.name)
@@ -55,7 +66,7 @@ func TestAccepting_Services(t *testing.T) {
 			t.Errorf("the nodes do not own %v", addr)
 		}
 	}
-	if got := nodes.ServiceAddrs(); len(got) != 2 || got[0] != service4 {
+	if got := nodes.ServiceAddrs(); len(got) != 2 || got[0] != netip.AddrPortFrom(service4, 443) {
 		t.Errorf("got addresses of services %v", got)
 	}
 
@@ -63,6 +74,8 @@ func TestAccepting_Services(t *testing.T) {
 	for name, twin := range map[string]*Node{
 		"another host": hosting("twin", peer4, &hosted{name: "k8s-api", addrs: []netip.Addr{service4}}),
 		"another node": owning("twin", service4, netip.Addr{}),
+		// A request that it accepted may still be unread.
+		"a node that was a host": hosting("twin", peer4, &hosted{name: "k8s-api", lost: []netip.Addr{service4}}),
 	} {
 		if got, err := (Nodes{one, twin}).Accepting(service4); err == nil {
 			t.Errorf("%s: node %q is picked", name, got.Name)
@@ -70,7 +83,7 @@ func TestAccepting_Services(t *testing.T) {
 	}
 
 	// The control server takes the right to host it away.
-	api.addrs = nil
+	api.addrs, api.lost = nil, api.addrs
 	if got, err := nodes.Accepting(service4); err == nil {
 		t.Errorf("an address that the service had is one of node %q", got.Name)
 	}

@@ -215,6 +215,61 @@ func TestService_IsTakenBackWithItsSite(t *testing.T) {
 	}
 }
 
+// A site that moves to another port of its service ends the streams on the old one: the
+// node no longer takes their packets.
+func TestService_StreamsEndWithTheirPort(t *testing.T) {
+	l := newServiceLab(t)
+	l.load(l.site("https://"+serviceHost, "tailscale-service/k8s/k8s-api"))
+	l.allowHost(l.node("k8s"), serviceAddr)
+	l.awaitLog("a Tailscale Service is hosted")
+	l.get(l.client(l.caller, serviceAddr, "HTTP/1.1"), "https://"+serviceHost+"/api")
+	stream := l.upgrade()
+	l.forget()
+	l.load(l.site("https://"+serviceHost+":8443", "tailscale-service/k8s/k8s-api"))
+	l.awaitLog("streams ended")
+	if _, err := stream.r.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("a stream on the port that is gone ends with %v; want its end", err)
+	}
+	l.get(l.client(l.caller, serviceAddr, "HTTP/1.1"), "https://"+serviceHost+":8443/api")
+}
+
+// Who may no longer connect to the service loses its streams, and what it sends on
+// connections that are open is refused.
+func TestService_LostAccessEndsStreams(t *testing.T) {
+	l := newServiceLab(t)
+	l.load(l.site("https://"+serviceHost, "tailscale-service/k8s/k8s-api"))
+	node := l.node("k8s")
+	l.allowHost(node, serviceAddr)
+	l.awaitLog("a Tailscale Service is hosted")
+	client := l.client(l.caller, serviceAddr, "HTTP/2.0")
+	l.get(client, "https://"+serviceHost+"/api")
+	stream := l.upgrade()
+	// The node's own address is left to everybody.
+	ip4, ip6 := node.TailscaleIPs()
+	own := tailcfg.FilterRule{SrcIPs: []string{"*"}, DstPorts: []tailcfg.NetPortRange{
+		{IP: ip4.String(), Ports: tailcfg.PortRangeAny}, {IP: ip6.String(), Ports: tailcfg.PortRangeAny},
+	}}
+	if !l.control.AddRawMapResponse(l.key(node), &tailcfg.MapResponse{PacketFilter: []tailcfg.FilterRule{own}}) {
+		t.Fatal("the control server has lost the node")
+	}
+	l.until("a request on the open connection is refused", func() error {
+		resp, err := client.Get("https://" + serviceHost + "/api")
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
+		if err == nil && (resp.StatusCode != http.StatusForbidden || !strings.Contains(string(body), "not_admitted")) {
+			err = fmt.Errorf("got status %d: %s", resp.StatusCode, body)
+		}
+		return err
+	})
+	l.awaitLog("open requests ended")
+	if _, err := stream.r.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("a stream ends with %v; want its end", err)
+	}
+}
+
 // The last port of a service takes its offer with it.
 func TestService_IsNoLongerOffered(t *testing.T) {
 	l := newServiceLab(t)

@@ -276,7 +276,7 @@ var requests = []file{
 	}},
 	{"internal/tailnet/service.go", "./internal/tailnet", []mutant{
 		{name: "a service is its own node's only", old: "ok && layer.Server() == node {", new: "ok {"},
-		{name: "only addresses that a service has now are the node's", old: "return slices.Contains(addrs, addr)", new: "return addrs != nil || addr.IsValid()"},
+		{name: "only addresses that a service has now are the node's", old: "return a.Addr() == addr", new: "return true"},
 		{name: "no address is that of no service", old: "addr != netip.Addr{} && slices", new: "slices"},
 		{name: "a service is named in its node's domain", old: `names(name+"."+domain, host)`, new: `strings.HasPrefix(host, name)`},
 		{name: "services of a node without a name have none", old: `domain != "" && names`, new: "names"},
@@ -286,7 +286,9 @@ var requests = []file{
 	}},
 	{"internal/tailnet/nodes.go", "./internal/tailnet", []mutant{
 		{name: "a node is one, however many its listeners", old: "if s == nil || seen[s] {", new: "if s == nil {"},
-		{name: "only a node that owns the address is asked", old: "\t\tcase !n.Is(local):\n", new: "\t\tcase false:\n"},
+		{name: "only a node that owns the address is asked", old: "\t\tcase !n.Is(local) && !n.had(local):\n", new: "\t\tcase false:\n"},
+		{name: "an address that another node had is refused", old: "!n.Is(local) && !n.had(local):", new: "!n.Is(local):"},
+		{name: "an address that the node lost is refused", old: "owner != nil && owner.Is(local) {", new: "owner != nil {"},
 		{name: "an address that two nodes own is refused", old: "\t\tcase owner != nil:\n\t\t\treturn nil, ", new: "\t\tcase owner != nil:\n\t\t\t_ = "},
 		{name: "a node that is not connected may be the one", old: "\t\tif !n.connected() {", new: "\t\tif false {"},
 		{name: "an address that no node owns is refused", old: "\treturn nil, fmt.Errorf(\"no tailnet node of this server owns", new: "\tif len(nodes) > 0 {\n\t\treturn nodes[0], nil\n\t}\n\treturn nil, fmt.Errorf(\"no tailnet node of this server owns"},
