@@ -568,7 +568,7 @@ var requests = []file{
 	{"internal/revocation/stop.go", "./internal/revocation", []mutant{
 		{name: "streams end when Caddy exits", old: "\t\t\treq.cancel(why)\n", new: ""},
 		{name: "no stream begins when Caddy exits", old: "\tr.stopping = true\n", new: ""},
-		{name: "only streams on nodes that close end", old: "\t\t\tif local(req.conn.Local) {", new: "\t\t\tif true {"},
+		{name: "only streams on nodes that close end", old: "\t\t\tif dialled(req.conn.Dialled()) {", new: "\t\t\tif true {"},
 		{name: "what was sent last arrives", old: "\ttime.Sleep(DeliveryTime)\n", new: ""},
 		{name: "no client goes on using a node that closes", old: "\t\tconn.End(why)\n", new: "\t\t_ = conn\n"},
 		{name: "only what ends because the node closes looks complete", old: " || why == \"\" {", new: " || b.ctx.Err() == nil {"},
