@@ -47,8 +47,9 @@ func (a *Authenticator) Explain(r *http.Request) (*whoami.Facts, error) {
 }
 
 // ExplainPeer returns what each of the server's nodes, and its configuration, says
-// about a peer, which is given by its address, its node ID or its tailnet name. The
-// error says what could not be found out.
+// about a peer, which is given by its address, its node ID or its tailnet name. What it
+// says to who dials a Tailscale Service comes after that: grants can be for the service
+// alone. The error says what could not be found out.
 func (a *Authenticator) ExplainPeer(ctx context.Context, name string) (all []*whoami.Facts, err error) {
 	select {
 	case <-a.ready:
@@ -62,22 +63,24 @@ func (a *Authenticator) ExplainPeer(ctx context.Context, name string) (all []*wh
 			continue
 		}
 		ip4, ip6 := node.Addrs()
+		told := make(map[string]bool) // by the service, none for the node itself
 		for _, addr := range addrs {
-			local := ip4
-			if addr.Is6() {
-				local = ip6
+			for _, local := range append([]netip.Addr{ip4, ip6}, node.ServiceAddrs()...) {
+				service := node.ServiceAt(local)
+				// The device's other address is the same device's; only grants that name
+				// an address can differ.
+				if !local.IsValid() || addr.Is6() != local.Is6() || told[service] {
+					continue
+				}
+				facts, refused := a.facts(a.resolve(ctx, peerKey{node, addr, netip.AddrPortFrom(local, 0)}))
+				if refused != nil {
+					err = errors.Join(err, refused, apistatus.Cause(refused)) // for an operator
+					continue
+				}
+				facts.Listen = a.Listen
+				all = append(all, facts)
+				told[service] = true
 			}
-			if !local.IsValid() {
-				continue
-			}
-			facts, refused := a.facts(a.resolve(ctx, peerKey{node, addr, netip.AddrPortFrom(local, 0)}))
-			if refused != nil {
-				err = errors.Join(err, refused, apistatus.Cause(refused)) // for an operator
-				continue
-			}
-			facts.Listen = a.Listen
-			all = append(all, facts)
-			break // the other address is the same device's; only grants that name an address can differ
 		}
 	}
 	return all, err
@@ -99,6 +102,7 @@ func (a *Authenticator) facts(res *resolution) (*whoami.Facts, error) {
 	f := &whoami.Facts{
 		Address:  res.key.remote.String(),
 		Proxy:    res.key.node.Name,
+		Service:  res.key.node.ServiceAt(res.key.dialled.Addr()),
 		LooksFor: string(a.Capabilities[0]),
 	}
 	if res.err != nil {

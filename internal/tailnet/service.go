@@ -80,5 +80,31 @@ func (n *Node) namesService(fqdn, host string) bool {
 	})
 }
 
+// ServiceAt returns the name of the service with the address addr that the server hosts on the
+// node, empty if there is none.
+func (n *Node) ServiceAt(addr netip.Addr) string {
+	for _, s := range n.services {
+		name, addrs := s.Service()
+		if slices.ContainsFunc(addrs, func(a netip.AddrPort) bool { return a.Addr() == addr }) {
+			return name
+		}
+	}
+	return ""
+}
+
+// ServiceAddrs returns the addresses of the services that the server hosts on the node, each
+// once.
+func (n *Node) ServiceAddrs() (all []netip.Addr) {
+	for _, s := range n.services {
+		_, addrs := s.Service()
+		for _, a := range addrs {
+			if !slices.Contains(all, a.Addr()) {
+				all = append(all, a.Addr())
+			}
+		}
+	}
+	return all
+}
+
 // ServerOf returns the tsnet server that ln listens on, or nil.
 func ServerOf(ln net.Listener) *tsnet.Server { return server(ln) }

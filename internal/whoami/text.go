@@ -70,16 +70,16 @@ func WriteText(w io.Writer, all ...*Facts) error {
 type sites []site
 
 type site struct {
-	node   string
-	listen []string
+	node, service string
+	listen        []string
 }
 
 // add adds the site that says f.
 func (s *sites) add(f *Facts) {
-	i := slices.IndexFunc(*s, func(known site) bool { return known.node == f.Proxy })
+	i := slices.IndexFunc(*s, func(known site) bool { return known.node == f.Proxy && known.service == f.Service })
 	if i < 0 {
 		i = len(*s)
-		*s = append(*s, site{node: f.Proxy})
+		*s = append(*s, site{node: f.Proxy, service: f.Service})
 	}
 	at := &(*s)[i]
 	for _, address := range f.Listen {
@@ -93,6 +93,9 @@ func (s sites) String() string {
 	nodes := make([]string, len(s))
 	for i, site := range s {
 		nodes[i] = fmt.Sprintf("tailnet node %q", site.node)
+		if site.service != "" {
+			nodes[i] += fmt.Sprintf(" to who dials its Tailscale Service %q", site.service)
+		}
 		if len(site.listen) > 0 {
 			nodes[i] += " on " + strings.Join(site.listen, ", ")
 		}

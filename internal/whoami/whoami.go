@@ -63,11 +63,13 @@ type Facts struct {
 
 	Recording Recording `json:"recording"`
 
-	// Proxy is the name of the tailnet node that reported the caller, Listen are the
-	// addresses of its server, and Server is the URL that the caller used.
-	Proxy  string   `json:"proxy,omitempty"`
-	Listen []string `json:"listen,omitempty"`
-	Server string   `json:"server,omitempty"`
+	// Proxy is the name of the tailnet node that reported the caller, and Service that of
+	// the Tailscale Service that the caller dialled, if it was one. Listen are the
+	// addresses of the node's server, and Server is the URL that the caller used.
+	Proxy   string   `json:"proxy,omitempty"`
+	Service string   `json:"service,omitempty"`
+	Listen  []string `json:"listen,omitempty"`
+	Server  string   `json:"server,omitempty"`
 	// Kubeconfig is a kubeconfig for Server.
 	Kubeconfig string `json:"kubeconfig,omitempty"`
 	// CA is the authority of the server's certificate, nil if clients know it.

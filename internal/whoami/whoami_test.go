@@ -244,7 +244,7 @@ func TestPage_SelfContained(t *testing.T) {
 func TestPage_EscapesNames(t *testing.T) {
 	const evil = `"><img src=x onerror=alert(1)></style><script>alert(1)</script>`
 	f := alice()
-	f.User, f.Device, f.Login, f.Proxy, f.Address = evil, evil, evil, evil, evil
+	f.User, f.Device, f.Login, f.Proxy, f.Service, f.Address = evil, evil, evil, evil, evil, evil
 	f.Groups = []whoami.Group{{Name: evil}}
 	f.Cut = []whoami.Cut{{Name: evil, Option: evil}}
 	f.Grants = []whoami.Grant{{Value: json.RawMessage(`"` + strings.ReplaceAll(evil, `"`, `\"`) + `"`)}, {Value: json.RawMessage(evil)}}
@@ -263,12 +263,15 @@ func TestText_GroupsSitesThatSayTheSame(t *testing.T) {
 	}
 	limited := at(alice(), "k8s", "tailscale/k8s:8443")
 	limited.Groups = nil
+	service := at(alice(), "k8s", "tailscale-service/k8s/k8s-api:443")
+	service.Service = "k8s-api"
 	var out strings.Builder
 	if err := whoami.WriteText(&out,
 		at(alice(), "k8s", "tailscale/k8s:443"),
 		limited,
 		at(alice(), "k8s", "tailscale/k8s:80", "tailscale/k8s:443"),
 		at(alice(), "k8s-b", "tailscale/k8s-b:443"),
+		service,
 	); err != nil {
 		t.Fatal(err)
 	}
@@ -279,7 +282,7 @@ func TestText_GroupsSitesThatSayTheSame(t *testing.T) {
 		}
 	}
 	want := []string{
-		`tailnet node "k8s" on tailscale/k8s:443, tailscale/k8s:80 and tailnet node "k8s-b" on tailscale/k8s-b:443`,
+		`tailnet node "k8s" on tailscale/k8s:443, tailscale/k8s:80 and tailnet node "k8s-b" on tailscale/k8s-b:443 and tailnet node "k8s" to who dials its Tailscale Service "k8s-api" on tailscale-service/k8s/k8s-api:443`,
 		`tailnet node "k8s" on tailscale/k8s:8443`,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
