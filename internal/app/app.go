@@ -28,6 +28,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/quota"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/service"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
@@ -93,7 +94,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 	a.generation = a.process.Requests.NewGeneration()
 	a.nodes = &nodes{logger: ctx.Logger()}
 	a.watch = func(all []*tailnet.Node) { a.nodes.watch(ctx, all) }
-	metrics.Register(ctx.GetMetricsRegistry(), &a.process.Requests, &a.process.Memory, a.nodes)
+	metrics.Register(ctx.GetMetricsRegistry(), &a.process.Requests, &a.process.Memory, a.nodes, service.Metric)
 	return events.(*caddyevents.App).Subscribe(&caddyevents.Subscription{
 		Events:   []string{started, stopping},
 		Handlers: []caddyevents.Handler{a},
