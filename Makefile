@@ -150,6 +150,7 @@ test: components $(RACE)/overlay.json ## run every test with the race detector
 # is off here: one of the long tests would hit another race of Caddy's.
 test-long: components ## run the end-to-end tests under constrained impersonation, with those that take minutes
 	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 45m -v ./e2e -long -constrained
+	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 20m -v ./replicas -long
 
 # What the chart's tests run, which are a part of make test.
 CHART_PARTS := $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation helm servicemonitors.yaml)

@@ -41,6 +41,7 @@ dns:
   override_local_dns: false
   nameservers:
     global: []
+  extra_records_path: ` + recordsFile + `
 policy:
   mode: file
   path: ` + policyFile + `

@@ -13,11 +13,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
+	"tailscale.com/tailcfg"
 	"tailscale.com/types/logger"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
@@ -44,7 +46,9 @@ const (
 	configFile = "config.yaml"
 	derpFile   = "derp.yaml"
 	policyFile = "policy.hujson"
-	logFile    = "headscale.log"
+	// recordsFile has further DNS records, which Headscale reads again when they change.
+	recordsFile = "records.json"
+	logFile     = "headscale.log"
 )
 
 // Config says how to run a tailnet.
@@ -122,6 +126,9 @@ func (s *Server) start(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	if err := s.writePolicy(cfg.Policy); err != nil {
+		return err
+	}
+	if err := s.SetRecords(); err != nil {
 		return err
 	}
 
@@ -299,6 +306,20 @@ func (s *Server) writePolicy(policy []byte) error {
 		return err
 	}
 	return os.Rename(temp, s.PolicyPath())
+}
+
+// SetRecords replaces the DNS records that the tailnet has besides the names of its nodes.
+// The nodes learn them within a second.
+func (s *Server) SetRecords(records ...tailcfg.DNSRecord) error {
+	content, err := json.Marshal(slices.Concat([]tailcfg.DNSRecord{}, records)) // [] and not null
+	if err != nil {
+		return fmt.Errorf("set DNS records: %w", err)
+	}
+	// Headscale watches this very file. It keeps what it has until the content is whole.
+	if err := os.WriteFile(filepath.Join(s.dir, recordsFile), content, 0o600); err != nil {
+		return fmt.Errorf("set DNS records: %w", err)
+	}
+	return nil
 }
 
 // Stop stops Headscale and its servers and waits until they have ended.

@@ -15,6 +15,7 @@ import (
 	tailscalecontrol "tailscale.com/tstest/integration/testcontrol"
 	"tailscale.com/types/logger"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/derptest"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/tempdir"
 )
 
@@ -23,7 +24,7 @@ import (
 func TestCertificates_TailnetWithoutThemIsLogged(t *testing.T) {
 	t.Setenv("TS_NO_LOGS_NO_SUPPORT", "true")
 	// With a domain, this control server has certificates.
-	control := &tailscalecontrol.Server{DERPMap: relay(t), DNSConfig: &tailcfg.DNSConfig{Proxied: true}, Logf: logger.Discard}
+	control := &tailscalecontrol.Server{DERPMap: derptest.Start(t), DNSConfig: &tailcfg.DNSConfig{Proxied: true}, Logf: logger.Discard}
 	control.HTTPTestServer = httptest.NewServer(control)
 	t.Cleanup(control.HTTPTestServer.Close)
 

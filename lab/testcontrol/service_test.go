@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -30,8 +31,11 @@ import (
 	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
 
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/app"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/derptest"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/tempdir"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
 )
@@ -130,6 +134,41 @@ func TestService_GrantsAreThoseOnTheService(t *testing.T) {
 			}
 			return nil
 		})
+		// Its page and the administrator's command say which of them it dialled.
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+addr.String()+"/whoami", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("Accept", "application/json")
+		resp, err := client.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var facts whoami.Facts
+		if err := json.NewDecoder(resp.Body).Decode(&facts); err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		if wantService := map[netip.Addr]string{serviceAddr: "k8s-api"}[addr]; facts.Service != wantService || facts.Proxy != "k8s" {
+			t.Errorf("at %v, the page names node %q and service %q; want node k8s and service %q", addr, facts.Proxy, facts.Service, wantService)
+		}
+	}
+	process := app.Acquire()
+	defer process.Release()
+	explained := make(map[string]string)
+	for _, authenticator := range process.Running() {
+		all, err := authenticator.ExplainPeer(t.Context(), "caller")
+		if err != nil {
+			t.Error(err)
+		}
+		for _, f := range all {
+			for _, group := range f.Groups {
+				explained[f.Service] += group.Name
+			}
+		}
+	}
+	if want := map[string]string{"": "on-node", "k8s-api": "on-service"}; !maps.Equal(explained, want) {
+		t.Errorf("explained are groups %q by service; want %q", explained, want)
 	}
 }
 
@@ -442,7 +481,7 @@ type serviceLab struct {
 func newServiceLab(t *testing.T) *serviceLab {
 	t.Helper()
 	t.Setenv("TS_NO_LOGS_NO_SUPPORT", "true")
-	control := &tailscalecontrol.Server{DERPMap: relay(t), DNSConfig: &tailcfg.DNSConfig{Proxied: true}, MagicDNSDomain: domain, Logf: logger.Discard}
+	control := &tailscalecontrol.Server{DERPMap: derptest.Start(t), DNSConfig: &tailcfg.DNSConfig{Proxied: true}, MagicDNSDomain: domain, Logf: logger.Discard}
 	control.HTTPTestServer = httptest.NewServer(control)
 	t.Cleanup(control.HTTPTestServer.Close)
 	control.SetGlobalAppCaps(tailcfg.PeerCapMap{})
@@ -507,6 +546,7 @@ func (l *serviceLab) site(address string, bind ...string) string {
 	%s
 	tailscale_impersonate {
 		cache_ttl 0
+		whoami
 	}
 	reverse_proxy %s {
 		stream_close_delay 1m

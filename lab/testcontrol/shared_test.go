@@ -16,16 +16,15 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
-	"tailscale.com/derp/derpserver"
 	"tailscale.com/ipn/ipnstate"
 	"tailscale.com/tailcfg"
 	"tailscale.com/tsnet"
 	tailscalecontrol "tailscale.com/tstest/integration/testcontrol"
-	"tailscale.com/types/key"
 	"tailscale.com/types/logger"
 
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/derptest"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/tempdir"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
 )
@@ -37,7 +36,7 @@ const domain = "tail-scale.ts.net"
 func TestSharedNode_TagsAreNoGroups(t *testing.T) {
 	t.Setenv("TS_NO_LOGS_NO_SUPPORT", "true")
 	control := &tailscalecontrol.Server{
-		DERPMap:        relay(t),
+		DERPMap:        derptest.Start(t),
 		DNSConfig:      &tailcfg.DNSConfig{Proxied: true},
 		MagicDNSDomain: domain,
 		Logf:           logger.Discard,
@@ -118,25 +117,6 @@ func TestSharedNode_TagsAreNoGroups(t *testing.T) {
 	if got, want := groupsOnceUser(name(3)), []string{"guests"}; !slices.Equal(got, want) {
 		t.Errorf("with a grant: got groups %q; want %q", got, want)
 	}
-}
-
-// relay starts a DERP relay, through which nodes find each other, and returns its
-// map.
-func relay(t *testing.T) *tailcfg.DERPMap {
-	t.Helper()
-	derp := derpserver.New(key.NewNode(), logger.Discard)
-	server := httptest.NewUnstartedServer(derpserver.Handler(derp))
-	server.Config.ErrorLog = logger.StdLogger(logger.Discard)
-	server.StartTLS()
-	t.Cleanup(func() {
-		server.CloseClientConnections()
-		server.Close()
-		_ = derp.Close()
-	})
-	return &tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{1: {RegionID: 1, RegionCode: "lab", Nodes: []*tailcfg.DERPNode{{
-		Name: "1", RegionID: 1, HostName: "127.0.0.1", IPv4: "127.0.0.1", IPv6: "none",
-		DERPPort: server.Listener.Addr().(*net.TCPAddr).Port, STUNPort: -1, InsecureForTests: true,
-	}}}}}
 }
 
 // runCaddy runs Caddy with a Caddyfile until the test is over, and returns its tailnet node
