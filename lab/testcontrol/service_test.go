@@ -254,17 +254,19 @@ func TestService_IsTakenBackWithItsSite(t *testing.T) {
 	}
 }
 
-// A site that moves to another port of its service ends the streams on the old one: the
-// node no longer takes their packets.
+// A site that leaves its port ends the streams there, though the service is still hosted on
+// another port: the node no longer takes their packets.
 func TestService_StreamsEndWithTheirPort(t *testing.T) {
 	l := newServiceLab(t)
-	l.load(l.site("https://"+serviceHost, "tailscale-service/k8s/k8s-api"))
+	other := l.site("https://"+serviceHost+":8443", "tailscale-service/k8s/k8s-api")
+	l.load(other + l.site("https://"+serviceHost, "tailscale-service/k8s/k8s-api"))
 	l.allowHost(l.node("k8s"), serviceAddr)
+	l.awaitLog("a Tailscale Service is hosted")
 	l.awaitLog("a Tailscale Service is hosted")
 	l.get(l.client(l.caller, serviceAddr, "HTTP/1.1"), "https://"+serviceHost+"/api")
 	stream := l.upgrade()
 	l.forget()
-	l.load(l.site("https://"+serviceHost+":8443", "tailscale-service/k8s/k8s-api"))
+	l.load(other)
 	l.awaitLog("streams ended")
 	if _, err := stream.r.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("a stream on the port that is gone ends with %v; want its end", err)
