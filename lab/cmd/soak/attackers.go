@@ -23,9 +23,10 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// priority is that of the attackers' process: the lowest. In the world each of them has a
-// machine of its own, and here they have what the others leave.
-const priority = "19"
+// priority is the niceness of the attackers' process. In the world, each of them has a
+// machine of its own. Here they have mostly what the others leave: enough to attack in time,
+// and for Tailscale's watchdog, which ends a process whose node stands still for 30 s.
+const priority = "10"
 
 // plan is what the attackers' process is told.
 type plan struct {

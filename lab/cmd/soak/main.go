@@ -7,7 +7,7 @@
 //
 // The proxy is Caddy's own command with the stand-in for caddy-tailscale, and has the memory
 // limit of the shipped manifest.
-// The attackers run in another, at the lowest priority: in the world, they have machines of
+// The attackers run in another, at a low priority: in the world, they have machines of
 // their own. Everything else is the lab: nothing leaves the machine.
 package main
 
