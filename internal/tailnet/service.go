@@ -58,10 +58,13 @@ func servicesOf(node *tsnet.Server, listeners []net.Listener) (services []Servic
 
 // hosts reports whether addr is that of a service that the server hosts on the node.
 func (n *Node) hosts(addr netip.Addr) bool {
-	return addr != netip.Addr{} && slices.ContainsFunc(n.services, func(s Service) bool {
-		_, addrs := s.Service()
-		return slices.ContainsFunc(addrs, func(a netip.AddrPort) bool { return a.Addr() == addr })
-	})
+	return addr != netip.Addr{} && slices.ContainsFunc(n.services, func(s Service) bool { return isAt(s, addr) })
+}
+
+// isAt reports whether connections to s are accepted on addr.
+func isAt(s Service, addr netip.Addr) bool {
+	_, addrs := s.Service()
+	return slices.ContainsFunc(addrs, func(a netip.AddrPort) bool { return a.Addr() == addr })
 }
 
 // had reports whether addr is or was that of a service that the server hosts on the node.
@@ -84,8 +87,8 @@ func (n *Node) namesService(fqdn, host string) bool {
 // node, empty if there is none.
 func (n *Node) ServiceAt(addr netip.Addr) string {
 	for _, s := range n.services {
-		name, addrs := s.Service()
-		if slices.ContainsFunc(addrs, func(a netip.AddrPort) bool { return a.Addr() == addr }) {
+		if isAt(s, addr) {
+			name, _ := s.Service()
 			return name
 		}
 	}
