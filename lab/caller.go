@@ -112,9 +112,9 @@ func (c *Caller) Dial(ctx context.Context, network, address string) (net.Conn, e
 	return Dial(ctx, c.Server, network, address)
 }
 
-// dialAttempt is how long Dial waits for an answer before it tries from another
+// DialAttempt is how long Dial waits for an answer before it tries from another
 // port, and how long it retries a name that the node does not know.
-const dialAttempt = 3 * time.Second
+const DialAttempt = 3 * time.Second
 
 // Dial connects to an address of the tailnet as node.
 //
@@ -132,7 +132,7 @@ const dialAttempt = 3 * time.Second
 func Dial(ctx context.Context, node *tsnet.Server, network, address string) (net.Conn, error) {
 	began := time.Now()
 	for {
-		attempt, cancel := context.WithTimeout(ctx, dialAttempt)
+		attempt, cancel := context.WithTimeout(ctx, DialAttempt)
 		conn, err := node.Dial(attempt, network, address)
 		cancel()
 		if err == nil || ctx.Err() != nil {
@@ -140,7 +140,7 @@ func Dial(ctx context.Context, node *tsnet.Server, network, address string) (net
 		}
 		var name *net.DNSError
 		switch {
-		case errors.As(err, &name) && time.Since(began) < dialAttempt:
+		case errors.As(err, &name) && time.Since(began) < DialAttempt:
 			select {
 			case <-ctx.Done():
 				return nil, err
@@ -182,7 +182,7 @@ func (c *Caller) dialPatiently(ctx context.Context, network, address string, log
 	defer cancel()
 	began := time.Now()
 	conn, err := c.Dial(ctx, network, address)
-	if took := time.Since(began); err != nil || took > dialAttempt {
+	if took := time.Since(began); err != nil || took > DialAttempt {
 		logf("%s: for kubectl: dialing %s took %v: %v", time.Now().Format(time.RFC3339Nano), address, took, err)
 	}
 	return conn, err

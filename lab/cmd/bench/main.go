@@ -27,11 +27,12 @@ import (
 )
 
 // stageLimit is how long one kind of measurement may take before it fails.
-const stageLimit = 15 * time.Minute
+const stageLimit = time.Hour
 
 // options are the command's flags.
 type options struct {
 	rounds int
+	most   int // rounds, where fewer do not decide
 	slice  time.Duration
 	only   string
 	docs   string
@@ -43,11 +44,15 @@ func (o options) runs(name string) bool {
 	return o.only == "" || strings.Contains(","+o.only+",", ","+name+",")
 }
 
+// looks returns after how many rounds a comparison may end.
+func (o options) looks() []int { return looks(o.rounds, o.most) }
+
 func main() {
 	var o options
 	flag.IntVar(&o.rounds, "rounds", 10, "how often each comparison is repeated")
+	flag.IntVar(&o.most, "max-rounds", 40, "how often a comparison is repeated at most, while a target is undecided")
 	flag.DurationVar(&o.slice, "slice", 2*time.Second, "how long a proxy is under load in each round")
-	flag.StringVar(&o.only, "only", "", "run only these measurements (comma-separated: handler, get, list, watch, stream, peers); does not write the docs")
+	flag.StringVar(&o.only, "only", "", "run only these measurements (comma-separated: handler, connect, kubectl, get, list, watch, stream, peers); does not write the docs")
 	flag.StringVar(&o.docs, "docs", "", "folder for performance.md and its picture (default: the project's docs)")
 	flag.StringVar(&o.dir, "dir", "", "folder for logs (default: .run/bench in the lab's folder)")
 	flag.Parse()
@@ -62,7 +67,7 @@ func main() {
 		err = runInNamespace()
 	default:
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-		ctx, cancel := context.WithTimeout(ctx, time.Hour) // a last resort
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Hour) // a last resort
 		err = run(ctx, o)
 		cancel()
 		stop()
@@ -108,6 +113,8 @@ func run(ctx context.Context, o options) (err error) {
 	}{
 		{"handler", b.handler},
 		{"watch", b.watches},
+		{"connect", b.connects},
+		{"kubectl", b.kubectls},
 		{"get", b.gets},
 		{"list", b.lists},
 		{"stream", b.streams},

@@ -20,6 +20,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"k8s.io/client-go/tools/clientcmd"
 	"tailscale.com/tsnet"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
@@ -56,67 +57,186 @@ func (b *bench) handler(ctx context.Context, r *report) error {
 	return nil
 }
 
-// gets measures small answers, with increasing numbers of concurrent callers.
-func (b *bench) gets(ctx context.Context, r *report) (err error) {
-	proxies, stop, err := b.startAll(ctx, b.answers)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, stop()) }()
-	for _, callers := range concurrencies {
-		targets, err := b.targets(proxies, b.answers)
-		if err != nil {
-			return err
-		}
-		r.gets[callers], err = b.inRounds(targets, func(t target, warmUp bool) (sample, error) {
+// load compares small answers through targets, for the goals of a measurement.
+func (b *bench) load(ctx context.Context, r *report, l load) error {
+	samples := make(map[string][]sample)
+	r.loads[l.key] = samples
+	err := b.compare(comparison{
+		targets: l.targets,
+		measure: func(t target, warmUp bool) (sample, error) {
 			d := b.slice
 			if warmUp {
 				d /= 4
 			}
-			return t.load(ctx, small, callers, d)
-		})
+			return t.load(ctx, small, l.key.callers, d)
+		},
+		samples: samples,
+		decided: func() bool { return r.decided(l.key.String()) },
+	})
+	if err == nil {
+		fmt.Printf("  %v: %d rounds\n", l.key, len(samples[plugin]))
+	}
+	return err
+}
+
+// load is what load compares.
+type load struct {
+	key     loadKey
+	targets []target
+}
+
+// gets measures small answers on connections that are kept, with increasing numbers of
+// concurrent callers.
+func (b *bench) gets(ctx context.Context, r *report) error {
+	return b.withProxies(ctx, b.answers, func(proxies []*proxy) error {
+		for _, callers := range concurrencies {
+			targets, err := b.targets(proxies, b.answers)
+			if err != nil {
+				return err
+			}
+			for i := range targets {
+				targets[i] = targets[i].keepAlive()
+			}
+			if err := b.load(ctx, r, load{loadKey{kept, callers}, targets}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// connects measures small answers with a new connection for each, as each kubectl command
+// opens one.
+func (b *bench) connects(ctx context.Context, r *report) error {
+	return b.withProxies(ctx, b.answers, func(proxies []*proxy) error {
+		plain, err := b.targets(proxies, b.answers)
 		if err != nil {
 			return err
 		}
-		fmt.Printf("  %d callers: done\n", callers)
-	}
-	return nil
+		var encrypted []target
+		for _, p := range proxies {
+			if p.kind != official { // the lab has no authority that would issue a certificate to it
+				encrypted = append(encrypted, overTLS(p, b.lab.Callers["alice"].Server))
+			}
+		}
+		encrypted = append(encrypted, plain[len(plain)-1]) // no proxy
+		for _, callers := range concurrencies {
+			for _, l := range []load{{loadKey{newTLS, callers}, encrypted}, {loadKey{newPlain, callers}, plain}} {
+				if err := b.load(ctx, r, l); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
 }
 
-// targets returns the proxies and their upstream as targets, with new clients.
+// commands is how many kubectl commands a round has.
+const commands = 5
+
+// kubectls measures whole commands: kubectl get of one object of the API server, with what
+// kubectl has cached about its API.
+func (b *bench) kubectls(ctx context.Context, r *report) error {
+	return b.withProxies(ctx, b.apiServer, func(proxies []*proxy) error {
+		targets := []target{{kind: direct}}
+		kubeconfigs := map[string]string{direct: b.lab.AdminKubeconfig()}
+		for _, p := range proxies {
+			targets = append(targets, target{kind: p.kind, proxy: p})
+			var err error
+			if kubeconfigs[p.kind], err = b.kubeconfig(p); err != nil {
+				return err
+			}
+		}
+		return b.compare(comparison{
+			targets: targets,
+			measure: func(t target, _ bool) (sample, error) {
+				return t.measure(func(took *latencies) error {
+					for range commands {
+						cmd, err := lab.Kubectl(ctx, kubeconfigs[t.kind], "get", "configmap", "small")
+						if err != nil {
+							return err
+						}
+						began := time.Now()
+						if out, err := cmd.CombinedOutput(); err != nil {
+							return fmt.Errorf("%w: %s", err, out)
+						}
+						*took = append(*took, time.Since(began))
+					}
+					return nil
+				})
+			},
+			samples: r.kubectl,
+			decided: func() bool { return r.decided("kubectl") },
+		})
+	})
+}
+
+// kubeconfig writes a kubeconfig with which kubectl calls a proxy as alice: over TLS where
+// the proxy has a certificate.
+func (b *bench) kubeconfig(p *proxy) (path string, err error) {
+	path = filepath.Join(b.dir, nodeNames[p.kind]+".kubeconfig")
+	if err := b.lab.Callers["alice"].WriteKubeconfig(path, "http://"+p.Address); err != nil || p.kind == official {
+		return path, err
+	}
+	config, err := clientcmd.LoadFromFile(path)
+	if err != nil {
+		return "", err
+	}
+	for _, cluster := range config.Clusters {
+		cluster.Server = "https://" + p.Address
+		cluster.TLSServerName = nodeNames[p.kind] + "." + lab.Domain
+		cluster.InsecureSkipTLSVerify = true // WireGuard authenticates the server
+	}
+	return path, clientcmd.WriteToFile(*config, path)
+}
+
+// withProxies calls f with one proxy of each kind to u.
+func (b *bench) withProxies(ctx context.Context, u *upstream, f func([]*proxy) error) error {
+	proxies, stop, err := b.startAll(ctx, u)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f(proxies), stop())
+}
+
+// targets returns the proxies, over plain HTTP, and their upstream as targets.
 func (b *bench) targets(proxies []*proxy, u *upstream) ([]target, error) {
 	var targets []target
 	for _, p := range proxies {
 		targets = append(targets, through(p, b.lab.Callers["alice"].Server))
 	}
-	t, err := without(u.rest())
+	t, err := without(u)
 	return append(targets, t), err
 }
 
 // lists measures answers of 5 MB, one at a time.
-func (b *bench) lists(ctx context.Context, r *report) (err error) {
-	proxies, stop, err := b.startAll(ctx, b.apiServer)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, stop()) }()
-	targets, err := b.targets(proxies, b.apiServer)
-	if err != nil {
-		return err
-	}
-	r.lists, err = b.inRounds(targets, func(t target, _ bool) (sample, error) {
-		return t.measure(func(took *latencies) error {
-			for range 4 {
-				began := time.Now()
-				if err := t.get(ctx, large); err != nil {
-					return err
-				}
-				*took = append(*took, time.Since(began))
-			}
-			return nil
+func (b *bench) lists(ctx context.Context, r *report) error {
+	return b.withProxies(ctx, b.apiServer, func(proxies []*proxy) error {
+		targets, err := b.targets(proxies, b.apiServer)
+		if err != nil {
+			return err
+		}
+		for i := range targets {
+			targets[i] = targets[i].keepAlive()
+		}
+		return b.compare(comparison{
+			targets: targets,
+			measure: func(t target, _ bool) (sample, error) {
+				return t.measure(func(took *latencies) error {
+					for range 4 {
+						began := time.Now()
+						if err := t.get(ctx, large); err != nil {
+							return err
+						}
+						*took = append(*took, time.Since(began))
+					}
+					return nil
+				})
+			},
+			samples: r.lists,
+			decided: func() bool { return r.decided("list") },
 		})
 	})
-	return err
 }
 
 // watched is what each of a thousand watches costs a proxy.
@@ -376,8 +496,7 @@ func (b *bench) peers(ctx context.Context, r *report) error {
 			all = append(all, t)
 		}
 	}
-	var err error
-	if r.growth, err = b.inRounds(all, measure); err != nil {
+	if err := b.compare(comparison{all, measure, r.growth, func() bool { return r.decided("peers") }}); err != nil {
 		return err
 	}
 	for i, n := range peerCounts {
@@ -385,7 +504,8 @@ func (b *bench) peers(ctx context.Context, r *report) error {
 		if err != nil {
 			return fmt.Errorf("%d peers: %w", n, err)
 		}
-		if r.peers[n], err = b.inRounds([]target{plugins[i], other}, measure); err != nil {
+		r.peers[n] = make(map[string][]sample)
+		if err := b.compare(comparison{[]target{plugins[i], other}, measure, r.peers[n], func() bool { return true }}); err != nil {
 			return err
 		}
 		if err := other.proxy.stop(); err != nil {
@@ -432,7 +552,7 @@ func (tn *tailnet) start(ctx context.Context, kind string) (target, error) {
 		return target{}, err
 	}
 	tn.proxies = append(tn.proxies, p)
-	t := through(p, tn.caller)
+	t := through(p, tn.caller).keepAlive()
 	// Wait until the node knows the caller and its grants.
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()

@@ -14,7 +14,7 @@ func (r *report) picture() []byte {
 	most := 1.0
 	for _, callers := range concurrencies {
 		for _, kind := range kinds {
-			most = max(most, estimateOf(cpus(r.gets[callers][kind])).high)
+			most = max(most, estimateOf(cpus(r.loads[loadKey{newPlain, callers}][kind])).high)
 		}
 	}
 	const (
@@ -27,7 +27,7 @@ func (r *report) picture() []byte {
 	var b bytes.Buffer
 	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %.0f %.0f" font-family="sans-serif" font-size="13" role="img" aria-label="CPU time of the proxy per request">
 <rect width="100%%" height="100%%" fill="#ffffff"/>
-<text x="12" y="26" font-size="16" font-weight="bold" fill="#1c2330">CPU time of the proxy per request of 2 KB, in microseconds (lower is better)</text>
+<text x="12" y="26" font-size="16" font-weight="bold" fill="#1c2330">CPU time of the proxy per request of 2 KB on a new connection, plain HTTP, in microseconds (lower is better)</text>
 `, width, height)
 	for i, callers := range concurrencies {
 		y := top + group*float64(i)
@@ -37,7 +37,7 @@ func (r *report) picture() []byte {
 		}
 		fmt.Fprintf(&b, `<text x="12" y="%.0f" font-weight="bold" fill="#1c2330">%d caller%s</text>`+"\n", y+bar/2+4, callers, s)
 		for j, kind := range kinds {
-			e := estimateOf(cpus(r.gets[callers][kind]))
+			e := estimateOf(cpus(r.loads[loadKey{newPlain, callers}][kind]))
 			y := y + (bar+gap)*float64(j)
 			middle := y + bar/2
 			fmt.Fprintf(&b, `<text x="%.0f" y="%.1f" text-anchor="end" fill="#1c2330">%s</text>`+"\n", left-8, middle+4, short(kind))
