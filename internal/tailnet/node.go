@@ -135,6 +135,13 @@ func FromServer(s *tsnet.Server) *Node {
 		return s.TailscaleIPs()
 	}
 	n := fromClient(cmp.Or(s.Hostname, defaultHostname()), addrs, s.LocalClient)
+	overLocalAPI := n.Ask
+	n.Ask = func(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error) {
+		if q := questionsTo(s); q != nil {
+			return q.ask(ctx, remote, local)
+		}
+		return overLocalAPI(ctx, remote, local)
+	}
 	n.Admits = admits(s)
 	n.DialPeer = s.Dial
 	return n

@@ -175,7 +175,7 @@ http:// {
 }
 
 // join returns a node of control's tailnet.
-func join(t *testing.T, control, name string) *tsnet.Server {
+func join(t testing.TB, control, name string) *tsnet.Server {
 	t.Helper()
 	node := &tsnet.Server{
 		Hostname: name, Dir: tempdir.New(t), ControlURL: control, AuthKey: "unused", Ephemeral: true,
