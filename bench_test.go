@@ -13,7 +13,56 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
+
+// newConnections returns a function that does what the module does for a connection that a
+// server accepts, and for its only request, but for what the node does (BenchmarkWhoIs in
+// lab/testcontrol).
+func newConnections(tb testing.TB) func() {
+	h := newHandler(tb, caddyfile.Config{}, proxytest.AliceNode())
+	_, accepted := proxytest.Connect(tb, proxytest.AliceAddr, proxytest.NodeAddr)
+	get := proxytest.NewRequest(http.MethodGet, "https://k8s.example.ts.net/api/v1/namespaces/default/pods?limit=500",
+		"Accept", "application/json;as=Table;v=v1;g=meta.k8s.io,application/json",
+		"User-Agent", "kubectl/v1.37.2 (linux/amd64) kubernetes/0000000",
+	)
+	w := proxytest.NoAnswer{}
+	forwarded := 0
+	next := proxytest.NextFunc(func(*http.Request) { forwarded++ })
+	return func() {
+		before := forwarded
+		ctx := h.memory.ConnContext(tailnet.ConnContext(tb.Context(), accepted), accepted)
+		h.memory.ConnState(accepted, http.StateNew)
+		h.memory.ConnState(accepted, http.StateActive)
+		r := caddyhttp.PrepareRequest(get.WithContext(ctx), caddy.NewReplacer(), w, nil)
+		if err := h.ServeHTTP(w, r, next); err != nil {
+			tb.Fatal(err)
+		}
+		h.memory.ConnState(accepted, http.StateClosed)
+		if forwarded == before {
+			tb.Fatal("a request was not forwarded")
+		}
+	}
+}
+
+// BenchmarkNewConnection measures what each command of kubectl costs.
+func BenchmarkNewConnection(b *testing.B) {
+	connect := newConnections(b)
+	heap := make([]byte, 64<<20) // as a Caddy at work has
+	defer runtime.KeepAlive(heap)
+	b.ReportAllocs()
+	for b.Loop() {
+		connect()
+	}
+}
+
+// What a new connection allocates does not depend on the machine.
+func TestNewConnection_AllocatesLittle(t *testing.T) {
+	const most = 90
+	if got := testing.AllocsPerRun(200, newConnections(t)); got > most {
+		t.Errorf("a new connection makes %v allocations; want at most %d: go test -bench NewConnection -memprofile shows where", got, most)
+	}
+}
 
 // BenchmarkHandler measures what the handler adds to a request: a GET by kubectl, with
 // the caller in the cache (hit) or not (miss), and an exec over a WebSocket (upgrade).

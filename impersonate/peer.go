@@ -5,6 +5,7 @@ package impersonate
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -59,6 +60,13 @@ func PeerFrom(who *apitype.WhoIsResponse) (Peer, error) {
 	p.Login = who.UserProfile.LoginName
 	p.UserID = who.UserProfile.ID
 	return p, nil
+}
+
+// Equal reports whether p and other are the same in all that an identity follows from.
+func (p Peer) Equal(other Peer) bool {
+	return p.Node == other.Node && p.NodeID == other.NodeID && slices.Equal(p.Tags, other.Tags) &&
+		p.Login == other.Login && p.UserID == other.UserID && p.Shared == other.Shared &&
+		maps.EqualFunc(p.Capabilities, other.Capabilities, slices.Equal[[]tailcfg.RawMessage])
 }
 
 // Tagged reports whether the peer is a tagged device rather than a user's.

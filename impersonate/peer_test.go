@@ -3,6 +3,7 @@
 package impersonate_test
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 
@@ -155,6 +156,44 @@ func TestPeer_String(t *testing.T) {
 	} {
 		if got := tt.peer.String(); got != tt.want {
 			t.Errorf("String of %+v: got %q; want %q", tt.peer, got, tt.want)
+		}
+	}
+}
+
+// Whatever a peer is, each of its fields counts, also one that is added later.
+func TestPeer_EqualComparesEachField(t *testing.T) {
+	peer := func() impersonate.Peer {
+		return impersonate.Peer{
+			Node: "a", NodeID: "b", Tags: []string{"tag:a", "tag:b"}, Login: "c", UserID: 1, Shared: true,
+			Capabilities: tailcfg.PeerCapMap{"x": {"1", "2"}, "y": nil},
+		}
+	}
+	if !peer().Equal(peer()) {
+		t.Fatal("a peer is not equal to itself")
+	}
+	for i := range reflect.TypeFor[impersonate.Peer]().NumField() {
+		other := peer()
+		reflect.ValueOf(&other).Elem().Field(i).SetZero()
+		if other.Equal(peer()) || peer().Equal(other) {
+			t.Errorf("peers that differ in %s are equal", reflect.TypeFor[impersonate.Peer]().Field(i).Name)
+		}
+	}
+	for name, change := range map[string]func(*impersonate.Peer){
+		"a tag":                 func(p *impersonate.Peer) { p.Tags[1] = "tag:c" },
+		"fewer tags":            func(p *impersonate.Peer) { p.Tags = p.Tags[:1] },
+		"a rule":                func(p *impersonate.Peer) { p.Capabilities["x"][1] = "3" },
+		"the order of rules":    func(p *impersonate.Peer) { p.Capabilities["x"] = []tailcfg.RawMessage{"2", "1"} },
+		"another rule":          func(p *impersonate.Peer) { p.Capabilities["y"] = []tailcfg.RawMessage{"1"} },
+		"fewer rules":           func(p *impersonate.Peer) { p.Capabilities["x"] = p.Capabilities["x"][:1] },
+		"a capability less":     func(p *impersonate.Peer) { delete(p.Capabilities, "y") },
+		"another capability":    func(p *impersonate.Peer) { p.Capabilities["z"] = nil },
+		"a capability's name":   func(p *impersonate.Peer) { delete(p.Capabilities, "y"); p.Capabilities["z"] = nil },
+		"where the rules stand": func(p *impersonate.Peer) { p.Capabilities["x"], p.Capabilities["y"] = nil, p.Capabilities["x"] },
+	} {
+		other := peer()
+		change(&other)
+		if other.Equal(peer()) || peer().Equal(other) {
+			t.Errorf("peers that differ in %s are equal", name)
 		}
 	}
 }

@@ -130,6 +130,60 @@ func TestResolve_DecisionIsAsOldAsItsQuestion(t *testing.T) {
 
 // Open requests end at once if their caller is unknown, and late if that cannot be
 // found out. Only the first is forbidden.
+// What follows from an answer is decided anew whenever the answer differs from the last one,
+// and after a refusal.
+func TestResolve_ChangedAnswerIsDecidedAnew(t *testing.T) {
+	key := func(node *tailnet.Node) peerKey {
+		return peerKey{node, netip.MustParseAddr(proxytest.AliceAddr), netip.MustParseAddrPort(proxytest.NodeAddr + ":443")}
+	}
+	node := proxytest.NewChangingNode()
+	a := newServer(t, Options{}, node.Node)
+	ask := func() *resolution {
+		t.Helper()
+		answer, err := a.peers.since(t.Context(), key(node.Node), time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return answer.value
+	}
+	first := ask()
+	again := ask()
+	if !again.asked.After(first.asked) || again.caller.Asked != again.asked {
+		t.Errorf("asked at %v and then at %v, of which the caller says %v; want the later one twice", first.asked, again.asked, again.caller.Asked)
+	}
+	if again.caller.Identity != first.caller.Identity {
+		t.Error("the same answer was decided anew")
+	}
+	node.Says(proxytest.WhoIs(`{"impersonate":{"groups":["others"]}}`), nil)
+	if got := ask().caller.Identity.Groups; !slices.Equal(got, []string{"others"}) {
+		t.Errorf("with another grant: got groups %q", got)
+	}
+	node.Says(proxytest.WhoIs(), nil)
+	if got := ask().caller.Identity.Groups; len(got) > 0 {
+		t.Errorf("without a grant: got groups %q; want none", got)
+	}
+	node.Says(proxytest.WhoIs(`{`), nil)
+	if res := ask(); res.err == nil || res.caller != nil {
+		t.Error("with a grant that cannot be read: not refused")
+	}
+	node.Says(proxytest.WhoIs(proxytest.Readers), nil)
+	if res := ask(); res.err != nil {
+		t.Errorf("with the first grant again: %v", res.err)
+	}
+	// The filter is asked each time: it can change while the answer does not.
+	node.Admits = func(netip.Addr, netip.AddrPort) (bool, error) { return false, nil }
+	if res := ask(); res.err == nil {
+		t.Error("a peer that may not connect any more: not refused")
+	}
+	expired := proxytest.WhoIs(proxytest.Readers)
+	expired.Node.Expired = true
+	node.Admits = nil
+	node.Says(expired, nil)
+	if res := ask(); res.err == nil {
+		t.Error("a peer whose key has expired: not refused")
+	}
+}
+
 func TestIdentify_UnknownPeerIsAnError(t *testing.T) {
 	elsewhere := proxytest.AliceNode()
 	elsewhere.Addrs = func() (ip4, ip6 netip.Addr) { return netip.MustParseAddr("100.64.0.9"), netip.Addr{} }

@@ -123,6 +123,15 @@ func (c *cache[V]) since(ctx context.Context, key peerKey, since time.Time) (*an
 	return c.ask(ctx, key, since)
 }
 
+// last returns the last answer about key, however old it is.
+func (c *cache[V]) last(key peerKey) (value V, ok bool) {
+	a, ok := c.entries.Peek(key)
+	if !ok {
+		return value, false
+	}
+	return a.value, true
+}
+
 // all calls f for every cached key, with the last answer about it, which may be stale.
 func (c *cache[V]) all(f func(peerKey, V)) {
 	for _, key := range c.entries.Keys() {

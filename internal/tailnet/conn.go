@@ -208,6 +208,11 @@ func addrPort(a net.Addr) (netip.AddrPort, error) {
 	if a == nil {
 		return netip.AddrPort{}, errors.New("the connection has ended already")
 	}
+	if tcp, ok := a.(*net.TCPAddr); ok && tcp.Zone == "" { // spares writing and parsing it
+		if addr := tcp.AddrPort(); addr.IsValid() {
+			return addr, nil
+		}
+	}
 	return netip.ParseAddrPort(a.String())
 }
 

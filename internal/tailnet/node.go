@@ -54,7 +54,8 @@ type Node struct {
 	Addrs func() (ip4, ip6 netip.Addr)
 
 	// Ask returns who the peer at remote is, with the capabilities that it is granted on
-	// local. It returns [ErrPeerNotFound] if there is no such peer.
+	// local. It returns [ErrPeerNotFound] if there is no such peer. The answer must not
+	// change later.
 	Ask func(ctx context.Context, remote, local netip.Addr) (*apitype.WhoIsResponse, error)
 
 	// Admits reports whether the node lets the peer at remote open a connection to

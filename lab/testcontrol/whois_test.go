@@ -121,6 +121,11 @@ func TestWhoIs_IsThatOfLocalAPI(t *testing.T) {
 		}
 	}
 	all()
+
+	const most = 40 // LocalAPI takes about 250
+	if got := testing.AllocsPerRun(100, func() { _, err = node.WhoIs(t.Context(), peer4, local4) }); err != nil || got > most {
+		t.Errorf("a question makes %v allocations, and ends with %v; want at most %d and no error", got, err, most)
+	}
 }
 
 // BenchmarkWhoIs measures one question to a node on a tailnet, as each new connection asks

@@ -147,6 +147,9 @@ func (b *bench) startOn(kind string, u *upstream, controlURL, key string) (*prox
 		return nil, err
 	}
 	s := spec{Name: name, ControlURL: controlURL, AuthKey: key, Dir: dir, Kubeconfig: u.kubeconfig}
+	if b.profile != "" {
+		s.Profile = filepath.Join(b.profile, filepath.Base(dir)+".pprof")
+	}
 	switch kind {
 	case plugin:
 		s.Caddyfile = b.caddyfile(s, fmt.Sprintf("tailscale_kubernetes {\n\t\tkubeconfig %s\n\t}", u.kubeconfig))

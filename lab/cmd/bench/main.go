@@ -37,6 +37,8 @@ type options struct {
 	only   string
 	docs   string
 	dir    string
+	// profile is where proxies write CPU profiles, empty if they do not.
+	profile string
 }
 
 // runs reports whether the measurement of that name is selected.
@@ -55,6 +57,7 @@ func main() {
 	flag.StringVar(&o.only, "only", "", "run only these measurements (comma-separated: handler, connect, kubectl, get, list, watch, stream, peers); does not write the docs")
 	flag.StringVar(&o.docs, "docs", "", "folder for performance.md and its picture (default: the project's docs)")
 	flag.StringVar(&o.dir, "dir", "", "folder for logs (default: .run/bench in the lab's folder)")
+	flag.StringVar(&o.profile, "profile", "", "folder for a CPU profile of each proxy's process, which costs it some time")
 	flag.Parse()
 
 	var err error
@@ -92,6 +95,14 @@ func run(ctx context.Context, o options) (err error) {
 	}
 	if o.docs == "" {
 		o.docs = filepath.Join(root, "docs")
+	}
+	if o.profile != "" {
+		if err := os.MkdirAll(o.profile, 0o700); err != nil {
+			return err
+		}
+		if o.profile, err = filepath.Abs(o.profile); err != nil {
+			return err
+		}
 	}
 	if err := os.RemoveAll(o.dir); err != nil {
 		return err

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"runtime/pprof"
 	"strconv"
 	"strings"
 	"syscall"
@@ -43,6 +44,8 @@ type spec struct {
 	// with Kubeconfig.
 	Caddyfile  string
 	Kubeconfig string
+	// Profile is the file for a CPU profile, empty for none.
+	Profile string
 }
 
 // up is what a proxy's process prints when it serves.
@@ -67,6 +70,17 @@ func serveProxy() error {
 		return err
 	}
 	log.SetOutput(io.Discard)
+	if s.Profile != "" {
+		file, err := os.Create(s.Profile)
+		if err != nil {
+			return err
+		}
+		defer file.Close()
+		if err := pprof.StartCPUProfile(file); err != nil {
+			return err
+		}
+		defer pprof.StopCPUProfile()
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var node *tsnet.Server
