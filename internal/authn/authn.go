@@ -441,7 +441,8 @@ const (
 	failed  answered = "failed"  // the node did not answer
 )
 
-// Most answers take a tenth of a millisecond; none takes longer than the last bucket.
+// Most answers take microseconds, or a tenth of a millisecond if the node is a daemon; none
+// takes longer than the last bucket.
 var questions = metrics.NewHistogram(prometheus.HistogramOpts{
 	Name:    "whois_duration_seconds",
 	Help:    "How long tailnet nodes took to say who a peer is, by outcome.",

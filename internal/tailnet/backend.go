@@ -50,7 +50,7 @@ func (extension) Name() string { return extensionName }
 // Init implements [ipnext.Extension].
 func (e extension) Init(ipnext.Host) error {
 	if b, ok := e.SafeBackend.(backend); ok {
-		running.Store(e.Sys(), &questions{b, make(chan struct{}, maxQuestions)})
+		running.Store(e.Sys(), newQuestions(b))
 	}
 	return nil
 }
@@ -81,6 +81,8 @@ type questions struct {
 	backend
 	slots chan struct{}
 }
+
+func newQuestions(b backend) *questions { return &questions{b, make(chan struct{}, maxQuestions)} }
 
 // ask returns who the peer at remote is, with the capabilities that it is granted on
 // local. Unlike the backend, it does not wait longer than ctx.

@@ -40,14 +40,12 @@ func (b *fakeBackend) PeerCapsForIP(src, dst netip.Addr) tailcfg.PeerCapMap {
 	return tailcfg.PeerCapMap{"cap": {"1"}}
 }
 
-func questionsOf(b backend) *questions { return &questions{b, make(chan struct{}, maxQuestions)} }
-
 func TestQuestions_AskOnDialledAddress(t *testing.T) {
 	b := &fakeBackend{peer: peer6, node: &tailcfg.Node{
 		Name:      "laptop.example.ts.net.",
 		Addresses: []netip.Prefix{netip.PrefixFrom(peer4, 32), netip.PrefixFrom(peer6, 128)},
 	}}
-	who, err := questionsOf(b).ask(t.Context(), peer6, node6)
+	who, err := newQuestions(b).ask(t.Context(), peer6, node6)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,10 +65,10 @@ func TestQuestions_AskOnDialledAddress(t *testing.T) {
 
 func TestQuestions_UnknownPeer(t *testing.T) {
 	b := &fakeBackend{peer: peer4, node: new(tailcfg.Node)}
-	if who, err := questionsOf(b).ask(t.Context(), peer6, node6); who != nil || !errors.Is(err, ErrPeerNotFound) {
+	if who, err := newQuestions(b).ask(t.Context(), peer6, node6); who != nil || !errors.Is(err, ErrPeerNotFound) {
 		t.Errorf("got %v, %v; want %v", who, err, ErrPeerNotFound)
 	}
-	if who, err := questionsOf(b).ask(t.Context(), peer4, node4); err != nil || len(b.granted) != 0 || who.CapMap != nil {
+	if who, err := newQuestions(b).ask(t.Context(), peer4, node4); err != nil || len(b.granted) != 0 || who.CapMap != nil {
 		t.Errorf("a peer without addresses: got %v, %v, and asked for the grants of %v; want none", who, err, b.granted)
 	}
 }
@@ -79,7 +77,7 @@ func TestQuestions_UnknownPeer(t *testing.T) {
 func TestQuestions_StuckBackend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &fakeBackend{peer: peer4, node: new(tailcfg.Node), stuck: make(chan struct{})}
-		q := questionsOf(b)
+		q := newQuestions(b)
 		node := &Node{Addrs: func() (ip4, ip6 netip.Addr) { return node4, node6 }, Ask: q.ask}
 		began := time.Now()
 		failed := make(chan error)
