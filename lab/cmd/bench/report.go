@@ -267,9 +267,12 @@ func (r *report) goals() (goals []goal) {
 		mine, bareProxy := each(r.watches[plugin], memory), each(r.watches[bare], memory)
 		reason := func() string {
 			stacks := estimateOf(each(r.watches[plugin], func(w watched) float64 { return w.stacks / 1e3 }))
-			return fmt.Sprintf("%s kB of it are stacks of goroutines, and the bare proxy takes %s kB. Go halves a stack when less than a quarter of it is used, and a watch "+
-				"waits for its next event inside all of Caddy's handlers, which is too deep for that. The plugin adds copies of "+
-				"the request (for its context, and for the headers that only the transport may see) and a page of stack.", stacks.show(1), estimateOf(bareProxy).show(1))
+			// Depths are from a traceback with GOTRACEBACK=system, which names the
+			// frames' addresses.
+			return fmt.Sprintf("%s kB of it are stacks of goroutines, and the bare proxy takes %s kB. Go halves a stack when less than a quarter of it is used. "+
+				"With Caddy 2.11.9, a watch over HTTP/2 waits for its next event 15,480 bytes deep in the bare proxy, of which the frames of reverse_proxy are 9,920, and "+
+				"16,592 bytes deep in the plugin, whose own frames are 976: 32 kB in both, and Caddy's frames alone keep it from 16. The plugin adds copies of "+
+				"the request (for its context, and for the headers that only the transport may see).", stacks.show(1), estimateOf(bareProxy).show(1))
 		}
 		goals = append(goals, goal{
 			of: "watch", what: "an idle watch costs at most 30 kB",
