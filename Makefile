@@ -18,6 +18,12 @@ KUBERNETES_VERSION := $(call version_in,$(TOOLS)/kubernetes/go.mod,k8s.io/kubern
 LAB_TEST_TIMEOUT ?= 20m
 
 KUBERNETES_PARTS := etcd kube-apiserver kubectl
+# What a real node consists of, and why it cannot run here. Without it, pods are
+# processes of this machine, and the tests that need it are skipped.
+DEBIAN_PACKAGES := $(strip $(file < lab/node/packages.txt))
+NODE_PARTS      := kubernetes-node pause debian/.unpacked
+NODE_REASON     := $(if $(filter-out Linux,$(shell uname -s)),this is not Linux,$(if $(filter-out 0,$(shell id -u)),you are not root,$(if $(shell command -v apt-get),$(if $(shell command -v dpkg),,there is no dpkg),there is no apt-get)))
+
 MODULES_WANTED   := tailscale_impersonate admin.api.tailscale_impersonate http.handlers.tailscale_impersonate http.reverse_proxy.transport.kubernetes http.matchers.kubernetes http.matchers.tailnet_up
 
 # KUBEBUILDER_ASSETS may name a folder with etcd, kube-apiserver and kubectl. If one
@@ -45,7 +51,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components assets-note asciicast client-node client-python browser demo test test-long chart-test conformance conformance-mutants fuzz bench soak lint xcaddy image release-caddy clean
+.PHONY: help components node node-note assets-note asciicast client-node client-python browser demo test test-long chart-test conformance conformance-mutants fuzz bench soak lint xcaddy image release-caddy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,8 +59,11 @@ help: ## list the targets
 # What the demo and the tests run, and what only the tests run.
 DEMO_PARTS := $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale)
 TEST_PARTS := $(addprefix $(BIN)/,helm tailscaled promql servicemonitors.yaml)
+ifeq ($(NODE_REASON),)
+TEST_PARTS += node
+endif
 
-components: assets-note $(DEMO_PARTS) $(TEST_PARTS) browser client-python client-node asciicast ## build what the lab runs (once)
+components: assets-note node-note $(DEMO_PARTS) $(TEST_PARTS) browser client-python client-node asciicast ## build what the lab runs (once)
 
 # asciinema's own parser, with which a test plays recordings. Without it, that test
 # is skipped.
@@ -103,6 +112,12 @@ browser:
 	else \
 		echo "==> no Chromium, and installing it needs apt-get and root: the tests of web pages in a browser are skipped"; \
 	fi
+
+# What a real node consists of, for tests and for those who start one themselves.
+node: node-note $(addprefix $(BIN)/,$(NODE_PARTS)) ## build and unpack what a real Kubernetes node consists of (once)
+
+node-note:
+	@$(if $(NODE_REASON),echo "==> no real node: $(NODE_REASON); pods are processes of this machine",:)
 
 assets-note:
 	@$(if $(ASSETS_NOTE),echo "==> $(ASSETS_NOTE)",:)
@@ -236,7 +251,27 @@ $(BIN)/kube-apiserver: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
 $(BIN)/kubectl: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
 	$(call build,kubectl,kubernetes,k8s.io/kubernetes/cmd/kubectl,1 minute,-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION))
 
-# The only controller that the lab runs, from Kubernetes' own package.
+# kubelet, kube-proxy, kube-controller-manager and kube-scheduler.
+$(BIN)/kubernetes-node: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum $(wildcard $(TOOLS)/kubernetes/kubernetes-node/*.go)
+	$(call build,kubernetes-node,kubernetes,./kubernetes-node,3 minutes,-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION))
+
+# The first process of every pod on a real node.
+$(BIN)/pause: lab/cmd/pause/main.go
+	@mkdir -p $(BIN)
+	cd lab && go build -trimpath -ldflags "-s -w" -o .bin/pause ./cmd/pause
+
+# Debian's packages, unpacked rather than installed: nothing of this machine changes.
+# A list of packages that is out of date is one reason why they cannot be downloaded.
+$(BIN)/debian/.unpacked: lab/node/packages.txt
+	@echo "==> unpacking containerd, runc and others from Debian's packages, once"
+	@rm -rf $(BIN)/debian $(BIN)/debian.new && mkdir -p $(BIN)/debian.new/packages
+	@cd $(BIN)/debian.new/packages && \
+	{ apt-get -qq -o APT::Sandbox::User=root download $(DEBIAN_PACKAGES) || \
+	{ apt-get -qq update && apt-get -qq -o APT::Sandbox::User=root download $(DEBIAN_PACKAGES); }; } && \
+	for package in *.deb; do dpkg -x "$$package" .. || exit 1; done
+	@rm -rf $(BIN)/debian.new/packages $(BIN)/debian.new/usr/share && mv $(BIN)/debian.new $(BIN)/debian && touch $@
+
+# The only controller that the lab runs without a real node, from Kubernetes' own package.
 $(BIN)/clusterrole-aggregation: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum $(wildcard $(TOOLS)/kubernetes/clusterrole-aggregation/*.go)
 	$(call build,clusterrole-aggregation,kubernetes,./clusterrole-aggregation,10 seconds)
 

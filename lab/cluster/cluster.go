@@ -18,6 +18,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/pki"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/process"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/kubelet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/node"
 )
 
 const (
@@ -59,18 +60,27 @@ type Config struct {
 	// It is created if necessary. When the cluster stops, everything but etcd's data
 	// and the certificates stays.
 	Dir string
+
+	// RealNode asks for a node with kubelet, containerd and Kubernetes' controllers.
+	// Without it, pods are processes of this machine. See [node.Unavailable] for where
+	// it cannot run.
+	RealNode bool
 }
 
 // Cluster is a running cluster.
 type Cluster struct {
-	dir        string
-	etcd       *component
-	apiServer  *component
-	plane      envtest.ControlPlane
+	dir       string
+	etcd      *component
+	apiServer *component
+	plane     envtest.ControlPlane
+	ca        *pki.CA // issues the kubelet's certificate and the API server's client certificate
+	admin     *rest.Config
+	client    kubernetes.Interface
+
+	node *node.Node // the real node, or nil
+
+	// Without a real node:
 	kubelet    *kubelet.Server
-	ca         *pki.CA // issues the kubelet's certificate and the API server's client certificate
-	admin      *rest.Config
-	client     kubernetes.Interface
 	watch      *podWatch
 	controller *process.Process
 }
@@ -83,14 +93,14 @@ func Start(ctx context.Context, cfg Config) (*Cluster, error) {
 		return nil, fmt.Errorf("start cluster: %w", err)
 	}
 	c := &Cluster{dir: dir}
-	if err := c.start(ctx, cfg.AssetsDir); err != nil {
+	if err := c.start(ctx, cfg); err != nil {
 		return nil, errors.Join(fmt.Errorf("start cluster: %w", err), c.Stop())
 	}
 	return c, nil
 }
 
 // start does the work of Start. If it fails, Start stops what it has started.
-func (c *Cluster) start(ctx context.Context, assets string) error {
+func (c *Cluster) start(ctx context.Context, cfg Config) (err error) {
 	// Remove what a killed cluster has left here: envtest would reuse its
 	// certificates.
 	for _, name := range []string{dataDir, certsDir, auditLog} {
@@ -103,13 +113,19 @@ func (c *Cluster) start(ctx context.Context, assets string) error {
 			return err
 		}
 	}
+	if c.ca, err = pki.NewCA("lab kubelet"); err != nil {
+		return err
+	}
+	if cfg.RealNode {
+		return c.startWithRealNode(ctx, cfg.AssetsDir)
+	}
 	if err := c.startKubelet(); err != nil {
 		return err
 	}
-	if err := c.startEtcd(ctx, assets); err != nil {
+	if err := c.startEtcd(ctx, cfg.AssetsDir); err != nil {
 		return err
 	}
-	if err := c.startAPIServer(ctx, assets); err != nil {
+	if err := c.startAPIServer(ctx, cfg.AssetsDir); err != nil {
 		return err
 	}
 	if err := c.startController(ctx); err != nil {
@@ -120,9 +136,6 @@ func (c *Cluster) start(ctx context.Context, assets string) error {
 
 // startKubelet starts the node's kubelet endpoint.
 func (c *Cluster) startKubelet() (err error) {
-	if c.ca, err = pki.NewCA("lab kubelet"); err != nil {
-		return err
-	}
 	cert, err := c.ca.Server()
 	if err != nil {
 		return err
@@ -156,7 +169,7 @@ func (c *Cluster) startAPIServer(ctx context.Context, assets string) (err error)
 	if c.apiServer, err = newComponent("kube-apiserver", assets, c.dir); err != nil {
 		return err
 	}
-	clientCert, clientKey, err := c.ca.Client("kube-apiserver")
+	clientCert, clientKey, err := c.ca.Client(kubeletClient)
 	if err != nil {
 		return err
 	}
@@ -190,6 +203,11 @@ func (c *Cluster) startAPIServer(ctx context.Context, assets string) (err error)
 		Set("kubelet-client-certificate", filepath.Join(certs, "kubelet-client.crt")).
 		Set("kubelet-client-key", filepath.Join(certs, "kubelet-client.key")).
 		Set("kubelet-preferred-address-types", "InternalIP")
+	if c.node != nil {
+		if err := c.configureForNode(server); err != nil {
+			return err
+		}
+	}
 	if err := c.apiServer.start(ctx, server.Start); err != nil {
 		return err
 	}
@@ -213,6 +231,9 @@ func (c *Cluster) Stop() error {
 	if c.watch != nil {
 		c.watch.stop()
 	}
+	if c.node != nil {
+		errs = append(errs, c.node.Stop())
+	}
 	if c.kubelet != nil { // this also ends the streams through the API server
 		errs = append(errs, c.kubelet.Stop())
 	}
@@ -220,6 +241,12 @@ func (c *Cluster) Stop() error {
 		errs = append(errs, c.controller.Stop(stopTimeout))
 	}
 	if c.plane.APIServer != nil {
+		if c.node != nil {
+			// The node's connections were never closed, and the API server would wait a
+			// minute for the requests on them.
+			kill := time.AfterFunc(restartGrace, c.apiServer.kill)
+			defer kill.Stop()
+		}
 		errs = append(errs, c.plane.APIServer.Stop())
 	}
 	if c.plane.Etcd != nil {

@@ -20,11 +20,12 @@ import (
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/kubelet"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/node"
 )
 
 const (
 	// NodeName is the name of the cluster's node.
-	NodeName = "lab"
+	NodeName = node.Name
 
 	// ContainerName is the name of the only container of every pod.
 	ContainerName = "main"
@@ -70,10 +71,13 @@ func (c *Cluster) startNode(ctx context.Context) error {
 	return nil
 }
 
-// RunPod creates a pod whose only container runs command as a process on this
-// machine. It returns when the process runs and the pod's status says so. The
-// namespace has to exist.
+// RunPod creates a pod whose only container runs command: on a real node with
+// [node.Busybox], otherwise as a process on this machine. It returns when the process
+// runs and the pod's status says so. The namespace has to exist.
 func (c *Cluster) RunPod(ctx context.Context, namespace, name string, command []string) error {
+	if c.node != nil {
+		return c.runRealPod(ctx, namespace, name, command)
+	}
 	pods := c.client.CoreV1().Pods(namespace)
 	pod, err := pods.Create(ctx, &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"app": name}},

@@ -67,6 +67,28 @@ func (ca *CA) Server() (tls.Certificate, error) {
 	return tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key, Leaf: cert}, nil
 }
 
+// ServerPEM issues a certificate for the server with the given names and IP addresses
+// and returns the certificate and its key as PEM.
+func (ca *CA) ServerPEM(names ...string) (certPEM, keyPEM []byte, err error) {
+	template := &x509.Certificate{
+		Subject:     pkix.Name{CommonName: names[0]},
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	for _, name := range names {
+		if ip := net.ParseIP(name); ip != nil {
+			template.IPAddresses = append(template.IPAddresses, ip)
+		} else {
+			template.DNSNames = append(template.DNSNames, name)
+		}
+	}
+	certPEM, keyPEM, err = issuePEM(template, ca)
+	if err != nil {
+		return nil, nil, fmt.Errorf("issue server certificate for %q: %w", names[0], err)
+	}
+	return certPEM, keyPEM, nil
+}
+
 // Client issues a certificate for the client with the given common name and returns
 // the certificate and its key as PEM.
 func (ca *CA) Client(name string) (certPEM, keyPEM []byte, err error) {
@@ -75,13 +97,22 @@ func (ca *CA) Client(name string) (certPEM, keyPEM []byte, err error) {
 		KeyUsage:    x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}
-	cert, key, err := issue(template, ca)
+	certPEM, keyPEM, err = issuePEM(template, ca)
 	if err != nil {
 		return nil, nil, fmt.Errorf("issue client certificate for %q: %w", name, err)
 	}
+	return certPEM, keyPEM, nil
+}
+
+// issuePEM is [issue] with the certificate and its key as PEM.
+func issuePEM(template *x509.Certificate, ca *CA) (certPEM, keyPEM []byte, err error) {
+	cert, key, err := issue(template, ca)
+	if err != nil {
+		return nil, nil, err
+	}
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
-		return nil, nil, fmt.Errorf("encode client key for %q: %w", name, err)
+		return nil, nil, err
 	}
 	certPEM = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})
 	keyPEM = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
