@@ -2,12 +2,12 @@
 
 // Package lab runs everything that a request passes between a tailnet device and a
 // Kubernetes API server, with real components: a control server with a policy file
-// and a DERP relay (Headscale), etcd and kube-apiserver, a node whose kubelet runs
-// processes, Caddy with the plugin on tailnet listeners, and one tailnet node per
-// caller.
+// and a DERP relay (Headscale), etcd and kube-apiserver, a node, Caddy with the plugin
+// on tailnet listeners, and one tailnet node per caller.
 //
-// Two components are not real: package standin replaces caddy-tailscale, and pods
-// are processes of package kubelet.
+// One component is not real: package standin replaces caddy-tailscale. The node is
+// real (see package node) where that is possible and asked for; elsewhere, pods are
+// processes of package kubelet.
 package lab
 
 import (
@@ -36,6 +36,9 @@ const (
 	ProxyTag = "tag:k8s"
 	// Pod is the pod that runs in the namespace default.
 	Pod = "web"
+	// EchoPort is the port on which this pod, if it is on a real node, sends back what
+	// it receives.
+	EchoPort = "7"
 	// impersonator is the service account that the proxy uses, from
 	// examples/kubernetes/10-impersonator.yaml.
 	impersonatorNamespace, impersonatorName = "tailscale-impersonate", "proxy"
@@ -65,6 +68,9 @@ type Config struct {
 	Policy func([]byte) ([]byte, error)
 	// GroupPrefixes are the group prefixes that sites of the Caddyfile use.
 	GroupPrefixes []string
+	// RealNode asks for a real node, with kubelet and containerd, rather than pods that
+	// are processes of this machine. See [node.Unavailable] for where it cannot run.
+	RealNode bool
 	// Constrained gives the proxy only rights of constrained impersonation.
 	Constrained bool
 	// Callers are the devices that call the API server.
@@ -116,7 +122,7 @@ func Start(ctx context.Context, cfg Config) (_ *Lab, err error) {
 	}
 	if err := together(
 		func() error { return l.startHeadscale(ctx) },
-		func() error { return l.startCluster(ctx, cfg.Examples, cfg.Constrained) },
+		func() error { return l.startCluster(ctx, cfg) },
 	); err != nil {
 		return nil, err
 	}
@@ -177,13 +183,17 @@ func (l *Lab) startHeadscale(ctx context.Context) error {
 	})
 }
 
-func (l *Lab) startCluster(ctx context.Context, examples string, constrained bool) error {
-	return l.step("etcd, kube-apiserver and a node with a pod", func() (err error) {
-		if l.Cluster, err = cluster.Start(ctx, cluster.Config{Dir: filepath.Join(l.Dir, "cluster")}); err != nil {
+func (l *Lab) startCluster(ctx context.Context, cfg Config) error {
+	what := "etcd, kube-apiserver and a node whose pods are processes"
+	if cfg.RealNode {
+		what = "etcd, kube-apiserver and a node with kubelet and containerd"
+	}
+	return l.step(what, func() (err error) {
+		if l.Cluster, err = cluster.Start(ctx, cluster.Config{Dir: filepath.Join(l.Dir, "cluster"), RealNode: cfg.RealNode}); err != nil {
 			return err
 		}
 		for _, name := range []string{"00-namespace.yaml", "10-impersonator.yaml", "11-audit.yaml", "12-act-as.yaml", "30-bindings.yaml"} {
-			manifest, err := os.ReadFile(filepath.Join(examples, "kubernetes", name))
+			manifest, err := os.ReadFile(filepath.Join(cfg.Examples, "kubernetes", name))
 			if err != nil {
 				return err
 			}
@@ -191,7 +201,7 @@ func (l *Lab) startCluster(ctx context.Context, examples string, constrained boo
 				return fmt.Errorf("%s: %w", name, err)
 			}
 		}
-		if err := l.LimitProxy(ctx, l.Policy, constrained); err != nil {
+		if err := l.LimitProxy(ctx, l.Policy, cfg.Constrained); err != nil {
 			return err
 		}
 		// As a kubelet mounts it into a pod and renews it: the token of the service
@@ -209,7 +219,11 @@ func (l *Lab) startCluster(ctx context.Context, examples string, constrained boo
 		if err := l.Cluster.AdminKubeconfig(l.AdminKubeconfig()); err != nil {
 			return err
 		}
-		return l.Cluster.RunPod(ctx, "default", Pod, []string{"sh", "-c", "i=0; while true; do echo line $i; i=$((i+1)); sleep 1; done"})
+		script := "i=0; while true; do echo line $i; i=$((i+1)); sleep 1; done"
+		if cfg.RealNode {
+			script = "nc -ll -p " + EchoPort + " -e cat & " + script
+		}
+		return l.Cluster.RunPod(ctx, "default", Pod, []string{"sh", "-c", script})
 	})
 }
 
