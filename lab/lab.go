@@ -71,6 +71,9 @@ type Config struct {
 	// RealNode asks for a real node, with kubelet and containerd, rather than pods that
 	// are processes of this machine. See [node.Unavailable] for where it cannot run.
 	RealNode bool
+	// Shared is a folder of this machine that the lab's pods see too, under the same
+	// path.
+	Shared string
 	// Constrained gives the proxy only rights of constrained impersonation.
 	Constrained bool
 	// Callers are the devices that call the API server.
@@ -189,7 +192,7 @@ func (l *Lab) startCluster(ctx context.Context, cfg Config) error {
 		what = "etcd, kube-apiserver and a node with kubelet and containerd"
 	}
 	return l.step(what, func() (err error) {
-		if l.Cluster, err = cluster.Start(ctx, cluster.Config{Dir: filepath.Join(l.Dir, "cluster"), RealNode: cfg.RealNode}); err != nil {
+		if l.Cluster, err = cluster.Start(ctx, cluster.Config{Dir: filepath.Join(l.Dir, "cluster"), RealNode: cfg.RealNode, Shared: cfg.Shared}); err != nil {
 			return err
 		}
 		for _, name := range []string{"00-namespace.yaml", "10-impersonator.yaml", "11-audit.yaml", "12-act-as.yaml", "30-bindings.yaml"} {

@@ -65,6 +65,10 @@ type Config struct {
 	// Without it, pods are processes of this machine. See [node.Unavailable] for where
 	// it cannot run.
 	RealNode bool
+
+	// Shared is a folder of this machine that the pods of RunPod see too, under the
+	// same path. Pods that are processes see all folders.
+	Shared string
 }
 
 // Cluster is a running cluster.
@@ -77,7 +81,8 @@ type Cluster struct {
 	admin     *rest.Config
 	client    kubernetes.Interface
 
-	node *node.Node // the real node, or nil
+	node   *node.Node // the real node, or nil
+	shared string
 
 	// Without a real node:
 	kubelet    *kubelet.Server
@@ -92,7 +97,7 @@ func Start(ctx context.Context, cfg Config) (*Cluster, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start cluster: %w", err)
 	}
-	c := &Cluster{dir: dir}
+	c := &Cluster{dir: dir, shared: cfg.Shared}
 	if err := c.start(ctx, cfg); err != nil {
 		return nil, errors.Join(fmt.Errorf("start cluster: %w", err), c.Stop())
 	}

@@ -122,7 +122,7 @@ func (c *Cluster) allowKubeletClient(ctx context.Context) error {
 func (c *Cluster) runRealPod(ctx context.Context, namespace, name string, command []string) error {
 	pods := c.client.CoreV1().Pods(namespace)
 	grace := int64(1) // shells do not end when they are asked to
-	pod, err := pods.Create(ctx, &corev1.Pod{
+	wanted := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"app": name}},
 		Spec: corev1.PodSpec{
 			TerminationGracePeriodSeconds: &grace,
@@ -134,7 +134,15 @@ func (c *Cluster) runRealPod(ctx context.Context, namespace, name string, comman
 				Stdin:   true,
 			}},
 		},
-	}, metav1.CreateOptions{})
+	}
+	if c.shared != "" {
+		wanted.Spec.Volumes = []corev1.Volume{{
+			Name:         "shared",
+			VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: c.shared}},
+		}}
+		wanted.Spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: "shared", MountPath: c.shared}}
+	}
+	pod, err := pods.Create(ctx, wanted, metav1.CreateOptions{})
 	if err != nil {
 		return fmt.Errorf("run pod %s/%s: %w", namespace, name, err)
 	}

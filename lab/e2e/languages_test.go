@@ -4,8 +4,6 @@ package e2e
 
 import (
 	"encoding/json"
-	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -41,30 +39,6 @@ func runClient(t *testing.T, program ...string) {
 	}
 }
 
-// echoPort returns a port of every pod of the lab that echoes.
-func echoPort(t *testing.T) string {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			conn, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() { defer conn.Close(); _, _ = io.Copy(conn, conn) }()
-		}
-	}()
-	_, port, err := net.SplitHostPort(ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return port
-}
-
 // tool returns the path of a file of the lab's tools.
 func tool(t *testing.T, path ...string) string {
 	t.Helper()
@@ -88,12 +62,12 @@ func TestOrigin_PythonClientWorks(t *testing.T) {
 	if err := os.WriteFile(file, authority, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	runClient(t, python, tool(t, "client-python", "client.py"), "https://"+proxyDomain, forward(t, "alice", "443"), file, lab.Pod, echoPort(t))
+	runClient(t, python, tool(t, "client-python", "client.py"), "https://"+proxyDomain, forward(t, "alice", "443"), file, lab.Pod, echoServer(t))
 }
 
 func TestOrigin_JavaScriptClientWorks(t *testing.T) {
 	if _, err := os.Stat(tool(t, "client-node", "node_modules")); err != nil {
 		t.Skip("Kubernetes' JavaScript client is not installed; run `make client-node`")
 	}
-	runClient(t, "node", tool(t, "client-node", "client.mjs"), theLab.Callers["alice"].Kubeconfig, lab.Pod, echoPort(t))
+	runClient(t, "node", tool(t, "client-node", "client.mjs"), theLab.Callers["alice"].Kubeconfig, lab.Pod, echoServer(t))
 }

@@ -17,6 +17,7 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/node"
 	sessionrecorder "github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
 )
 
@@ -33,6 +34,9 @@ var keep = flag.Bool("keep", false, "keep the folder of logs even if all tests p
 
 // stopConnections is how many connections a Caddy has had that is stopped.
 var stopConnections = flag.Int("stop-connections", 5000, "how many connections a Caddy has had that is stopped")
+
+// processes runs pods as processes of this machine, as where there is no real node.
+var processes = flag.Bool("processes", false, "do not use a real node")
 
 // constrained runs the whole suite with the rights that "caddy tailscale-impersonate
 // rbac --constrained" writes.
@@ -110,8 +114,13 @@ func run(m *testing.M) (code int) {
 }
 
 func start(dir string) (err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
+	realNode := !*processes
+	if err := node.Unavailable(); realNode && err != nil {
+		fmt.Fprintf(os.Stderr, "%v: pods are processes of this machine, and streams pass a kubelet of the lab's own\n", err)
+		realNode = false
+	}
 	root, err := lab.Root()
 	if err != nil {
 		return err
@@ -135,9 +144,12 @@ func start(dir string) (err error) {
 		Caddyfile: sites,
 		// As on the site at portGroupLimits.
 		GroupPrefixes: []string{"tailnet:"},
-		Constrained:   *constrained,
-		Callers:       callers,
-		Progress:      os.Stderr,
+		RealNode:      realNode,
+		// For tests that look at what a command in a pod has done.
+		Shared:      os.TempDir(),
+		Constrained: *constrained,
+		Callers:     callers,
+		Progress:    os.Stderr,
 	})
 	if err != nil {
 		return err

@@ -454,14 +454,7 @@ func TestRecording_PortForwardIsLogged(t *testing.T) {
 	forEachProtocol(t, func(t *testing.T, p protocol) {
 		useRecorder(t, recordertest.V2)
 		log := tail(t, theLab.Log("caddy"))
-		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			_, _ = io.WriteString(w, strings.Repeat("x", 100000))
-		}))
-		defer server.Close()
-		_, port, err := net.SplitHostPort(server.Listener.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
+		port := pageServer(t, 100000)
 		s := startKubectl(t, theLab.Callers["gus"].Kubeconfig, p.env, "port-forward", lab.Pod, ":"+port)
 		_, local, _ := strings.Cut(s.want(t, "Forwarding from 127.0.0.1:"), "127.0.0.1:")
 		local, _, _ = strings.Cut(local, " ")
@@ -505,6 +498,28 @@ func TestRecording_PortForwardIsLogged(t *testing.T) {
 			t.Errorf("logged %v and %v", began, ended)
 		}
 	})
+}
+
+// pageServer returns a port of [lab.Pod] that serves a page of that size.
+func pageServer(t *testing.T, size int) (port string) {
+	t.Helper()
+	if theLab.Cluster.Node() != nil {
+		// The server stays, as the pod does.
+		const script = `mkdir -p /www && yes | head -c "$1" > /www/index.html && { nc -z 127.0.0.1 8080 || httpd -p 8080 -h /www; }`
+		if _, stderr, err := runKubectl(t, theLab.AdminKubeconfig(), nil, "exec", lab.Pod, "--", "sh", "-c", script, "sh", fmt.Sprint(size)); err != nil {
+			t.Fatalf("%v: %s", err, stderr)
+		}
+		return "8080"
+	}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, strings.Repeat("x", size))
+	}))
+	t.Cleanup(server.Close)
+	_, port, err := net.SplitHostPort(server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return port
 }
 
 // The cost of a session of 50 MB, with and without a recorder.
