@@ -108,7 +108,8 @@ func servePodApp(t *testing.T, script string) (*website, string) {
 	pods := admin.CoreV1().Pods("default")
 	pod, err := pods.Create(t.Context(), &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{GenerateName: "app-"},
-		Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "main", Image: "lab.example/none"}}},
+		// Nothing runs it: its address is that of the website.
+		Spec: corev1.PodSpec{SchedulerName: "none", Containers: []corev1.Container{{Name: "main", Image: "lab.example/none"}}},
 	}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)

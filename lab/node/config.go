@@ -86,6 +86,7 @@ func (n *Node) kubeletConfig() string {
 		"resolvConf":                    n.path("kubelet/resolv.conf"),
 		"clusterDomain":                 "cluster.local",
 		"imageGCHighThresholdPercent":   100,
+		"containerLogMaxSize":           "1Gi", // kubectl logs -f would lose what is rotated
 		"evictionHard":                  map[string]string{"memory.available": "50Mi", "nodefs.available": "0%", "nodefs.inodesFree": "0%", "imagefs.available": "0%", "imagefs.inodesFree": "0%"},
 		"healthzBindAddress":            "127.0.0.1",
 	})

@@ -181,9 +181,6 @@ func (m *Machine) startGuard(s setup, lock *os.File) (err error) {
 	return nil
 }
 
-// Done is closed when the machine has ended and nothing of it is left.
-func (m *Machine) Done() <-chan struct{} { return m.ended }
-
 // Stop ends everything that runs on the machine and returns when nothing of it is
 // left. Another call waits too.
 func (m *Machine) Stop() error {

@@ -23,9 +23,6 @@ func Start(context.Context, Config) (*Machine, error) { return nil, Supported() 
 // Stop does nothing.
 func (*Machine) Stop() error { return nil }
 
-// Done is never closed.
-func (*Machine) Done() <-chan struct{} { return nil }
-
 // Start returns the error of [Supported].
 func (*Machine) Start(Command) (*Process, error) { return nil, Supported() }
 
