@@ -61,7 +61,7 @@ func (c *Cluster) startWithRealNode(ctx context.Context, assets string) error {
 // and lets it do what it does in any cluster with nodes.
 func (c *Cluster) configureForNode(server *envtest.APIServer) error {
 	host := c.node.Host().String()
-	server.SecureServing.Address, server.SecureServing.Port = host, "6443"
+	server.Address, server.Port = host, "6443"
 	serving, err := pki.NewCA("lab kube-apiserver")
 	if err != nil {
 		return err
@@ -71,7 +71,7 @@ func (c *Cluster) configureForNode(server *envtest.APIServer) error {
 		return err
 	}
 	// envtest issues none if there are some.
-	server.SecureServing.CA = serving.PEM()
+	server.CA = serving.PEM()
 	files := map[string][]byte{frontProxyCA: frontProxy.PEM()}
 	if files[servingCert], files[servingKey], err = serving.ServerPEM(host, "10.0.0.1", "localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"); err != nil {
 		return err

@@ -177,7 +177,7 @@ func (n *Node) path(name string) string { return filepath.Join(n.dir, name) }
 // writeFiles writes files in the node's folder.
 func (n *Node) writeFiles(files map[string]string) error {
 	for name, content := range files {
-		if err := os.MkdirAll(filepath.Dir(n.path(name)), 0o755); err != nil { //nolint:gosec // as /etc
+		if err := os.MkdirAll(filepath.Dir(n.path(name)), 0o755); err != nil {
 			return err
 		}
 		if err := os.WriteFile(n.path(name), []byte(content), 0o600); err != nil {

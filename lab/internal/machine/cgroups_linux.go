@@ -94,7 +94,7 @@ func createGroups(name string) error {
 	}
 	for _, g := range groups {
 		dir := filepath.Join(g.dir, name)
-		if err := os.Mkdir(dir, 0o755); err != nil { //nolint:gosec // as the kernel's own
+		if err := os.Mkdir(dir, 0o755); err != nil {
 			return err
 		}
 		// A new cpuset is empty and takes no process.

@@ -44,7 +44,7 @@ const slots = 32
 // network returns the network of a slot. The addresses are those that are reserved
 // for tests of network devices (RFC 2544).
 func network(slot int) Network {
-	n := byte(slot)
+	n := byte(slot) //nolint:gosec // less than slots
 	return Network{
 		Host:       netip.AddrFrom4([4]byte{198, 18, n, 1}),
 		Machine:    netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 18, n, 2}), 24),

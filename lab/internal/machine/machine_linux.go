@@ -79,7 +79,7 @@ func Start(ctx context.Context, cfg Config) (_ *Machine, err error) {
 	if cfg.Dir, err = filepath.Abs(cfg.Dir); err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(cfg.Dir, 0o755); err != nil { //nolint:gosec // pods that are not root look up paths below
+	if err := os.MkdirAll(cfg.Dir, 0o755); err != nil {
 		return nil, err
 	}
 	slot, lock, err := takeSlot()
