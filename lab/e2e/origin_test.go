@@ -42,7 +42,7 @@ async function attack() {
   await step('create', async () => (await create('create')).type);
   await step('exec', () => open(socketOf(exec), 'v5.channel.k8s.io'));
   await step('watch', () => open(socketOf(secrets + '?watch=true')));
-  await step('node', () => text(api + '/api/v1/nodes/lab/proxy/run/default/' + podName + '/main', { method: 'POST' }));
+  await step('node', () => text(api + '/api/v1/nodes/lab/proxy/run/default/' + podName + '/main?cmd=true', { method: 'POST' }));
   await step('frame', async () => (await framed({ src: api + secrets })).contentDocument.body.innerText.slice(0, 200));
   await step('form', async () => {
     await framed({ name: 'target' });
@@ -195,8 +195,12 @@ func TestOrigin_PodsPageWorksAndCannotAct(t *testing.T) {
 		got := onDevice(t, "alice", portUI).visit(t, own+path, site)
 		wantResults(t, got, works)
 		const list = "{\n  \"kind\": \"SecretList\""
+		node := "400" // by the API server, which forwards nothing to loopback
+		if theLab.Cluster.Node() != nil {
+			node = "200 " // the command has run
+		}
 		wantResults(t, got, map[string]string{
-			"read": "200 " + list, "exec": "open", "watch": "open", "node": "400", // by the API server
+			"read": "200 " + list, "exec": "open", "watch": "open", "node": node,
 			"frame": list, "window": list, "sandbox": "refused", "serviceworker": own + "/",
 		})
 		if names := created(t, "own-"); len(names) == 0 {
