@@ -504,8 +504,8 @@ func TestRecording_PortForwardIsLogged(t *testing.T) {
 func pageServer(t *testing.T, size int) (port string) {
 	t.Helper()
 	if theLab.Cluster.Node() != nil {
-		// The server stays, as the pod does.
-		const script = `mkdir -p /www && yes | head -c "$1" > /www/index.html && { nc -z 127.0.0.1 8080 || httpd -p 8080 -h /www; }`
+		// The server stays as long as the pod: the second one fails.
+		const script = `mkdir -p /www && yes | head -c "$1" > /www/index.html && { httpd -p 8080 -h /www || wget -q -O /dev/null http://127.0.0.1:8080; }`
 		if _, stderr, err := runKubectl(t, theLab.AdminKubeconfig(), nil, "exec", lab.Pod, "--", "sh", "-c", script, "sh", fmt.Sprint(size)); err != nil {
 			t.Fatalf("%v: %s", err, stderr)
 		}
