@@ -39,19 +39,21 @@ ASSETS_NOTE := not using KUBEBUILDER_ASSETS=$(KUBEBUILDER_ASSETS), which lacks: 
 endif
 endif
 
+build_command = go build
+
 # $(call build,name,tools module,package,time it takes,linker flags)
 define build
 	@mkdir -p $(BIN)
 	@echo "==> building $(1) from $(TOOLS)/$(2), once; takes about $(4) with an empty build cache"
 	@start=$$(date +%s) && \
-	cd $(TOOLS)/$(2) && go build -trimpath -gcflags=all=-dwarf=false -ldflags "-w $(5)" -o ../../.bin/$(1).new $(3) && mv ../../.bin/$(1).new ../../.bin/$(1) && \
+	cd $(TOOLS)/$(2) && $(build_command) -trimpath -gcflags=all=-dwarf=false -ldflags "-w $(5)" -o ../../.bin/$(1).new $(3) && mv ../../.bin/$(1).new ../../.bin/$(1) && \
 	echo "==> built $(1) in $$(( $$(date +%s) - start )) s"
 endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components node node-note assets-note asciicast client-node client-python browser demo test test-long chart-test conformance conformance-mutants fuzz bench soak lint xcaddy image release-caddy clean
+.PHONY: help components node node-note assets-note asciicast client-node client-python browser demo test test-long chart-test conformance conformance-mutants kubernetes-conformance fuzz bench soak lint xcaddy image release-caddy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -179,6 +181,15 @@ conformance: $(DEMO_PARTS) ## attack the plugin, also in the ways in which other
 conformance-mutants: $(DEMO_PARTS) ## remove each line that security depends on, one at a time: a test or an attack must fail
 	cd lab && go run ./cmd/conformance-mutants
 
+# Kubernetes' own tests, and what they run in pods.
+KUBETEST_PARTS := $(addprefix $(BIN)/,e2e.test ginkgo agnhost sample-apiserver)
+
+# all, or ci for a part of a few minutes.
+PART ?= all
+
+kubernetes-conformance: $(DEMO_PARTS) node $(KUBETEST_PARTS) ## run Kubernetes' own tests directly and through the plugin (hours; PART=ci: minutes); needs root
+	cd lab && go build -o .bin/kubernetes-conformance ./cmd/kubernetes-conformance && .bin/kubernetes-conformance -part $(PART)
+
 # How long each fuzz target runs.
 FUZZTIME ?= 60s
 FUZZ_TARGETS := .:FuzzRequest impersonate:FuzzStripClient impersonate:FuzzIdentity impersonate:FuzzParseTarget impersonate:FuzzLimit impersonate:FuzzDeviceUser impersonate:FuzzChoose internal/requestinfo:FuzzParse internal/sessionrecording:FuzzFrames internal/transport:FuzzPath
@@ -250,6 +261,21 @@ $(BIN)/kube-apiserver: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
 
 $(BIN)/kubectl: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
 	$(call build,kubectl,kubernetes,k8s.io/kubernetes/cmd/kubectl,1 minute,-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION))
+
+# Kubernetes' own tests, their runner, and what they run in pods: from the same version as the
+# API server, which they have to match. The tests are a test binary.
+$(BIN)/e2e.test: build_command = go test -c
+$(BIN)/e2e.test: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
+	$(call build,e2e.test,kubernetes,k8s.io/kubernetes/test/e2e,12 minutes,-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION))
+
+$(BIN)/ginkgo: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
+	$(call build,ginkgo,kubernetes,github.com/onsi/ginkgo/v2/ginkgo,15 seconds)
+
+$(BIN)/agnhost: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
+	$(call build,agnhost,kubernetes,k8s.io/kubernetes/test/images/agnhost,1 minute)
+
+$(BIN)/sample-apiserver: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
+	$(call build,sample-apiserver,kubernetes,k8s.io/sample-apiserver,1 minute)
 
 # kubelet, kube-proxy, kube-controller-manager and kube-scheduler.
 $(BIN)/kubernetes-node: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum $(wildcard $(TOOLS)/kubernetes/kubernetes-node/*.go)
