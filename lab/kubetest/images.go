@@ -24,10 +24,10 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/static"
-	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/node"
 )
 
 // registry is where the tests believe that their images are from. It cannot exist, so that an
@@ -92,8 +92,10 @@ var imageSpecs = map[string]imageSpec{
 	"nonroot": {config: v1.Config{User: "1234", Cmd: []string{"sh"}}},
 	// Nothing asks it for a page of nginx.
 	"nginx": {config: v1.Config{Cmd: []string{"/bin/busybox", "httpd", "-f", "-p", "80", "-h", "/uploads"}}},
-	// As small as one with a shell can be: some tests limit its memory.
-	"pause": {config: v1.Config{Entrypoint: []string{"/bin/bash", "-c", "trap 'exit 0' TERM INT; sleep infinity & wait"}}},
+	"pause": {
+		programs: map[string]string{"pause": "pause"},
+		config:   v1.Config{Entrypoint: []string{"/pause"}},
+	},
 	"etcd": {
 		programs: map[string]string{"usr/local/bin/etcd": "etcd"},
 		config:   v1.Config{Entrypoint: []string{"/usr/local/bin/etcd"}},
@@ -116,7 +118,7 @@ func WriteImages(ctx context.Context, dir, kubernetes, file string) error {
 	if err != nil {
 		return fmt.Errorf("the files of all images: %w", err)
 	}
-	images := make(map[name.Reference]v1.Image)
+	images := make(map[string]v1.Image)
 	programs := make(map[string]v1.Layer)
 	for _, reference := range wanted {
 		spec, ok := imageSpecs[path.Base(reference.Context().RepositoryStr())]
@@ -127,14 +129,14 @@ func WriteImages(ctx context.Context, dir, kubernetes, file string) error {
 		if err != nil {
 			return fmt.Errorf("image %s: %w", reference, err)
 		}
-		images[reference] = image
+		images[reference.String()] = image
 	}
 	for image := range imageSpecs {
 		if !slices.ContainsFunc(wanted, func(tag name.Tag) bool { return path.Base(tag.RepositoryStr()) == image }) {
 			return fmt.Errorf("e2e.test asks for no image %s: remove it here", image)
 		}
 	}
-	return tarball.MultiRefWriteToFile(file, images)
+	return node.WriteImages(file, images)
 }
 
 // wantedImages returns the images that the tests ask for.

@@ -14,6 +14,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd/api"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/node"
 )
 
 // caller is who the tests are through the plugin: the examples' policy file grants
@@ -50,6 +51,52 @@ type target struct {
 	direct, through string
 }
 
+// start starts a lab whose node has the images in a file.
+func start(ctx context.Context, root, dir, images string) (_ *target, err error) {
+	if err := node.Unavailable(); err != nil {
+		return nil, err
+	}
+	t := &target{direct: filepath.Join(dir, "directly.kubeconfig"), through: filepath.Join(dir, "through-the-plugin.kubeconfig")}
+	t.lab, err = lab.Start(ctx, lab.Config{
+		Dir:      dir,
+		Examples: filepath.Join(root, "examples"),
+		RealNode: true,
+		Callers:  []lab.CallerSpec{{Name: caller, Login: caller + "@example.com"}},
+		// The caller is only there later, but the site needs the address now.
+		Caddyfile: func(l *lab.Lab) string { return caddyfile(l, l.Cluster.Node().Host().String()) },
+		Progress:  os.Stdout,
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, t.stop())
+		}
+	}()
+	if err := t.lab.Cluster.Node().Import(ctx, images); err != nil {
+		return nil, err
+	}
+	if err := os.Remove(images); err != nil {
+		return nil, err
+	}
+	if err := t.lab.Cluster.Apply(ctx, []byte(actAs)); err != nil {
+		return nil, err
+	}
+	if err := t.lab.Cluster.AdminKubeconfig(t.direct); err != nil {
+		return nil, err
+	}
+	// Only the node and its pods reach that address, and this machine. Loopback would do as
+	// well, but a test of kubectl skips itself there.
+	t.in, err = forward(t.lab.Cluster.Node().Host().String(), func(ctx context.Context) (net.Conn, error) {
+		return t.lab.Callers[caller].Dial(ctx, "tcp", lab.ProxyName+"."+lab.Domain+":443")
+	})
+	if err != nil {
+		return nil, err
+	}
+	return t, writeKubeconfig(t.lab, t.through, t.in.url())
+}
+
 // stop stops the lab.
 func (t *target) stop() error {
 	var errs []error
@@ -64,7 +111,7 @@ func (t *target) stop() error {
 // that address, which is the forwarder's.
 func caddyfile(l *lab.Lab, address string) string {
 	return l.Globals(l.ProxyKey(), "default_sni "+address) + fmt.Sprintf(`
-https://%s.%s, https://%s {
+https://%[1]s.%[2]s, https://%[3]s {
 	bind tailscale/%[1]s
 	tls internal
 	tailscale_kubernetes {
