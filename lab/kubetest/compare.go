@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -68,6 +69,8 @@ type Comparison struct {
 	Unknown []Pair
 	// Stale pass directly although known.yaml says that they fail.
 	Stale []Pair
+	// Again are those of Both that passed both ways only when they were run again.
+	Again []Pair
 
 	DirectSeconds, ThroughSeconds float64
 }
@@ -102,6 +105,36 @@ func Compare(set string, direct, through Report, known map[string]string) Compar
 		}
 	}
 	return c
+}
+
+// RunAgain returns a set with the tests for which [Comparison.Err] returns an error, or nil if
+// there are none. Tests have limits of time, which a busy machine exceeds.
+func (c Comparison) RunAgain() *Set {
+	again := &Set{Name: c.Set + " again"}
+	for _, p := range slices.Concat(c.Lost, c.Unknown) {
+		again.Focus = append(again.Focus, regexp.QuoteMeta(p.Test)+"$")
+	}
+	if len(again.Focus) == 0 {
+		return nil
+	}
+	return again
+}
+
+// Merge takes over the results of tests that were run again and pass both ways now. What fails
+// again, in whichever way, keeps its first result.
+func (c *Comparison) Merge(again Comparison) {
+	passes := make(map[string]bool)
+	for _, p := range again.Both {
+		passes[p.Test] = true
+	}
+	for _, from := range []*[]Pair{&c.Lost, &c.Unknown} {
+		*from = slices.DeleteFunc(*from, func(p Pair) bool {
+			if passes[p.Test] {
+				c.Both, c.Again = append(c.Both, p), append(c.Again, p)
+			}
+			return passes[p.Test]
+		})
+	}
 }
 
 // of returns the result of a test in a report.
@@ -159,6 +192,7 @@ func (c Comparison) Details() string {
 	section("FAIL DIRECTLY, AND known.yaml DOES NOT SAY WHY", c.Unknown, each)
 	section("fail directly, as known", c.Known, func(p Pair) string { return p.Reason })
 	section("pass, although known.yaml says that they fail: remove them there", c.Stale, func(p Pair) string { return p.Reason })
+	section("pass both ways when they are run again, alone", c.Again, each)
 	section("skip themselves", c.Skip, func(p Pair) string { return p.Direct.Reason })
 	return b.String()
 }

@@ -184,6 +184,35 @@ func TestCompare_FindsWhatThePluginBreaks(t *testing.T) {
 	}
 }
 
+func TestCompare_TestsThatPassWhenRunAgainAreNamed(t *testing.T) {
+	direct := read(t, spec("a", pass, ""), spec("b [x]", pass, ""), spec("c", timeout, ""), spec("d", pass, ""))
+	through := read(t, spec("a", pass, ""), spec("b [x]", timeout, ""), spec("c", pass, ""), spec("d", fail, ""))
+	c := Compare("set", direct, through, nil)
+	again := c.RunAgain()
+	if want := []string{`b \[x\]$`, "d$", "c$"}; again == nil || !slices.Equal(again.Focus, want) {
+		t.Fatalf("runs again %+v, want %q", again, want)
+	}
+	second := []types.SpecReport{spec("b [x]", pass, ""), spec("c", pass, ""), spec("d", pass, "")}
+	failing := []types.SpecReport{spec("b [x]", pass, ""), spec("c", pass, ""), spec("d", fail, "")}
+	c.Merge(Compare(again.Name, read(t, second...), read(t, failing...), nil))
+	names := func(pairs []Pair) string {
+		var all []string
+		for _, p := range pairs {
+			all = append(all, p.Test)
+		}
+		return strings.Join(all, " ")
+	}
+	if names(c.Again) != "b [x] c" || names(c.Lost) != "d" || len(c.Unknown) != 0 || c.Err() == nil {
+		t.Errorf("got %+v", c)
+	}
+	if !strings.Contains(c.Details(), "run again") {
+		t.Errorf("the details do not say what was run again:\n%s", c.Details())
+	}
+	if c := Compare("set", direct, direct, map[string]string{"c": "slow"}); c.RunAgain() != nil {
+		t.Errorf("runs again %+v without need", c.RunAgain())
+	}
+}
+
 func TestTable_CountsEachTestOnce(t *testing.T) {
 	direct := read(t, spec("a", pass, ""), spec("b", pass, ""), spec("c", fail, ""), spec("d", fail, ""), spec("e", skip, "x"))
 	through := read(t, spec("a", pass, ""), spec("b", fail, ""), spec("c", fail, ""), spec("d", pass, ""), spec("e", skip, "x"))

@@ -9,7 +9,11 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 
+	authenticationv1 "k8s.io/api/authentication/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/clientcmd/api"
 
@@ -20,6 +24,9 @@ import (
 // caller is who the tests are through the plugin: the examples' policy file grants
 // system:masters.
 const caller = "alice"
+
+// administrator is who the tests are directly.
+const administrator = "lab-admin"
 
 // actAs lets the proxy act as whomever its callers may act as. The examples name each group and
 // field, but the tests make up theirs.
@@ -94,7 +101,32 @@ func start(ctx context.Context, root, dir, images string) (_ *target, err error)
 	if err != nil {
 		return nil, err
 	}
-	return t, writeKubeconfig(t.lab, t.through, t.in.url())
+	if err := writeKubeconfig(t.lab, t.through, t.in.url()); err != nil {
+		return nil, err
+	}
+	// A comparison of two ways that are the same would say nothing.
+	return t, errors.Join(isUser(ctx, t.direct, administrator), isUser(ctx, t.through, caller+"@example.com"))
+}
+
+// isUser returns an error if the API server does not see the user of a kubeconfig as user.
+func isUser(ctx context.Context, kubeconfig, user string) error {
+	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return err
+	}
+	client, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		return err
+	}
+	review, err := client.AuthenticationV1().SelfSubjectReviews().Create(ctx, &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{})
+	if err != nil {
+		return fmt.Errorf("%s: %w", kubeconfig, err)
+	}
+	info := review.Status.UserInfo
+	if info.Username != user || !slices.Contains(info.Groups, "system:masters") {
+		return fmt.Errorf("%s: the API server sees the user %s with the groups %q; want %s with system:masters", kubeconfig, info.Username, info.Groups, user)
+	}
+	return nil
 }
 
 // stop stops the lab.

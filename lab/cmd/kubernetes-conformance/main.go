@@ -109,9 +109,9 @@ func run(ctx context.Context, o options) (different, err error) {
 		}
 		fmt.Print(kubetest.Table(comparisons))
 	}()
-	runner := &kubetest.Runner{Dir: o.dir, Procs: o.procs, SetTimeout: o.setTimeout}
+	j := judge{t, known, kubetest.Runner{Dir: o.dir, Procs: o.procs, SetTimeout: o.setTimeout}}
 	for _, set := range sets {
-		c, err := compare(ctx, runner, set, t, known)
+		c, err := j.compare(ctx, set)
 		if err != nil {
 			return different, err
 		}
@@ -133,20 +133,47 @@ func chosen(o options) ([]kubetest.Set, error) {
 	return kubetest.Named(sets, o.sets)
 }
 
-// compare runs a set directly and then through the plugin.
-func compare(ctx context.Context, runner *kubetest.Runner, set kubetest.Set, t *target, known map[string]string) (kubetest.Comparison, error) {
+// judge compares runs of sets.
+type judge struct {
+	target *target
+	known  map[string]string
+	runner kubetest.Runner
+}
+
+// compare runs a set directly and then through the plugin. What is different, or fails, is run
+// again both ways, one test at a time.
+func (j judge) compare(ctx context.Context, set kubetest.Set) (kubetest.Comparison, error) {
+	c, err := j.bothWays(ctx, set)
+	if err != nil {
+		return c, err
+	}
+	if again := c.RunAgain(); again != nil {
+		j.runner.Procs = 1
+		second, err := j.bothWays(ctx, *again)
+		if err != nil {
+			// All of them may have skipped themselves. The first results stand.
+			fmt.Printf("  running again what is different: %v\n", err)
+			return c, ctx.Err()
+		}
+		c.Merge(second)
+	}
+	return c, nil
+}
+
+// bothWays runs a set directly and then through the plugin.
+func (j judge) bothWays(ctx context.Context, set kubetest.Set) (kubetest.Comparison, error) {
 	var reports [2]kubetest.Report
-	for i, way := range []struct{ name, kubeconfig string }{{"directly", t.direct}, {"through-the-plugin", t.through}} {
+	for i, way := range []struct{ name, kubeconfig string }{{"directly", j.target.direct}, {"through-the-plugin", j.target.through}} {
 		began := time.Now()
 		var err error
-		if reports[i], err = runner.Run(ctx, set, way.name, way.kubeconfig); err != nil {
+		if reports[i], err = j.runner.Run(ctx, set, way.name, way.kubeconfig); err != nil {
 			return kubetest.Comparison{}, fmt.Errorf("%s, %s: %w", set.Name, way.name, err)
 		}
 		count := reports[i].Count()
 		fmt.Printf("  %5.0f s  %s, %s: %d passed, %d failed, %d skipped themselves\n", time.Since(began).Seconds(),
 			set.Name, way.name, count[kubetest.Passed], count[kubetest.Failed], count[kubetest.Skipped])
 	}
-	return kubetest.Compare(set.Name, reports[0], reports[1], known), nil
+	return kubetest.Compare(set.Name, reports[0], reports[1], j.known), nil
 }
 
 // writeImages writes the images that the tests need into a file of dir, and returns its path.
