@@ -57,7 +57,7 @@ func (r *Runner) Run(ctx context.Context, set Set, way, kubeconfig string) (Repo
 	}
 	report, err := ReadReport(filepath.Join(dir, "junit_01.xml"))
 	if err != nil {
-		return Report{}, fmt.Errorf("%w (ginkgo: %v; log: %s)", err, tests.Err(), log.Name())
+		return Report{}, fmt.Errorf("%w (log: %s)", errors.Join(err, tests.Err()), log.Name())
 	}
 	return report, nil
 }

@@ -189,7 +189,7 @@ func writeImages(ctx context.Context, root, dir string) (string, error) {
 		return "", err
 	}
 	parts := filepath.Join(bin, "kubetest")
-	if err := os.MkdirAll(parts, 0o755); err != nil { //nolint:gosec // like the folder that it is in
+	if err := os.MkdirAll(parts, 0o755); err != nil {
 		return "", err
 	}
 	file := filepath.Join(dir, "images.tar")
