@@ -133,10 +133,8 @@ func download(ctx context.Context, dir string, packages []string) ([]string, err
 		if err != nil {
 			return nil, err
 		}
-		cmd := exec.CommandContext(ctx, "apt-get", append([]string{"download", "--quiet=2"}, closure...)...)
-		cmd.Dir = dir
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return nil, fmt.Errorf(`apt-get download: %w: %s (if it does not find a package, run "apt-get update")`, err, out)
+		if err := aptDownload(ctx, dir, closure); err != nil {
+			return nil, err
 		}
 		if err := os.WriteFile(done, nil, 0o600); err != nil {
 			return nil, err
@@ -145,6 +143,27 @@ func download(ctx context.Context, dir string, packages []string) ([]string, err
 	files, err := filepath.Glob(filepath.Join(dir, "*.deb"))
 	slices.Sort(files)
 	return files, err
+}
+
+// aptDownload downloads exactly these packages into dir. A list of packages that is out of date is
+// one reason why they cannot be downloaded.
+func aptDownload(ctx context.Context, dir string, packages []string) error {
+	apt := func(args ...string) error {
+		cmd := exec.CommandContext(ctx, "apt-get", append([]string{"--quiet=2", "--option=APT::Sandbox::User=root"}, args...)...)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("apt-get %s: %w: %s", args[0], err, out)
+		}
+		return nil
+	}
+	first := apt(append([]string{"download"}, packages...)...)
+	if first == nil {
+		return nil
+	}
+	if err := apt("update"); err != nil {
+		return errors.Join(first, err)
+	}
+	return apt(append([]string{"download"}, packages...)...)
 }
 
 // dependencies returns Debian packages and all packages that they depend on.

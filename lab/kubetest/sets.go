@@ -55,11 +55,11 @@ func Sets(part string) ([]Set, error) {
 			{
 				Name:  "streams",
 				Focus: []string{streaming, `\[sig-node\] Pods .* over websockets`, `\[sig-node\] Ephemeral Containers`},
-				Skip:  []string{outOfReach, `\[Slow\]`, `1000 times`},
+				Skip:  []string{outOfReach, `\[Slow\]`, `1000 times`, `in-cluster config`},
 			},
 			{
 				Name:  "identity",
-				Focus: []string{`\[sig-auth\] (SubjectReview|SelfSubjectReview|Certificates API|ServiceAccounts .*(lifecycle|token|mount an API token))`},
+				Focus: []string{`\[sig-auth\] (SubjectReview|SelfSubjectReview|Certificates API .*\[Conformance\]|ServiceAccounts .*(lifecycle|token|mount an API token))`},
 				Skip:  []string{outOfReach, `\[Slow\]`},
 			},
 			{
