@@ -263,10 +263,14 @@ $(BIN)/kubectl: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
 	$(call build,kubectl,kubernetes,k8s.io/kubernetes/cmd/kubectl,1 minute,-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION))
 
 # Kubernetes' own tests, their runner, and what they run in pods: from the same version as the
-# API server, which they have to match. The tests are a test binary.
+# API server, which they have to match. The tests are a test binary. They choose some of what they
+# create by the two numbers of their version, which are stamped apart from it.
+KUBERNETES_NUMBERS := $(subst ., ,$(KUBERNETES_VERSION:v%=%))
+E2E_STAMP          := $(foreach stamp,gitVersion=$(KUBERNETES_VERSION) gitMajor=$(word 1,$(KUBERNETES_NUMBERS)) gitMinor=$(word 2,$(KUBERNETES_NUMBERS)),-X k8s.io/component-base/version.$(stamp))
+
 $(BIN)/e2e.test: build_command = go test -c
 $(BIN)/e2e.test: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
-	$(call build,e2e.test,kubernetes,k8s.io/kubernetes/test/e2e,12 minutes,-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION))
+	$(call build,e2e.test,kubernetes,k8s.io/kubernetes/test/e2e,12 minutes,$(E2E_STAMP))
 
 $(BIN)/ginkgo: $(TOOLS)/kubernetes/go.mod $(TOOLS)/kubernetes/go.sum
 	$(call build,ginkgo,kubernetes,github.com/onsi/ginkgo/v2/ginkgo,15 seconds)

@@ -193,7 +193,7 @@ func (c Comparison) Details() string {
 	section("fail directly, as known", c.Known, func(p Pair) string { return p.Reason })
 	section("pass, although known.yaml says that they fail: remove them there", c.Stale, func(p Pair) string { return p.Reason })
 	section("pass both ways when they are run again, alone", c.Again, each)
-	section("skip themselves", c.Skip, func(p Pair) string { return p.Direct.Reason })
+	section("skip themselves", c.Skip, func(p Pair) string { return describe(p.Direct) })
 	return b.String()
 }
 
