@@ -53,7 +53,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help components node node-note assets-note asciicast client-node client-python browser demo test test-long chart-test conformance conformance-mutants kubernetes-conformance fuzz bench soak lint xcaddy image release-caddy clean
+.PHONY: help components node node-note assets-note asciicast client-node client-python browser demo test test-long chart-test conformance conformance-mutants mutants kubernetes-conformance fuzz bench soak lint xcaddy image release-caddy clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -180,6 +180,14 @@ conformance: $(DEMO_PARTS) ## attack the plugin, also in the ways in which other
 
 conformance-mutants: $(DEMO_PARTS) ## remove each line that security depends on, one at a time: a test or an attack must fail
 	cd lab && go run ./cmd/conformance-mutants
+
+# The packages whose mutants are tried, all by default, and the branch that CHANGED=1
+# compares with.
+PKG  ?=
+BASE ?= main
+
+mutants: ## change the code that security rests on, one line at a time: a test must fail; PKG=impersonate for one package, CHANGED=1 for lines that differ from BASE (main)
+	cd lab && go run ./cmd/mutants $(if $(PKG),-packages "$(PKG)") $(if $(filter-out 0,$(CHANGED)),-changed $(BASE))
 
 # Kubernetes' own tests, and what they run in pods.
 KUBETEST_PARTS := $(addprefix $(BIN)/,e2e.test ginkgo agnhost sample-apiserver)

@@ -175,6 +175,30 @@ func TestTarget_OwnGroups(t *testing.T) {
 	}
 }
 
+func TestTarget_NamesOfServiceAccountAndNode(t *testing.T) {
+	account := impersonate.Target{User: "system:serviceaccount:ns:sa"}
+	if namespace, name, ok := account.ServiceAccount(); namespace != "ns" || name != "sa" || !ok {
+		t.Errorf("got service account %q, %q, %t", namespace, name, ok)
+	}
+	node := impersonate.Target{User: "system:node:n1"}
+	if name, ok := node.NodeName(); name != "n1" || !ok {
+		t.Errorf("got node %q, %t", name, ok)
+	}
+}
+
+func TestParseTarget_ErrorIsTheSameEachTime(t *testing.T) {
+	for range 50 { // maps have no order
+		_, err := impersonate.ParseTarget(http.Header{"Impersonate-User": {""}, "Impersonate-Uid": {""}, "Impersonate-Group": {""}, "Impersonate-X": {"a"}})
+		if err == nil || !strings.Contains(err.Error(), "Impersonate-Group") {
+			t.Fatalf("got error %v; want one about Impersonate-Group", err)
+		}
+	}
+	_, err := impersonate.ParseTarget(headers("Impersonate-User", "bob", "Impersonate-Extra-%zz", "a"))
+	if err == nil || !strings.Contains(err.Error(), "invalid URL escape") {
+		t.Errorf("got error %v; want one about the escape", err)
+	}
+}
+
 // Constrained impersonation of a service account or node allows nothing but a user.
 func TestTarget_OnlyUser(t *testing.T) {
 	for _, tt := range []struct {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"go.uber.org/zap/zapcore"
 	"tailscale.com/kube/kubetypes"
 	"tailscale.com/tailcfg"
 )
@@ -230,5 +231,70 @@ func TestIdentity_OptionalGrants(t *testing.T) {
 		if err := json.Unmarshal([]byte(grant), &theirs); err != nil || len(theirs.Impersonate.Groups) == 0 {
 			t.Errorf("Tailscale's proxy reads %s as %+v, %v", grant, theirs, err)
 		}
+	}
+}
+
+func TestChoose_ExtraFieldsOfAnotherChoiceAreGone(t *testing.T) {
+	id := &Identity{User: "alice", Groups: groups("devs"), HeldBack: groups("admins"), Extra: map[string][]string{
+		ExtraChosenGroups: {"devs"}, ExtraHeldBackGroups: {"admins"},
+	}}
+	for _, tt := range []struct {
+		asked []string
+		want  map[string][]string
+	}{
+		{nil, map[string][]string{ExtraHeldBackGroups: {"devs", "admins"}}},
+		{groups("devs", "admins"), map[string][]string{ExtraChosenGroups: {"devs", "admins"}}},
+	} {
+		got, _ := new(Limits).Choose(id, &Target{User: "alice", Groups: tt.asked})
+		if diff := cmp.Diff(tt.want, got.Extra); diff != "" {
+			t.Errorf("asked for %q: extra fields (-want +got):\n%s", tt.asked, diff)
+		}
+	}
+}
+
+func TestMissing_IsTheFirstGroupThatIsNotGranted(t *testing.T) {
+	id := &Identity{User: "alice", Groups: groups("devs"), HeldBack: groups("admins")}
+	for want, asked := range map[string][]string{"": groups("admins", "devs"), "ops": groups("devs", "admins", "ops", "sre")} {
+		if got := id.Missing(&Target{Groups: asked}); got != want {
+			t.Errorf("asked for %q: got %q; want %q", asked, got, want)
+		}
+	}
+}
+
+func TestCheckUse_NeedsRequireGroups(t *testing.T) {
+	id := &Identity{User: "alice", HeldBack: groups("admins")}
+	if err := new(Limits).CheckUse(id); err != nil {
+		t.Errorf("without require_groups: %v", err)
+	}
+	if err := (&Limits{RequireGroups: true}).CheckUse(id); err == nil {
+		t.Error("got no error with require_groups")
+	}
+}
+
+func TestRecordGroups_MatchWithAndWithoutPrefix(t *testing.T) {
+	l := &Limits{RecordGroups: groups("*-admins", "ops"), GroupPrefix: "ts-"}
+	for group, want := range map[string]bool{"ts-admins": true, "ts-ops": true, "ops": true, "admins": false} {
+		if got := l.RecordsAny(groups(group)); got != want {
+			t.Errorf("%s: got %t; want %t", group, got, want)
+		}
+	}
+}
+
+func TestFields_NameTheCaller(t *testing.T) {
+	encode := func(id *Identity) map[string]any {
+		encoder := zapcore.NewMapObjectEncoder()
+		for _, field := range id.Fields() {
+			field.AddTo(encoder)
+		}
+		return encoder.Fields
+	}
+	id := &Identity{Node: "laptop", User: "alice", Groups: groups("devs"), Source: SourceGrants}
+	want := map[string]any{"node": "laptop", "user": "alice", "groups": []any{"devs"}, "source": "grants"}
+	if diff := cmp.Diff(want, encode(id)); diff != "" {
+		t.Errorf("fields (-want +got):\n%s", diff)
+	}
+	id.HeldBack, want["held_back"] = groups("admins"), []any{"admins"}
+	if diff := cmp.Diff(want, encode(id)); diff != "" {
+		t.Errorf("with an optional group, fields (-want +got):\n%s", diff)
 	}
 }

@@ -20,14 +20,20 @@ func TestContext_CarriesIdentity(t *testing.T) {
 	if !ok {
 		t.Fatal("got no identity; want one")
 	}
+	type other struct{}
+	if got := impersonate.NewContext(context.WithValue(t.Context(), other{}, "kept"), want).Value(other{}); got != "kept" {
+		t.Errorf("under another key, got %v; want what the context had", got)
+	}
 	if diff := cmp.Diff(want, got, equateAddrs); diff != "" {
 		t.Errorf("identity (-want +got):\n%s", diff)
 	}
 }
 
 func TestFromContext_NoIdentity(t *testing.T) {
-	if id, ok := impersonate.FromContext(t.Context()); ok {
-		t.Errorf("got identity %+v; want none", id)
+	for _, ctx := range []context.Context{t.Context(), impersonate.NewContext(t.Context(), nil)} {
+		if id, ok := impersonate.FromContext(ctx); ok {
+			t.Errorf("got identity %+v; want none", id)
+		}
 	}
 }
 

@@ -45,8 +45,11 @@ func TestExplanation_RecordedUpToAnError(t *testing.T) {
 	for _, values := range [][]string{
 		{`{"impersonate":{"groups":["a",""]}}`},
 		{`{"impersonate":{"groups":["a"]}}`, `{"impersonate":"everybody"}`},
+		{`{"enforceRecorder":true}`}, // so its groups are its tags
 	} {
-		id, why, err := granted(name, values...).Identity(Capabilities)
+		peer := granted(name, values...)
+		peer.Tags = groups("prod")
+		id, why, err := peer.Identity(Capabilities)
 		if err == nil || !cmp.Equal(id, Identity{}) {
 			t.Errorf("%q: got %+v, %v; want an error", values, id, err)
 		}
@@ -63,5 +66,16 @@ func TestExplanation_EmptyWithoutGrants(t *testing.T) {
 	}
 	if why.Capability != "" || len(why.Grants) > 0 {
 		t.Errorf("got %+v; want nothing", why)
+	}
+}
+
+func TestDistance(t *testing.T) {
+	for _, tt := range []struct {
+		a, b string
+		want int
+	}{{"", "abc", 3}, {"abc", "", 3}, {"abc", "abc", 0}, {"group", "groups", 1}, {"gruops", "groups", 2}, {"xgroups", "groups", 1}, {"kitten", "sitting", 3}} {
+		if got := distance(tt.a, tt.b); got != tt.want {
+			t.Errorf("from %q to %q: got %d; want %d", tt.a, tt.b, got, tt.want)
+		}
 	}
 }

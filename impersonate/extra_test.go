@@ -3,6 +3,7 @@
 package impersonate_test
 
 import (
+	"maps"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -109,6 +110,9 @@ func TestAudited_RejectsMissingOrUnprintableValues(t *testing.T) {
 			}
 			id, err := audited(change.who)
 			refused(t, id, err, append(change.words, "audit")...)
+			if strings.Contains(err.Error(), "github.io") {
+				t.Errorf("got error %q; want it without the domain of the key", err)
+			}
 		})
 	}
 }
@@ -187,6 +191,32 @@ func TestSetHeaders_NoExtraWithoutAudit(t *testing.T) {
 	h := make(http.Header)
 	id.SetHeaders(h)
 	if diff := cmp.Diff(http.Header{"Impersonate-User": {"alice@example.com"}}, h); diff != "" {
+		t.Errorf("headers (-want +got):\n%s", diff)
+	}
+}
+
+func TestExtraKeys_AreThoseThatAreSet(t *testing.T) {
+	peer := impersonate.Peer{Node: "ci", NodeID: "n1", Tags: []string{"tag:ci"}}
+	id, err := peer.Audited(impersonate.Identity{User: "ci", Groups: []string{"a"}, HeldBack: []string{"b"}, Chosen: true, Source: impersonate.SourceGrants, RequestID: "r"}, remote)
+	if err != nil {
+		t.Fatal(err)
+	}
+	audit := maps.Clone(id.Extra)
+	audit[impersonate.ExtraRequestID] = []string{id.RequestID} // which SetHeaders adds
+	if diff := cmp.Diff(slices.Sorted(maps.Keys(audit)), slices.Sorted(slices.Values(impersonate.AuditExtras))); diff != "" {
+		t.Errorf("AuditExtras (-set +listed):\n%s", diff)
+	}
+	as := (&impersonate.Identity{User: "alice", Groups: []string{"a"}, UID: "1", Node: "laptop"}).As(&impersonate.Target{User: "bob"}, nil)
+	if diff := cmp.Diff(slices.Sorted(maps.Keys(as.Extra)), slices.Sorted(slices.Values(impersonate.OriginalExtras))); diff != "" {
+		t.Errorf("OriginalExtras (-set +listed):\n%s", diff)
+	}
+}
+
+func TestSetHeaders_ExtraIsEncodedOnlyWhereNeeded(t *testing.T) {
+	h := make(http.Header)
+	(&impersonate.Identity{User: "alice", Extra: map[string][]string{"a-z.09/AZ{:_é": {"x"}}}).SetHeaders(h)
+	delete(h, "Impersonate-User")
+	if diff := cmp.Diff(http.Header{"Impersonate-Extra-A-Z.09%2f%41%5a%7b%3a%5f%c3%a9": {"x"}}, h); diff != "" {
 		t.Errorf("headers (-want +got):\n%s", diff)
 	}
 }

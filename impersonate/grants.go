@@ -39,16 +39,16 @@ type groupsRule struct {
 // key counts, so that none undoes an enforceRecorder.
 func (g *Grant) read(recording *Recording) (rule grantRule, err error) {
 	if err := decodeRule([]byte(g.Value), &rule, recording); err != nil {
-		return rule, err
+		return grantRule{}, err
 	}
 	check, err := checkKeys([]byte(g.Value))
 	if err != nil {
-		return rule, err
+		return grantRule{}, err
 	}
 	g.Problems = check.problems
 	for _, member := range check.repeated {
 		if err := decodeRule(member, new(grantRule), recording); err != nil {
-			return rule, err
+			return grantRule{}, err
 		}
 	}
 	return rule, nil

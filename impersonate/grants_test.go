@@ -143,11 +143,27 @@ func TestGrant_WrongTypesAreExplained(t *testing.T) {
 		`{"impersonate":["readers"]}`:                  `grant 2: "impersonate" has a list where an object belongs`,
 		`{"enforceRecorder":"true"}`:                   `grant 2: "enforceRecorder" has a string where true or false belongs`,
 		`{"recorderAddrs":[true]}`:                     `grant 2: "recorderAddrs" has true or false where a string belongs`,
+		`{"impersonate":{"groups":{}}}`:                `grant 2: "impersonate.groups" has an object where a list belongs`,
 		`"readers"`:                                    `grant 2: it is a string and not an object`,
 		`{"enforceRecorder":1,"enforceRecorder":true}`: `grant 2: "enforceRecorder" has a number where true or false belongs`,
 		`{"recorderAddrs":[""],"recorderAddrs":[]}`:    `grant 2: recorderAddrs holds`,
 	} {
 		id, err := identityOf(aUser("alice@example.com", `{}`, grant))
 		refused(t, id, err, "alice@example.com", "tailscale.com/cap/kubernetes cannot be read", want)
+	}
+}
+
+func TestGrantProblems(t *testing.T) {
+	got, err := impersonate.GrantProblems([]byte(`{"impersonate":{"group":[]},"recorder":{"a":1}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{`unknown key "impersonate.group"; the nearest known key is "impersonate.groups"`}, got); diff != "" {
+		t.Errorf("problems (-want +got):\n%s", diff)
+	}
+	for _, cut := range []string{`{]`, `{"impersonate"`, `{"impersonate":`} {
+		if got, err := impersonate.GrantProblems([]byte(cut)); err == nil {
+			t.Errorf("%s: got problems %q; want an error", cut, got)
+		}
 	}
 }

@@ -455,3 +455,35 @@ func BenchmarkHeaders(b *testing.B) {
 		id.SetHeaders(h)
 	}
 }
+
+func TestStrip_ReportsTheFirstImpersonationHeader(t *testing.T) {
+	for range 50 { // maps have no order
+		h := headers("Impersonate-User", "a", "Impersonate-Group", "b", "Impersonate-Uid", "c", "Impersonate-Extra-X", "d")
+		if got := impersonate.StripProtected(h); got != "Impersonate-Extra-X" {
+			t.Fatalf("got %s; want Impersonate-Extra-X", got)
+		}
+	}
+}
+
+func TestStripFrontProxy_RemovesNothingElse(t *testing.T) {
+	h := http.Header{"X-Remote-User": {"a"}, "x_remote.group": {"b"}, "X-Remote-Extra-A": {"c"}, "X-Requested-With": {"d"}, "Impersonate-User": {"e"}}
+	impersonate.StripFrontProxy(h)
+	if diff := cmp.Diff(http.Header{"X-Requested-With": {"d"}, "Impersonate-User": {"e"}}, h); diff != "" {
+		t.Errorf("headers (-want +got):\n%s", diff)
+	}
+}
+
+func TestRemoveHeaders_RemovesWhatIsSet(t *testing.T) {
+	for _, id := range []*impersonate.Identity{
+		{User: "alice", Groups: []string{"a", "b"}, UID: "1", Extra: map[string][]string{impersonate.ExtraNode: {"laptop"}}, RequestID: "2"},
+		{User: "alice"},
+		{User: "alice", ActAs: &impersonate.ActAsRequest{}},
+	} {
+		h := headers("Accept", "*/*")
+		id.SetHeaders(h)
+		id.RemoveHeaders(h)
+		if diff := cmp.Diff(headers("Accept", "*/*"), h); diff != "" {
+			t.Errorf("%+v: headers (-want +got):\n%s", id, diff)
+		}
+	}
+}

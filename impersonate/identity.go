@@ -79,7 +79,7 @@ func (p Peer) Identity(capabilities []tailcfg.PeerCapability) (Identity, Explana
 	var why Explanation
 	id := Identity{User: p.user(), Source: SourceNone, Node: p.Node}
 	if err := checkUser(id.User); err != nil {
-		return Identity{}, why, err
+		return Identity{}, Explanation{}, err
 	}
 	why.Capability = p.capability(capabilities)
 	if why.Capability != "" {

@@ -264,7 +264,7 @@ func (l *Limits) RemovedBy(group string) (option string) {
 func (l *Limits) CheckTarget(t *Target) error {
 	for _, group := range slices.Concat(t.Groups, t.OwnGroups()) {
 		bare, prefixed := strings.CutPrefix(group, l.GroupPrefix)
-		if glob.Any(l.DenyGroups, group) || (prefixed && glob.Any(l.DenyGroups, bare)) {
+		if glob.Any(l.DenyGroups, group) || glob.Any(l.DenyGroups, bare) {
 			return fmt.Errorf("nobody may be in group %s here, which deny_groups names", clip.String(group))
 		}
 		if len(l.AllowGroups) > 0 && (!prefixed || !glob.Any(l.AllowGroups, bare)) {
@@ -298,9 +298,6 @@ func checkPattern(pattern, prefix string) error {
 
 // checkPrefix returns an error if prefix cannot start a name.
 func checkPrefix(prefix string) error {
-	if prefix == "" {
-		return nil
-	}
 	if strings.HasPrefix(prefix, reserved) {
 		return fmt.Errorf("names that start with %s are reserved for the cluster's own components", reserved)
 	}
@@ -316,7 +313,7 @@ func checkCharacters(s string) error {
 	if !PrintableASCII(s) {
 		return errors.New("names hold printable ASCII characters only")
 	}
-	if _, behind, ok := strings.Cut(s, "{"); ok && strings.Contains(behind, "}") {
+	if _, behind, _ := strings.Cut(s, "{"); strings.Contains(behind, "}") {
 		return errors.New("placeholders are not expanded here, except {$NAME} in a Caddyfile")
 	}
 	return nil

@@ -57,22 +57,29 @@ func TestLimits_ApplyRejects(t *testing.T) {
 		limits Limits
 		id     Identity
 		words  []string
+		cut    []string
 	}{
-		{"no group is granted", Limits{RequireGroups: true}, Identity{User: "alice@example.com"}, []string{"require_groups", "no group is granted"}},
+		{"no group is granted", Limits{RequireGroups: true}, Identity{User: "alice@example.com"}, []string{"require_groups", "no group is granted"}, nil},
 		{
 			"all groups are removed", Limits{RequireGroups: true, DenyGroups: groups("system:*")},
-			Identity{User: "alice@example.com", Groups: groups("system:masters")}, []string{"require_groups", "system:masters"},
+			Identity{User: "alice@example.com", Groups: groups("system:masters")}, []string{"require_groups", "system:masters"}, groups("system:masters"),
 		},
-		{"user_prefix makes a reserved user", Limits{UserPrefix: "sys"}, Identity{User: "tem:admin"}, []string{"user_prefix", "system:admin"}},
-		{"group_prefix makes a reserved group", Limits{GroupPrefix: "system"}, Identity{User: "alice", Groups: groups(":masters")}, []string{"group_prefix", "system:masters"}},
+		{"user_prefix makes a reserved user", Limits{UserPrefix: "sys"}, Identity{User: "tem:admin"}, []string{"user_prefix", "system:admin"}, nil},
+		{
+			"group_prefix makes a reserved group", Limits{GroupPrefix: "system", DenyGroups: groups("a")},
+			Identity{User: "alice", Groups: groups("a", ":masters")}, []string{"group_prefix", "system:masters"}, groups("a"),
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			got, _, err := tt.limits.Apply(Peer{}, tt.id)
+			got, cut, err := tt.limits.Apply(Peer{}, tt.id)
 			if err == nil {
 				t.Fatalf("got %+v; want an error", got)
 			}
 			if diff := cmp.Diff(Identity{}, got); diff != "" {
 				t.Errorf("identity (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(tt.cut, cut); diff != "" {
+				t.Errorf("removed groups (-want +got):\n%s", diff)
 			}
 			for _, word := range tt.words {
 				if !strings.Contains(err.Error(), word) {
@@ -143,6 +150,7 @@ func TestLimits_CheckTarget(t *testing.T) {
 		{"deny beats allow", Limits{AllowGroups: groups("*"), DenyGroups: groups("b")}, target("bob", "b"), "deny_groups"},
 		{"a denied group with the prefix", Limits{DenyGroups: groups("b"), GroupPrefix: "t:"}, target("bob", "t:b"), "deny_groups"},
 		{"a denied group without the prefix", Limits{DenyGroups: groups("system:masters"), GroupPrefix: "t:"}, target("bob", "system:masters"), "deny_groups"},
+		{"a denied group that only a pattern with the prefix matches", Limits{DenyGroups: groups("*:b"), GroupPrefix: "t:"}, target("bob", "t:b"), "deny_groups"},
 		{"an allowed group with the prefix", Limits{AllowGroups: groups("a"), GroupPrefix: "t:"}, target("bob", "t:a"), ""},
 		{"an allowed name without the prefix", Limits{AllowGroups: groups("a"), GroupPrefix: "t:"}, target("bob", "a"), "allow_groups"},
 		{"a service account's groups are denied", Limits{DenyGroups: groups("system:serviceaccounts:ns")}, target(account), "system:serviceaccounts:ns"},
@@ -161,7 +169,7 @@ func TestLimits_CheckTarget(t *testing.T) {
 
 func TestLimits_Validate(t *testing.T) {
 	for _, ok := range []Limits{
-		{}, {AllowGroups: groups("*", "system:masters", "a b")}, {DenyTags: groups("tag:ci", "tag:*", "*", "t*", "ta*i")},
+		{}, {AllowGroups: groups("*", "system:masters", "a b", "{a", "a}b", "}{")}, {DenyTags: groups("tag:ci", "tag:*", "*", "t*", "ta*i")},
 		{UserPrefix: "tailnet:", GroupPrefix: "tailnet "}, {UserPrefix: "system"},
 		{TaggedUser: "name"}, {TaggedUser: "id", UserPrefix: "tailnet:", DeviceUserPrefix: "device:"}, {DeviceUserPrefix: "system"},
 	} {
@@ -181,6 +189,10 @@ func TestLimits_Validate(t *testing.T) {
 		{Limits{AllowTags: groups("tag:")}, "allow_tags"},
 		{Limits{DenyTags: groups("tax*")}, "deny_tags"},
 		{Limits{DenyTags: groups("Tag:ci")}, "deny_tags"},
+		{Limits{OptionalGroups: groups("")}, "optional_groups"},
+		{Limits{RecordGroups: groups("")}, "record_groups"},
+		{Limits{OptionalGroups: groups("tailnet:a"), GroupPrefix: "tailnet:"}, `optional_groups "tailnet:a": patterns see groups without group_prefix`},
+		{Limits{RecordGroups: groups("tailnet:a"), GroupPrefix: "tailnet:"}, `record_groups "tailnet:a": patterns see groups without group_prefix`},
 		{Limits{DenyGroups: groups("a", "tailnet:a"), GroupPrefix: "tailnet:"}, `deny_groups "tailnet:a": patterns see groups without group_prefix, so write "a"`},
 		{Limits{AllowGroups: groups("tailnet:*"), GroupPrefix: "tailnet:"}, `write "*"`},
 		{Limits{DenyGroups: groups("{env.DENIED}")}, "placeholders"},

@@ -124,8 +124,8 @@ func TestPeerFrom_RejectsExpiredKeys(t *testing.T) {
 	for _, who := range []*apitype.WhoIsResponse{aUser("alice@example.com", `{}`), aDevice("ci.example.ts.net.", []string{"tag:ci"})} {
 		who.Node.Expired = true
 		got, err := impersonate.PeerFrom(who)
-		if err == nil || !strings.Contains(err.Error(), "expired") {
-			t.Errorf("%s: got error %v; want one that says expired", who.Node.Name, err)
+		if want := strings.TrimSuffix(who.Node.Name, ".") + " has expired"; err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: got error %v; want one that says %q", who.Node.Name, err, want)
 		}
 		if diff := cmp.Diff(impersonate.Peer{}, got); diff != "" {
 			t.Errorf("%s: peer (-want +got):\n%s", who.Node.Name, diff)
@@ -194,6 +194,22 @@ func TestPeer_EqualComparesEachField(t *testing.T) {
 		change(&other)
 		if other.Equal(peer()) || peer().Equal(other) {
 			t.Errorf("peers that differ in %s are equal", name)
+		}
+	}
+}
+
+func TestPeer_Describe(t *testing.T) {
+	for _, tt := range []struct {
+		peer impersonate.Peer
+		want string
+	}{
+		{impersonate.Peer{Node: "laptop.example.ts.net", Login: "alice@example.com"}, "alice@example.com on laptop.example.ts.net"},
+		{impersonate.Peer{Node: "ci.example.ts.net", Tags: []string{"tag:ci", "tag:prod"}}, "device ci.example.ts.net (tag:ci, tag:prod)"},
+		{impersonate.Peer{Node: "laptop.example.ts.net"}, "device laptop.example.ts.net"},
+		{impersonate.Peer{Login: "alice@example.com"}, "alice@example.com"},
+	} {
+		if got := tt.peer.Describe(); got != tt.want {
+			t.Errorf("%+v: got %q; want %q", tt.peer, got, tt.want)
 		}
 	}
 }
