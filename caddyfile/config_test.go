@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"tailscale.com/paths"
 	"tailscale.com/tailcfg"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
@@ -101,6 +102,8 @@ func TestConfig_ErrorsNameOptionAndValue(t *testing.T) {
 		{`{"allow_origins": ["http://dashboard.example.com:80"]}`, "allow_origins", `"http://dashboard.example.com:80"`},
 		{`{"allow_origins": ["ftp://dashboard.example.com"]}`, "allow_origins", `"ftp://dashboard.example.com"`},
 		{`{"allow_origins": ["https://dashboard.example.com:x"]}`, "allow_origins", `"https://dashboard.example.com:x"`},
+		{`{"allow_origins": ["https://dashboard.example.com:"]}`, "allow_origins", `"https://dashboard.example.com:"`},
+		{`{"read_only_group": "vüers"}`, "read_only_group", `"vüers"`},
 		{`{"allow_origins": ["https://good.example", "null"]}`, "allow_origins", `"null"`},
 
 		{`{"allow_hosts": [""]}`, "allow_hosts", `""`},
@@ -137,6 +140,41 @@ func TestConfig_CapabilityReplacesDefaults(t *testing.T) {
 	} {
 		if diff := cmp.Diff(tt.want, tt.config.Capabilities()); diff != "" {
 			t.Errorf("capabilities of %+v (-want +got):\n%s", tt.config, diff)
+		}
+	}
+}
+
+func TestConfig_OriginWithoutPortSaysSo(t *testing.T) {
+	err := (&caddyfile.Config{AllowOrigins: []string{"https://dashboard.example.com:"}}).Validate()
+	if err == nil || !strings.Contains(err.Error(), "the port is missing") {
+		t.Errorf("got error %v", err)
+	}
+}
+
+func TestConfig_DefaultSizes(t *testing.T) {
+	c := new(caddyfile.Config)
+	if got := c.BodyLimit(); got != 64<<10 {
+		t.Errorf("got event_body_limit %d; want 64 KiB", got)
+	}
+	if got := c.MaxRecordSize(); got != 1<<30 {
+		t.Errorf("got record_max_size %d; want 1 GiB", got)
+	}
+}
+
+func TestConfig_DaemonSocket(t *testing.T) {
+	for tailscaled, want := range map[string]string{"": "", "default": paths.DefaultTailscaledSocket(), "/run/other.sock": "/run/other.sock"} {
+		if got := (&caddyfile.Config{Tailscaled: tailscaled}).DaemonSocket(); got != want {
+			t.Errorf("tailscaled %q: got %q; want %q", tailscaled, got, want)
+		}
+	}
+}
+
+func TestConfig_WhoamiHidesNothingOfTheAPIServer(t *testing.T) {
+	for _, first := range []string{"api", "apis", "debug", "flagz", "healthz", "livez", "logs", "metrics", "openapi", "openid", "readyz", "statusz", "swagger.json", "version", ".well-known"} {
+		for _, path := range []string{"/" + first, "/" + first + "/a"} {
+			if err := (&caddyfile.Config{Whoami: path}).Validate(); err == nil || !strings.Contains(err.Error(), "the API server answers requests for /"+first) {
+				t.Errorf("whoami %s: got error %v", path, err)
+			}
 		}
 	}
 }

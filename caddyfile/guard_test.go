@@ -4,6 +4,7 @@ package caddyfile_test
 
 import (
 	"encoding/json"
+	"net/http"
 	"testing"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -11,6 +12,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
+	tailscaleimpersonate "github.com/tailscale-impersonate/caddy-tailscale-impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/caddyfile"
 )
 
@@ -62,6 +64,16 @@ func TestCheckRoutes_WarnsOfUnguardedProxy(t *testing.T) {
 		{"in a named route", route("", ours) + "," + route("", invoke), "", route("", plain), false},
 		{"in a named route, invoked before", route("", invoke) + "," + route("", ours), "", route("", plain), true},
 		{"behind a named route with the handler", route("", invoke+","+plain), "", route("", ours), false},
+		{"behind a named route without the handler", route("", invoke+","+plain), "", route("", kubernetes), true},
+		{"behind a named route that does not exist", route("", invoke+","+plain), "", "", true},
+		{"behind the handler and a named route that does not exist", route("", ours+","+invoke+","+plain), "", "", false},
+		{"in a named route, invoked behind the handler and without", route(onA, ours+","+invoke) + "," + route(onB, invoke), "", route("", plain), true},
+		{"in front of the handler, with another behind", route("", plain+","+ours+","+plain), "", "", true},
+		{"behind another handler", route("", `{"handler":"headers"},`+plain), "", "", true},
+		{"behind the handler and another", route("", ours+`,{"handler":"headers"},`+plain), "", "", false},
+		{"behind the handler and one that is no config", route("", ours+`,{"handler":1},`+plain), "", "", false},
+		{"behind one that is no config", route("", `{"handler":1},`+plain), "", "", true},
+		{"in one that is no config", route("", `{"handler":"reverse_proxy","transport":1}`), "", "", false},
 		{"a named route that invokes itself", route("", invoke+","+ours+","+plain), "", route("", invoke), false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -101,6 +113,54 @@ func TestCheckRoutes_WarnsOfUnguardedProxyInProvisionedRoute(t *testing.T) {
 			server := serverWith(t, `[{"handler":"tailscale_impersonate"}]`)
 			server.NamedRoutes = named
 			server.Routes = append(caddyhttp.RouteList{{Handlers: []caddyhttp.MiddlewareHandler{tt.handler}}}, server.Routes...)
+			if got := warnsOfUnguarded(t, server); got != tt.want {
+				t.Errorf("warned: %t; want %t", got, tt.want)
+			}
+		})
+	}
+}
+
+// notAModule is a handler that is no Caddy module.
+type notAModule struct{}
+
+func (notAModule) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	return next.ServeHTTP(w, r)
+}
+
+func TestCheckRoutes_ProvisionedHandlerGuardsWhatIsBehind(t *testing.T) {
+	type handlers = []caddyhttp.MiddlewareHandler
+	var (
+		ours       = new(tailscaleimpersonate.Handler)
+		plain      = &reverseproxy.Handler{Transport: new(reverseproxy.HTTPTransport)}
+		kubernetes = new(reverseproxy.Handler)
+		sub        = &caddyhttp.Subroute{Routes: caddyhttp.RouteList{{Handlers: handlers{kubernetes}}}}
+		invoke     = &caddyhttp.Invoke{Name: "cluster"}
+		other      = new(caddyhttp.StaticResponse)
+		onGet      = caddyhttp.MatcherSets{{caddyhttp.MatchMethod{"GET"}}}
+	)
+	for _, tt := range []struct {
+		name     string
+		matchers caddyhttp.MatcherSets
+		first    handlers // the next route has transport http
+		want     bool
+	}{
+		{"the handler", nil, handlers{ours}, false},
+		{"the handler for some requests", onGet, handlers{ours}, true},
+		{"the handler and transport http", nil, handlers{ours, plain}, false},
+		{"transport http, the handler and transport http", nil, handlers{plain, ours, plain}, true},
+		{"another handler", nil, handlers{other}, true},
+		{"the handler and another", nil, handlers{ours, other}, false},
+		{"no module", nil, handlers{notAModule{}}, true},
+		{"the handler and no module", nil, handlers{ours, notAModule{}}, false},
+		{"a subroute", nil, handlers{sub}, true},
+		{"the handler and a subroute", nil, handlers{ours, sub}, false},
+		{"a named route", nil, handlers{invoke}, true},
+		{"the handler and a named route", nil, handlers{ours, invoke}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			server := serverWith(t, `[{"handler":"reverse_proxy"}]`)
+			server.NamedRoutes = map[string]*caddyhttp.Route{"cluster": {Handlers: handlers{kubernetes}}}
+			server.Routes = append(caddyhttp.RouteList{{MatcherSets: tt.matchers, Handlers: tt.first}}, server.Routes...)
 			if got := warnsOfUnguarded(t, server); got != tt.want {
 				t.Errorf("warned: %t; want %t", got, tt.want)
 			}

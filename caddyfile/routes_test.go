@@ -48,7 +48,7 @@ func TestCheckRoutes_WarnsOfBuffers(t *testing.T) {
 					causes = append(causes, cause.(string))
 				}
 			}
-			if got := strings.Join(causes, ", "); got != tt.want {
+			if got := strings.Join(causes, ", "); got != tt.want || (got == "") != (logs.FilterMessageSnippet("buffers").Len() == 0) {
 				t.Errorf("warned because of %q; want %q", got, tt.want)
 			}
 		})
@@ -67,6 +67,7 @@ func TestCheckRoutes_WarnsOfTailscaleAuth(t *testing.T) {
 		{"none", `[` + ours + `]`, 0},
 		{"in front", `[` + auth + `,` + ours + `]`, 1},
 		{"around a subroute", `[` + auth + `,{"handler":"subroute","routes":[{"handle":[` + ours + `]}]}]`, 1},
+		{"in front of another provider", `[` + auth + `,{"handler":"authentication","providers":{"http_basic":{}}},` + ours + `]`, 1},
 		{"in a route without the handler", `[` + auth + `]`, 0},
 		{"another provider", `[{"handler":"authentication","providers":{"http_basic":{}}},` + ours + `]`, 0},
 	} {
@@ -96,6 +97,9 @@ func TestCheckRoutes_WarnsOfHTTP3(t *testing.T) {
 		{"by listener", &caddyhttp.Server{
 			Listen: []string{"tailscale/a:443", "tailscale/b:443", "tailscale/c:443"}, ListenProtocols: [][]string{{"h1"}, nil, {"h3"}}, Protocols: []string{"h1"}, TLSConnPolicies: withTLS,
 		}, []string{"tailscale/c:443"}},
+		{"by listener, which has none of its own", &caddyhttp.Server{
+			Listen: []string{"tailscale/a:443", "tailscale/b:443"}, ListenProtocols: [][]string{{"h1"}, nil}, Protocols: []string{"h3"}, TLSConnPolicies: withTLS,
+		}, []string{"tailscale/b:443"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			core, logs := observer.New(zap.WarnLevel)
@@ -128,6 +132,7 @@ func TestCheckRoutes_AuthorizeNeedsTransportKubernetes(t *testing.T) {
 		{"default transport", `[` + authorizes + `,{"handler":"reverse_proxy"}]`, false},
 		{"transport http", `[` + authorizes + `,` + plain + `]`, false},
 		{"transport http in a subroute", `[` + authorizes + `,{"handler":"subroute","routes":[{"handle":[` + plain + `]}]}]`, false},
+		{"transport http, and another handler behind the first", `[` + authorizes + `,` + rejects + `,` + plain + `]`, false},
 		{"transport http, in a route of another handler", `[` + rejects + `,` + plain + `]`, true},
 		{"transport kubernetes", `[` + authorizes + `,` + kubernetes + `]`, true},
 		{"transport kubernetes beside another", `[` + authorizes + `,` + kubernetes + `,` + plain + `]`, true},

@@ -50,7 +50,7 @@ var secure = []string{
 type settings struct {
 	root       string
 	packages   []string
-	own        bool // try the tests of a mutant's own package only
+	by         string // whose tests are run: one of those below
 	exceptions string
 	base       string // branch that lines have to differ from; empty for all lines
 	function   string // one that mutants have to be in; empty for all
@@ -65,7 +65,7 @@ type settings struct {
 func main() {
 	var s settings
 	list := flag.String("packages", strings.Join(secure, " "), "folders of the packages, separated by blanks")
-	flag.BoolVar(&s.own, "own", false, "run the tests of a mutant's own package only")
+	flag.StringVar(&s.by, "by", byAll, "whose tests are run: own, those of a mutant's own package; importers, also those of packages that import it; all, also those of the handler, which take longest")
 	flag.StringVar(&s.exceptions, "exceptions", "lab/cmd/mutants/exceptions.yaml", "list of exceptions, from the project's root")
 	flag.StringVar(&s.base, "changed", "", "try the mutants of those lines only that differ from this branch")
 	flag.StringVar(&s.function, "in", "", "try the mutants of this function only, such as Limits.Apply")
@@ -74,6 +74,10 @@ func main() {
 	flag.BoolVar(&s.verbose, "v", false, "say what notices each mutant")
 	flag.IntVar(&s.atOnce, "at-once", 2*runtime.NumCPU(), "how many mutants are tried at the same time; tests wait more than they compute")
 	flag.Parse()
+	if !slices.Contains([]string{byOwn, byImporters, byAll}, s.by) {
+		fmt.Fprintf(os.Stderr, "mutants: -by %q: must be own, importers or all\n", s.by)
+		os.Exit(2)
+	}
 	s.packages, s.patience = strings.Fields(*list), 20*time.Second
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -87,6 +91,13 @@ func main() {
 		os.Exit(1)
 	}
 }
+
+// The values of settings.by.
+const (
+	byOwn       = "own"
+	byImporters = "importers"
+	byAll       = "all"
+)
 
 // row is what became of the mutants of a package.
 type row struct {
@@ -123,8 +134,8 @@ func run(ctx context.Context, s settings) (rows []row, err error) {
 	if r.overlay, err = r.schema.overlay(); err != nil {
 		return nil, err
 	}
-	if !s.own {
-		if r.importers, err = importers(ctx, s.root); err != nil {
+	if s.by != byOwn {
+		if r.importers, err = importers(ctx, s); err != nil {
 			return nil, err
 		}
 	}
@@ -163,8 +174,8 @@ func load(ctx context.Context, s settings) ([]*packages.Package, error) {
 
 // importers returns, for the folder of each package, those of the packages that import it, and
 // last that of the handler, which comes down to all of them.
-func importers(ctx context.Context, root string) (map[string][]string, error) {
-	loaded, err := packages.Load(&packages.Config{Context: ctx, Dir: root, Mode: packages.NeedName | packages.NeedImports | packages.NeedModule | packages.NeedFiles}, "./...")
+func importers(ctx context.Context, s settings) (map[string][]string, error) {
+	loaded, err := packages.Load(&packages.Config{Context: ctx, Dir: s.root, Mode: packages.NeedName | packages.NeedImports | packages.NeedModule | packages.NeedFiles}, "./...")
 	if err != nil {
 		return nil, err
 	}
@@ -186,7 +197,7 @@ func importers(ctx context.Context, root string) (map[string][]string, error) {
 	}
 	for _, folder := range folders {
 		slices.Sort(by[folder])
-		if folder != "." {
+		if folder != "." && s.by == byAll {
 			by[folder] = append(by[folder], ".")
 		}
 	}

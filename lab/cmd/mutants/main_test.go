@@ -22,7 +22,7 @@ func module(t *testing.T) settings {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return settings{root: root, packages: []string{"gate"}, exceptions: "exceptions.yaml", atOnce: 2, patience: 5 * time.Second}
+	return settings{root: root, packages: []string{"gate"}, exceptions: "exceptions.yaml", by: byAll, atOnce: 2, patience: 5 * time.Second}
 }
 
 func TestFind_EveryKindOfChange(t *testing.T) {
