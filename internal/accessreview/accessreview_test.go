@@ -120,6 +120,9 @@ func TestAuthorize_OnlyAnUnambiguousYesCounts(t *testing.T) {
 			if tt.err != nil && (!errors.Is(apistatus.Cause(err), tt.err) || strings.Contains(err.Error(), tt.err.Error())) {
 				t.Errorf("got %q because of %v; want %v as its cause, and not in its message", err, apistatus.Cause(err), tt.err)
 			}
+			if strings.HasSuffix(err.Error(), ": ") || strings.Contains(err.Error(), ": ;") {
+				t.Errorf("got %q; want no end without a reason", err)
+			}
 			for _, word := range tt.words {
 				if !strings.Contains(err.Error(), word) {
 					t.Errorf("got %q; want it to mention %q", err, word)
@@ -203,6 +206,9 @@ func TestAuthorize_RefusesLongPathsWithoutReview(t *testing.T) {
 	}
 	if len(*asked) > 0 {
 		t.Errorf("%d reviews were sent", len(*asked))
+	}
+	if _, err := newReviewer(t).Authorize(t.Context(), ask, asBob("/version")); err != nil {
+		t.Errorf("a short path: %v", err)
 	}
 	// What a proxied application gets is not part of a permission.
 	if _, err := newReviewer(t).Authorize(t.Context(), ask, asBob("/api/v1/namespaces/default/services/a/proxy/"+long)); err != nil {
@@ -294,4 +300,28 @@ func TestCache_KeyHasTheWholeCaller(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Most operators grant the older form, and read the first part of a message.
+func TestAuthorize_NamesTheOlderFormFirst(t *testing.T) {
+	ask, _ := answering(authorizationv1.SubjectAccessReviewStatus{}, nil)
+	_, err := newReviewer(t).Authorize(t.Context(), ask, asBob("/api/v1/pods"))
+	if err == nil || !strings.Contains(err.Error(), `impersonate: users "bob" is forbidden: User "alice@example.com" cannot impersonate resource "users"`) {
+		t.Errorf("got %v; want the older form first", err)
+	}
+}
+
+func TestMissingForUsers_IsAskedAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newReviewer(t)
+		denies, _ := answering(authorizationv1.SubjectAccessReviewStatus{}, nil)
+		if missing, err := r.MissingForUsers(t.Context(), denies); missing == "" || err != nil {
+			t.Errorf("got %q, %v; want what is missing", missing, err)
+		}
+		time.Sleep(time.Second)
+		allows, _ := answering(allowed, nil)
+		if missing, err := r.MissingForUsers(t.Context(), allows); missing != "" || err != nil {
+			t.Errorf("got %q, %v; want nothing, as the permission was granted", missing, err)
+		}
+	})
 }

@@ -46,6 +46,11 @@ var secure = []string{
 	"internal/requestinfo", "internal/upgrade", "internal/matcher", "internal/glob", "internal/once", "caddyfile", ".",
 }
 
+// beside are folders of tests in the lab that judge the mutants of a package as well.
+var beside = map[string][]string{
+	"internal/accessreview": {"lab/accessreview"}, // with the API server's own code
+}
+
 // settings are what a run is told.
 type settings struct {
 	root       string
@@ -172,8 +177,8 @@ func load(ctx context.Context, s settings) ([]*packages.Package, error) {
 	return loaded, errors.Join(errs...)
 }
 
-// importers returns, for the folder of each package, those of the packages that import it, and
-// last that of the handler, which comes down to all of them.
+// importers returns, for the folder of each package, those of the packages that import it, of
+// the lab's tests, and last of the handler, which comes down to all of them.
 func importers(ctx context.Context, s settings) (map[string][]string, error) {
 	loaded, err := packages.Load(&packages.Config{Context: ctx, Dir: s.root, Mode: packages.NeedName | packages.NeedImports | packages.NeedModule | packages.NeedFiles}, "./...")
 	if err != nil {
@@ -197,6 +202,7 @@ func importers(ctx context.Context, s settings) (map[string][]string, error) {
 	}
 	for _, folder := range folders {
 		slices.Sort(by[folder])
+		by[folder] = append(by[folder], beside[folder]...)
 		if folder != "." && s.by == byAll {
 			by[folder] = append(by[folder], ".")
 		}
