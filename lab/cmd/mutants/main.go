@@ -231,6 +231,7 @@ type runner struct {
 	// judges are suites of these folders, each built once something survives those before.
 	judges    map[string]*suite
 	survivors []*mutant
+	hanging   []*mutant
 	lock      sync.Mutex
 }
 
@@ -365,6 +366,7 @@ func (r *runner) tryBy(ctx context.Context, judge *suite, mutants []*mutant, not
 			case hung:
 				*hanging++
 				got.by = "it hangs"
+				r.hanging = append(r.hanging, m)
 			case failed:
 				*noticed++
 			}
@@ -387,7 +389,10 @@ func (r *runner) report(took time.Duration) error {
 			fmt.Printf("# %s:%d\n%s", m.File, m.start.Line, m.yaml())
 		}
 	}
-	fmt.Println()
+	for _, m := range r.hanging {
+		fmt.Printf("\nThis hangs, which counts as noticed: %s:%d: %s: %s", m.File, m.start.Line, m.In, m.Change)
+	}
+	fmt.Print("\n\n")
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(w, "PACKAGE\tMUTANTS\tBY ITS TESTS\tBY OTHERS\tHUNG\tSURVIVORS\tEXCEPTIONS\tNO GO\tMINUTES\t")
 	total := row{name: "all", took: took}

@@ -219,7 +219,11 @@ func (t *suite) try(ctx context.Context, id int) (outcome, error) {
 		if len(tests) == 0 {
 			continue
 		}
-		got, err := t.run(ctx, id, tests, t.patience+4*costs[i], "-test.failfast")
+		limit := t.patience + 4*costs[i]
+		got, err := t.run(ctx, id, tests, limit, "-test.failfast")
+		if err == nil && got.verdict == hung { // or the machine was busy
+			got, err = t.run(ctx, id, tests, 2*limit, "-test.failfast")
+		}
 		if err != nil || got.verdict != passed {
 			return got, err
 		}
