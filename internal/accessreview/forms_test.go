@@ -4,10 +4,12 @@ package accessreview_test
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"testing"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 )
@@ -63,5 +65,20 @@ func TestForms_ServiceAccountNamespace(t *testing.T) {
 				t.Errorf("got reviews of %+v; want one of the service account ci in the namespace build", asked)
 			}
 		})
+	}
+}
+
+// With four groups, the newer form asks for all of them at once first.
+func TestForms_FailedWildcardIsNoPermission(t *testing.T) {
+	ask := func(_ context.Context, r *authorizationv1.SubjectAccessReview) (*authorizationv1.SubjectAccessReviewStatus, error) {
+		if r.Spec.ResourceAttributes.Name == "*" {
+			return nil, errors.New("timeout")
+		}
+		return &allowed, nil
+	}
+	q := asBob("/api/v1/pods")
+	q.Target = &impersonate.Target{User: "bob", Groups: []string{"a", "b", "c", "d"}}
+	if id, err := newReviewer(t).Authorize(t.Context(), ask, q); !apierrors.IsServiceUnavailable(err) {
+		t.Errorf("got %+v, %v; want a 503", id, err)
 	}
 }
