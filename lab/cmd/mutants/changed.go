@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -75,6 +76,16 @@ func parseDiff(diff string) changes {
 		}
 	}
 	return c
+}
+
+// in reports whether a file in the folder of a package has changed, tests aside.
+func (c changes) in(folder string) bool {
+	for path := range c {
+		if filepath.Dir(path) == filepath.Clean(folder) && !strings.HasSuffix(path, "_test.go") {
+			return true
+		}
+	}
+	return false
 }
 
 // have reports whether a line of m has changed.

@@ -119,11 +119,22 @@ func run(ctx context.Context, s settings) (rows []row, err error) {
 	}
 	defer func() { _ = os.RemoveAll(s.scratch) }()
 	began := time.Now()
+	var changed changes
+	if s.base != "" {
+		if changed, err = changedSince(ctx, s.root, s.base); err != nil {
+			return nil, err
+		}
+		s.packages = slices.DeleteFunc(slices.Clone(s.packages), func(name string) bool { return !changed.in(name) })
+		if len(s.packages) == 0 {
+			fmt.Printf("No line of these packages differs from %s.\n", s.base)
+			return nil, nil
+		}
+	}
 	loaded, err := load(ctx, s)
 	if err != nil {
 		return nil, err
 	}
-	r := &runner{settings: s, paths: paths(loaded), schema: newSchema(s.root, s.scratch), judges: make(map[string]*suite)}
+	r := &runner{settings: s, changed: changed, paths: paths(loaded), schema: newSchema(s.root, s.scratch), judges: make(map[string]*suite)}
 	if err := r.find(ctx, loaded); err != nil {
 		return nil, err
 	}
@@ -221,6 +232,7 @@ func paths(loaded []*packages.Package) (list []string) {
 // runner tries mutants.
 type runner struct {
 	settings
+	changed changes // nil for all lines
 	paths   []string
 	schema  *schema
 	overlay string
@@ -240,12 +252,6 @@ func (r *runner) find(ctx context.Context, loaded []*packages.Package) error {
 	exceptions, err := readExceptions(filepath.Join(r.root, r.settings.exceptions))
 	if err != nil {
 		return err
-	}
-	var changed changes
-	if r.base != "" {
-		if changed, err = changedSince(ctx, r.root, r.base); err != nil {
-			return err
-		}
 	}
 	rows := make(map[string]*row)
 	files := make(map[string]bool)
@@ -273,7 +279,7 @@ func (r *runner) find(ctx context.Context, loaded []*packages.Package) error {
 				m.id = next
 				next++
 				m.first, m.last = pkg.Fset.Position(m.decl.Pos()).Line, pkg.Fset.Position(m.decl.End()).Line
-				if (changed != nil && !changed.have(m)) || (r.function != "" && m.In != r.function) {
+				if (r.changed != nil && !r.changed.have(m)) || (r.function != "" && m.In != r.function) {
 					continue
 				}
 				reason := exceptions[m.key]

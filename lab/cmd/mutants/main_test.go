@@ -155,6 +155,9 @@ func TestChanged_AreTheLinesSinceTheBranch(t *testing.T) {
 			t.Errorf("line %d: got %t; want %t", line, !want, want)
 		}
 	}
+	if !got.in(".") || got.in("internal") || (changes{"a_test.go": nil}).in(".") {
+		t.Error("got other folders with changes than the root")
+	}
 	if _, err := changedSince(t.Context(), root, "nosuch"); err == nil || !strings.Contains(err.Error(), "BASE") {
 		t.Errorf("got error %v; want one that names BASE", err)
 	}
