@@ -26,20 +26,30 @@ type Choices struct {
 // choices name: the context of the site with the group behind it. Its requests use that
 // group and no other. The context for reading only becomes the current one.
 func AddContexts(config *api.Config, choices Choices) {
-	site := config.CurrentContext
+	config.CurrentContext = addContexts(config, config.CurrentContext, choices)
+}
+
+// addContexts adds the contexts of choices to those of a site. It returns the one to use by
+// default.
+func addContexts(config *api.Config, site string, choices Choices) (current string) {
 	cluster := config.Contexts[site].Cluster
 	add := func(suffix string, group string) (name string) {
 		name = site + "-" + suffix
+		if _, taken := config.Contexts[name]; taken { // "k8s" with the group "b", and a site "k8s-b"
+			name += hashSuffix(group)
+		}
 		config.AuthInfos[name] = &api.AuthInfo{Token: token, Impersonate: choices.User, ImpersonateGroups: []string{group}}
 		config.Contexts[name] = &api.Context{Cluster: cluster, AuthInfo: name}
 		return name
 	}
-	for suffix, group := range suffixes(choices.OnRequest) {
-		add(suffix, group)
+	bySuffix := suffixes(choices.OnRequest)
+	for _, suffix := range slices.Sorted(maps.Keys(bySuffix)) {
+		add(suffix, bySuffix[suffix])
 	}
 	if choices.ReadOnly != "" {
-		config.CurrentContext = add(readOnly, choices.ReadOnly)
+		return add(readOnly, choices.ReadOnly)
 	}
+	return site
 }
 
 // readOnly is the suffix of the context for reading only.
@@ -60,11 +70,16 @@ func suffixes(groups []string) map[string]string {
 			case len(plain[suffix]) == 1:
 				out[suffix] = group
 			default:
-				out[fmt.Sprintf("%s-%x", suffix, sha256.Sum256([]byte(group)))[:len(suffix)+9]] = group
+				out[suffix+hashSuffix(group)] = group
 			}
 		}
 	}
 	return out
+}
+
+// hashSuffix returns a suffix that depends on nothing but the name of a group.
+func hashSuffix(group string) string {
+	return fmt.Sprintf("-%x", sha256.Sum256([]byte(group)))[:9]
 }
 
 // plainSuffix returns group with hyphens for what a shell might not take literally.

@@ -36,10 +36,13 @@ func TestNew_ServerAndContext(t *testing.T) {
 	for _, tt := range []struct{ url, name, wantName, wantServer string }{
 		{server, "", "k8s.example.ts.net", server},
 		{server + "/", "prod", "prod", server},
-		{"http://k8s:8080", "", "k8s", "http://k8s:8080"},
+		{server + ":443", "", "k8s.example.ts.net", server + ":443"},
+		{server + ":8443", "", "k8s.example.ts.net:8443", server + ":8443"},
+		{"http://k8s:8080", "", "k8s:8080", "http://k8s:8080"},
+		{"http://k8s/a", "", "k8s:80/a", "http://k8s/a"},
 		{server + "/cluster-a/", "", "k8s.example.ts.net/cluster-a", server + "/cluster-a"},
 		{server + "/a/b%20c", "", "k8s.example.ts.net/a/b%20c", server + "/a/b%20c"},
-		{"https://[fd7a:115c:a1e0::1]:6443", "", "fd7a:115c:a1e0::1", "https://[fd7a:115c:a1e0::1]:6443"},
+		{"https://[fd7a:115c:a1e0::1]:6443", "", "[fd7a:115c:a1e0::1]:6443", "https://[fd7a:115c:a1e0::1]:6443"},
 	} {
 		text, err := kubeconfig.Write(newConfig(t, tt.url, tt.name))
 		if err != nil {
@@ -61,7 +64,7 @@ func TestNew_ServerAndContext(t *testing.T) {
 			t.Errorf("%s: got server %s and context %s with user %v; want %s, %s and any token, or kubectl asks for a password", tt.url, config.Host, raw.CurrentContext, user, tt.wantServer, tt.wantName)
 		}
 	}
-	for _, url := range []string{"", "k8s.example.ts.net", "ftp://k8s", "https://", "https://k8s/a/../b", "https://k8s//a", "https://k8s/a/./b", "https://k8s?a=b", "https://user@k8s", "https://k8s#a", "https://%"} {
+	for _, url := range []string{"", "k8s.example.ts.net", "ftp://k8s", "https://", "https://k8s/a/../b", "https://k8s//a", "https://k8s/a/./b", "https://k8s?a=b", "https://user@k8s", "https://k8s#a", "https://%", "https://k8s\u009b2J"} {
 		if _, err := kubeconfig.New(url, "", nil); err == nil {
 			t.Errorf("server %q: got no error", url)
 		}
