@@ -78,21 +78,38 @@ func Of(ctx caddy.Context, server *caddyhttp.Server) *Site {
 	}
 }
 
+// Client is a client of a site.
+type Client struct {
+	// ServerName is the name that it asks the site for.
+	ServerName string
+	// Local and Remote are the addresses of its connection, as the server sees them. They
+	// may be nil.
+	Local, Remote net.Addr
+}
+
 // CA returns the authority of the certificate that the sender of r was shown. It is nil if
 // that is a public one, or if the root is neither Caddy's own nor in the chain.
 func (s *Site) CA(r *http.Request) (*x509.Certificate, error) {
 	if s == nil || r.TLS == nil {
 		return nil, nil
 	}
-	q := question{serverName: r.TLS.ServerName, remote: host(r.RemoteAddr)}
-	if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
-		q.local = host(local.String())
+	client := Client{ServerName: r.TLS.ServerName}
+	client.Local, _ = r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	if addr, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
+		client.Remote = net.TCPAddrFromAddrPort(addr)
 	}
+	return s.CAFor(r.Context(), client)
+}
+
+// CAFor returns the authority of the certificate that client would be shown, as [Site.CA]
+// does.
+func (s *Site) CAFor(ctx context.Context, client Client) (*x509.Certificate, error) {
+	q := question{client.ServerName, host(client.Remote), host(client.Local)}
 	if known, ok := s.answers.Get(q); ok && time.Since(known.asked) < answerTTL {
 		return known.ca, nil
 	}
-	return s.asking.Ask(r.Context(), q, time.Now().Add(-answerTTL), func(ctx context.Context, asked time.Time) (*x509.Certificate, error) {
-		ca, err := s.find(ctx, r)
+	return s.asking.Ask(ctx, q, time.Now().Add(-answerTTL), func(ctx context.Context, asked time.Time) (*x509.Certificate, error) {
+		ca, err := s.find(ctx, client)
 		if err == nil {
 			s.answers.Add(q, answer{ca, asked})
 		}
@@ -101,16 +118,19 @@ func (s *Site) CA(r *http.Request) (*x509.Certificate, error) {
 }
 
 // host returns an address without its port.
-func host(address string) string {
-	if h, _, err := net.SplitHostPort(address); err == nil {
+func host(address net.Addr) string {
+	if address == nil {
+		return ""
+	}
+	if h, _, err := net.SplitHostPort(address.String()); err == nil {
 		return h
 	}
-	return address
+	return address.String()
 }
 
-// find is CA without what is known.
-func (s *Site) find(ctx context.Context, r *http.Request) (*x509.Certificate, error) {
-	chain, err := s.chain(ctx, r)
+// find is CAFor without what is known.
+func (s *Site) find(ctx context.Context, client Client) (*x509.Certificate, error) {
+	chain, err := s.chain(ctx, client)
 	if err != nil {
 		return nil, fmt.Errorf("a handshake with this server: %w", err)
 	}
@@ -126,20 +146,20 @@ func (s *Site) find(ctx context.Context, r *http.Request) (*x509.Certificate, er
 
 var errSeen = errors.New("the certificate has been seen")
 
-// chain returns what the server presents to the sender of r. Nothing but a handshake tells
-// what a server presents, which depends on policies for connections, on managers of
-// certificates, and on what the client offers. This one takes place in memory.
-func (s *Site) chain(ctx context.Context, r *http.Request) (chain []*x509.Certificate, err error) {
+// chain returns what the server presents to a client. Nothing but a handshake tells what a
+// server presents, which depends on policies for connections, on managers of certificates,
+// and on what the client offers. This one takes place in memory.
+func (s *Site) chain(ctx context.Context, to Client) (chain []*x509.Certificate, err error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	near, far := net.Pipe()
 	defer near.Close()
 	go func() {
 		defer far.Close()
-		_ = tls.Server(endpoints{far, r}, s.config()).HandshakeContext(ctx) // the client says why it failed
+		_ = tls.Server(endpoints{far, to}, s.config()).HandshakeContext(ctx) // the client says why it failed
 	}()
 	client := tls.Client(near, &tls.Config{
-		ServerName:         r.TLS.ServerName,
+		ServerName:         to.ServerName,
 		InsecureSkipVerify: true, //nolint:gosec // the certificate is looked at, and nothing is sent
 		VerifyConnection: func(state tls.ConnectionState) error {
 			chain = state.PeerCertificates
@@ -153,23 +173,22 @@ func (s *Site) chain(ctx context.Context, r *http.Request) (chain []*x509.Certif
 	return chain, nil
 }
 
-// endpoints is a connection with the addresses of a request's.
+// endpoints is a connection with the addresses of a client's.
 type endpoints struct {
 	net.Conn
-	r *http.Request
+	client Client
 }
 
 func (e endpoints) LocalAddr() net.Addr {
-	if addr, ok := e.r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
-		return addr
+	if e.client.Local != nil {
+		return e.client.Local
 	}
 	return e.Conn.LocalAddr()
 }
 
 func (e endpoints) RemoteAddr() net.Addr {
-	addr, err := netip.ParseAddrPort(e.r.RemoteAddr)
-	if err != nil {
-		return e.Conn.RemoteAddr()
+	if e.client.Remote != nil {
+		return e.client.Remote
 	}
-	return net.TCPAddrFromAddrPort(addr)
+	return e.Conn.RemoteAddr()
 }
