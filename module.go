@@ -22,6 +22,7 @@
 //	what does a refused client read?       internal/apistatus
 //	what does a caller's page say?         internal/whoami
 //	which CA do the site's clients need?   internal/siteca
+//	which path does the site have?         internal/sitepath
 //	what can be configured?                caddyfile
 //	what outlives a config?                internal/app
 //	how do streams end when Caddy exits?   internal/app, internal/revocation
@@ -32,7 +33,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"strings"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
@@ -54,6 +54,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/siteca"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sitepath"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
@@ -280,6 +281,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	case upgrade.Requested(r.Header):
 		client = sessionrecording.WrapUnrecorded(ctx, w, r, caller.Conn)
 	}
+	client = sitepath.KeepInRedirects(client, r)
 	// transport kubernetes takes the identity from the context and writes the headers
 	// again as the request leaves, so that nothing in between can change it.
 	r = r.WithContext(ctx)
@@ -375,25 +377,11 @@ func (h *Handler) serveWhoami(w http.ResponseWriter, r *http.Request) error {
 	if r.TLS == nil {
 		scheme = "http"
 	}
-	facts.Server = scheme + "://" + r.Host + removedPrefix(r)
+	facts.Server = scheme + "://" + r.Host + sitepath.Of(r)
 	if facts.CA, err = h.site.CA(r); err != nil {
 		h.logger.Error("cannot find out who issued the site's certificate, and the kubeconfig of the whoami page names no CA", zap.Error(err))
 	}
 	return h.explain(w, r, whoami.Serve(w, r, facts))
-}
-
-// removedPrefix returns what the config has removed from the start of r's path, as
-// handle_path does: the path of the site.
-func removedPrefix(r *http.Request) string {
-	original, ok := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request)
-	if !ok {
-		return ""
-	}
-	prefix, ok := strings.CutSuffix(original.URL.EscapedPath(), r.URL.EscapedPath())
-	if !ok {
-		return ""
-	}
-	return prefix
 }
 
 // logRevoked logs that a caller's requests were ended.
