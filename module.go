@@ -22,6 +22,7 @@
 //	what does a refused client read?       internal/apistatus
 //	what does a caller's page say?         internal/whoami
 //	which CA do the site's clients need?   internal/siteca
+//	which other sites may a caller use?    internal/sites
 //	which path does the site have?         internal/sitepath
 //	what can be configured?                caddyfile
 //	what outlives a config?                internal/app
@@ -55,6 +56,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/siteca"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sitepath"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sites"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
@@ -113,6 +115,7 @@ type Handler struct {
 	events     *apievents.Recorder
 	recorders  *recorder.Client
 	site       *siteca.Site
+	sites      *sites.Directory       // of the config
 	recordings *sessionrecording.Dirs // of the process
 }
 
@@ -147,6 +150,10 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	server.RegisterConnState(h.memory.ConnState)
 	if err := h.setUp(a.Generation(), ctx.Logger(), server.Listen); err != nil {
 		return err
+	}
+	if h.Whoami != "" {
+		h.sites = a.Sites()
+		h.sites.Add(sites.Site{Handler: h, Server: server, Whoami: h.Whoami, Auth: h.auth, CA: h.site, Logger: ctx.Logger()})
 	}
 	a.OnStarted(h.auth, func() {
 		go h.sessions.Maintain(ctx)
@@ -369,7 +376,7 @@ func (h *Handler) explain(w http.ResponseWriter, r *http.Request, err error) err
 // serveWhoami answers a caller who asks which identity it has. Callers who are known
 // and refused are told why.
 func (h *Handler) serveWhoami(w http.ResponseWriter, r *http.Request) error {
-	facts, err := h.auth.Explain(r)
+	facts, visitor, err := h.auth.Explain(r)
 	if err != nil {
 		return h.refuse(w, r, authn.Caller{}, err)
 	}
@@ -378,6 +385,7 @@ func (h *Handler) serveWhoami(w http.ResponseWriter, r *http.Request) error {
 		scheme = "http"
 	}
 	facts.Server = scheme + "://" + r.Host + sitepath.Of(r)
+	facts.Sites, facts.SitesIncomplete = h.sites.For(r.Context(), visitor, h)
 	if facts.CA, err = h.site.CA(r); err != nil {
 		h.logger.Error("cannot find out who issued the site's certificate, and the kubeconfig of the whoami page names no CA", zap.Error(err))
 	}

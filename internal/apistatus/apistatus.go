@@ -41,6 +41,11 @@ func BadRequest(because Reason, format string, args ...any) error {
 	return refuse(because, kind{http.StatusBadRequest, metav1.StatusReasonBadRequest}, format, args...)
 }
 
+// NotFound returns a 404: there is no such thing, or not for this caller.
+func NotFound(because Reason, format string, args ...any) error {
+	return refuse(because, kind{http.StatusNotFound, metav1.StatusReasonNotFound}, format, args...)
+}
+
 // MethodNotAllowed returns a 405.
 func MethodNotAllowed(because Reason, format string, args ...any) error {
 	return refuse(because, kind{http.StatusMethodNotAllowed, metav1.StatusReasonMethodNotAllowed}, format, args...)

@@ -45,6 +45,7 @@ const (
 	TooMuch        Reason = "too_much"         // its device makes the proxy hold too much at once
 	Waiting        Reason = "waiting"          // too many sessions of its device wait for an answer
 	HeaderFields   Reason = "header_fields"    // it has too many header fields
+	UnknownSite    Reason = "unknown_site"     // it asks for the kubeconfig of a site that its caller may not use
 	Other          Reason = "other"            // none of these
 )
 
@@ -52,7 +53,7 @@ const (
 var Reasons = []Reason{
 	Protocol, WebPage, Host, NotFromTailnet, AmbiguousNode, Starting, Replaced, Stopping, UnknownPeer, Self, NoAnswer, NotAdmitted,
 	NoIdentity, Guard, NoGroups, Impersonation, AmbiguousPath, Rewritten, Recording, NoHandler, NoCredentials, NoPermission, UpstreamAway, Method,
-	TooMuch, Waiting, HeaderFields, Other,
+	TooMuch, Waiting, HeaderFields, UnknownSite, Other,
 }
 
 var refusals = metrics.NewCounter("refusals_total",

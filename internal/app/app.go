@@ -10,6 +10,7 @@
 package app
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -30,6 +31,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/service"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sites"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
@@ -60,6 +62,7 @@ type App struct {
 	// watch watches the nodes while the config runs.
 	watch    func([]*tailnet.Node)
 	starting []func()
+	sites    sites.Directory
 	running  []*authn.Authenticator
 	retire   sync.Once
 	// servers are the config's servers that have had connections.
@@ -93,6 +96,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 	a.process = Acquire()
 	a.generation = a.process.Requests.NewGeneration()
 	a.nodes = &nodes{logger: ctx.Logger()}
+	a.sites.HTTPPort = a.httpPort
 	a.watch = func(all []*tailnet.Node) { a.nodes.watch(ctx, all) }
 	metrics.Register(ctx.GetMetricsRegistry(), &a.process.Requests, &a.process.Memory, a.nodes, service.Metric)
 	return events.(*caddyevents.App).Subscribe(&caddyevents.Subscription{
@@ -109,6 +113,18 @@ func (a *App) Recordings() *sessionrecording.Dirs { return &a.process.Recordings
 
 // Memory returns what bounds the memory of the process that callers make it hold.
 func (a *App) Memory() *quota.Budget { return &a.process.Memory }
+
+// Sites returns the sites of the config that list one another.
+func (a *App) Sites() *sites.Directory { return &a.sites }
+
+// httpPort returns the port on which no server of the config speaks TLS.
+func (a *App) httpPort() int {
+	servers, err := a.ctx.AppIfConfigured("http")
+	if err != nil {
+		return caddyhttp.DefaultHTTPPort
+	}
+	return cmp.Or(servers.(*caddyhttp.App).HTTPPort, caddyhttp.DefaultHTTPPort)
+}
 
 // OnStarted calls start once Caddy has started all apps of the config, and from then
 // on lists the authenticator among the running ones.

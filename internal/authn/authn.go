@@ -16,6 +16,7 @@ import (
 	"go.uber.org/zap"
 	"tailscale.com/client/tailscale/apitype"
 	"tailscale.com/tailcfg"
+	tskey "tailscale.com/types/key"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
@@ -304,8 +305,9 @@ func (a *Authenticator) Cached(f func(remote, local netip.Addr, caller *Caller))
 type resolution struct {
 	key   peerKey
 	asked time.Time
-	// peer is the zero Peer if the node knows none.
+	// peer is the zero Peer if the node knows none, and device its node key.
 	peer        impersonate.Peer
+	device      tskey.NodePublic
 	explanation impersonate.Explanation
 	// identity is the zero Identity, and caller nil, if err is why there is none.
 	identity impersonate.Identity
@@ -346,6 +348,7 @@ func (a *Authenticator) resolve(ctx context.Context, key peerKey) *resolution {
 		return res.refuse(apistatus.Forbidden(apistatus.NoIdentity, "no identity for %v: %v", key.remote, err))
 	}
 	peer := res.peer
+	res.device = who.Node.Key
 	admitted, err := key.admitted(who)
 	switch {
 	case err != nil:

@@ -24,26 +24,27 @@ const lookupTimeout = 5 * time.Second
 
 // Explain returns what the caller of r is told about itself, or why it is told
 // nothing. r passes the checks of every request; a peer that is known and refused is
-// told why.
-func (a *Authenticator) Explain(r *http.Request) (*whoami.Facts, error) {
+// told why. The visitor is the caller, for other sites of this Caddy.
+func (a *Authenticator) Explain(r *http.Request) (*whoami.Facts, Visitor, error) {
 	if err := checkProtocol(r); err != nil {
-		return nil, err
+		return nil, Visitor{}, err
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		return nil, apistatus.MethodNotAllowed(apistatus.Method, "method %s is not supported for %s", clip.String(r.Method), clip.String(r.URL.Path))
+		return nil, Visitor{}, apistatus.MethodNotAllowed(apistatus.Method, "method %s is not supported for %s", clip.String(r.Method), clip.String(r.URL.Path))
 	}
 	if err := a.checkOrigin(r, isWhoami); err != nil {
-		return nil, err
+		return nil, Visitor{}, err
 	}
 	arrived, err := a.accepted(r)
 	if err != nil {
-		return nil, err
+		return nil, Visitor{}, err
 	}
 	res, err := a.who(r.Context(), arrived)
 	if err != nil {
-		return nil, err
+		return nil, Visitor{}, err
 	}
-	return a.facts(res)
+	facts, err := a.facts(res)
+	return facts, Visitor{Address: res.key.remote, device: res.device, since: arrived.conn.Accepted}, err
 }
 
 // ExplainPeer returns what each of the server's nodes, and its configuration, says

@@ -21,7 +21,7 @@ import (
 // A known peer that is refused is told why, and which groups the limits removed.
 func TestExplain_RefusedPeer(t *testing.T) {
 	a := newServer(t, Options{Limits: impersonate.Limits{RequireGroups: true, DenyGroups: []string{"tailnet-*"}}}, proxytest.AliceNode())
-	facts, err := a.Explain(proxytest.NewRequest("GET", "https://k8s/whoami"))
+	facts, _, err := a.Explain(proxytest.NewRequest("GET", "https://k8s/whoami"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,7 +42,7 @@ func TestExplain_ProblemsOfGrants(t *testing.T) {
 	who.CapMap = proxytest.WhoIs(proxytest.Readers, misspelt).CapMap
 	who.CapMap[impersonate.Capabilities[0]][0] = `{}`
 	node := proxytest.NewNode(who, nil)
-	facts, err := newServer(t, Options{}, node).Explain(proxytest.NewRequest("GET", "https://k8s/whoami"))
+	facts, _, err := newServer(t, Options{}, node).Explain(proxytest.NewRequest("GET", "https://k8s/whoami"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +51,7 @@ func TestExplain_ProblemsOfGrants(t *testing.T) {
 		t.Errorf("got %+v; want no groups and the problem (-want +got):\n%s", facts, diff)
 	}
 	// A caller that needs a group reads the problem in the refusal.
-	facts, err = newServer(t, Options{Limits: impersonate.Limits{RequireGroups: true}}, node).Explain(proxytest.NewRequest("GET", "https://k8s/whoami"))
+	facts, _, err = newServer(t, Options{Limits: impersonate.Limits{RequireGroups: true}}, node).Explain(proxytest.NewRequest("GET", "https://k8s/whoami"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +69,7 @@ func TestExplain_UnknownPeerIsAnError(t *testing.T) {
 		{proxytest.NewNode(nil, tailnet.ErrPeerNotFound), true},
 		{proxytest.NewNode(nil, errors.New("no LocalAPI")), false},
 	} {
-		facts, err := newServer(t, Options{}, tt.node).Explain(proxytest.NewRequest("GET", "https://k8s/whoami"))
+		facts, _, err := newServer(t, Options{}, tt.node).Explain(proxytest.NewRequest("GET", "https://k8s/whoami"))
 		if facts != nil || err == nil || apierrors.IsForbidden(err) != tt.final {
 			t.Errorf("got %+v and error %v; want an error, forbidden: %v", facts, err, tt.final)
 		}

@@ -44,7 +44,7 @@ func TestNotices_LoggedOncePerChange(t *testing.T) {
 		for range 3 { // each over a new connection, which looks the caller up
 			proxytest.Serve(t, a, proxytest.NewRequest("GET", "https://k8s/api"))
 		}
-		if _, err := a.Explain(proxytest.NewRequest("GET", "https://k8s/whoami")); err != nil {
+		if _, _, err := a.Explain(proxytest.NewRequest("GET", "https://k8s/whoami")); err != nil {
 			t.Fatal(err)
 		}
 		var got []string

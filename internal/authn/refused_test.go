@@ -46,7 +46,7 @@ func TestCache_ManyRequestsAskOnce(t *testing.T) {
 		return err
 	}
 	explain := func(a server, r *http.Request) error {
-		_, err := a.Explain(r)
+		_, _, err := a.Explain(r)
 		return err
 	}
 	for _, tt := range []struct {
@@ -131,7 +131,7 @@ func TestCache_RefusalLastsForTTL(t *testing.T) {
 			t.Errorf("later, refused with\n%q; want\n%q", got, want)
 		}
 		r := request()
-		facts, err := h.Explain(r)
+		facts, _, err := h.Explain(r)
 		if err != nil || facts.Refused != got {
 			t.Errorf("whoami says %+v, %v; want refused with %q", facts, err, got)
 		}

@@ -212,10 +212,10 @@ func FreePort(t testing.TB) uint16 {
 }
 
 // provideNodes is a handler that passes every request on. When its config starts, it
-// gives the nodes of the test to all handlers of its server that have a method
-// UseNodes. They would otherwise take the nodes of the listeners, which do not run
+// gives the nodes of the test to all handlers of servers with a provideNodes that have a
+// method UseNodes. They would otherwise take the nodes of the listeners, which do not run
 // and could not say who a peer is.
-type provideNodes struct{ server *caddyhttp.Server }
+type provideNodes struct{ ctx caddy.Context }
 
 // nodesOfTest are the nodes that provideNodes gives away. Caddy runs one config at a
 // time.
@@ -234,7 +234,7 @@ func (*provideNodes) CaddyModule() caddy.ModuleInfo {
 }
 
 func (p *provideNodes) Provision(ctx caddy.Context) error {
-	p.server = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	p.ctx = ctx
 	events, err := ctx.App("events")
 	if err != nil {
 		return err
@@ -243,8 +243,17 @@ func (p *provideNodes) Provision(ctx caddy.Context) error {
 }
 
 func (p *provideNodes) Handle(context.Context, caddy.Event) error {
-	for _, h := range HandlersOf[interface{ UseNodes(tailnet.Nodes) }](p.server) {
-		h.UseNodes(*nodesOfTest.Load())
+	app, err := p.ctx.AppIfConfigured("http")
+	if err != nil {
+		return err
+	}
+	for _, server := range app.(*caddyhttp.App).Servers {
+		if len(HandlersOf[*provideNodes](server)) == 0 {
+			continue
+		}
+		for _, h := range HandlersOf[interface{ UseNodes(tailnet.Nodes) }](server) {
+			h.UseNodes(*nodesOfTest.Load())
+		}
 	}
 	return nil
 }

@@ -12,6 +12,7 @@ import (
 
 	"tailscale.com/client/tailscale/apitype"
 	"tailscale.com/tailcfg"
+	"tailscale.com/types/key"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
@@ -19,11 +20,14 @@ import (
 // Readers is a grant that makes a caller a member of the group tailnet-readers.
 const Readers = `{"impersonate":{"groups":["tailnet-readers"]}}`
 
+// aliceKey is the node key of alice's laptop, the same on all nodes.
+var aliceKey = key.NewNode().Public()
+
 // WhoIs returns what a node says about alice's laptop if her grants hold the given
 // rules.
 func WhoIs(rules ...string) *apitype.WhoIsResponse {
 	who := &apitype.WhoIsResponse{
-		Node:        &tailcfg.Node{Name: "laptop.example.ts.net."},
+		Node:        &tailcfg.Node{Name: "laptop.example.ts.net.", Key: aliceKey},
 		UserProfile: &tailcfg.UserProfile{LoginName: "alice@example.com"},
 	}
 	if len(rules) > 0 {

@@ -277,7 +277,29 @@ func (n *Node) Owns(ctx context.Context, host string) (bool, error) {
 	if last := n.lastName.Load(); last != nil && (names(last.name, host) || time.Since(last.asked) < namePeriod) {
 		return n.named(last.name, host), nil
 	}
-	last, err := n.naming.Ask(ctx, "", time.Time{}, func(ctx context.Context, asked time.Time) (*nodeName, error) {
+	last, err := n.askName(ctx)
+	if err != nil {
+		return false, err
+	}
+	return n.named(last.name, host), nil
+}
+
+// FQDN returns the node's tailnet name, which may be a second old. It is empty if the node
+// has none.
+func (n *Node) FQDN(ctx context.Context) (string, error) {
+	if last := n.lastName.Load(); last != nil && time.Since(last.asked) < namePeriod {
+		return last.name, nil
+	}
+	last, err := n.askName(ctx)
+	if err != nil {
+		return "", err
+	}
+	return last.name, nil
+}
+
+// askName asks the node for its name.
+func (n *Node) askName(ctx context.Context) (*nodeName, error) {
+	return n.naming.Ask(ctx, "", time.Time{}, func(ctx context.Context, asked time.Time) (*nodeName, error) {
 		ctx, cancel := context.WithTimeout(ctx, WhoIsTimeout)
 		defer cancel()
 		name, err := n.DNSName(ctx)
@@ -288,10 +310,6 @@ func (n *Node) Owns(ctx context.Context, host string) (bool, error) {
 		n.lastName.Store(last)
 		return last, nil
 	})
-	if err != nil {
-		return false, err
-	}
-	return n.named(last.name, host), nil
 }
 
 // named reports whether host is the node, whose tailnet name is fqdn, or a service that the

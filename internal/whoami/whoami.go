@@ -19,7 +19,6 @@ import (
 	"strings"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/apistatus"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/kubeconfig"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/siteca"
 )
@@ -70,7 +69,11 @@ type Facts struct {
 	Service string   `json:"service,omitempty"`
 	Listen  []string `json:"listen,omitempty"`
 	Server  string   `json:"server,omitempty"`
-	// Kubeconfig is a kubeconfig for Server.
+	// Sites are the other sites of this Caddy that the caller may use, and
+	// SitesIncomplete reports whether there may be more: a site has not answered.
+	Sites           []Site `json:"sites,omitempty"`
+	SitesIncomplete bool   `json:"sites_incomplete,omitempty"`
+	// Kubeconfig is a kubeconfig for Server and Sites.
 	Kubeconfig string `json:"kubeconfig,omitempty"`
 	// CA is the authority of the server's certificate, nil if clients know it.
 	CA *x509.Certificate `json:"-"`
@@ -114,16 +117,7 @@ type Recording struct {
 
 // Choices returns what the caller can choose among.
 func (f *Facts) Choices() kubeconfig.Choices {
-	choices := kubeconfig.Choices{User: f.User, ReadOnly: f.ReadOnly}
-	for _, group := range f.HeldBack {
-		if group.Name != f.ReadOnly {
-			choices.OnRequest = append(choices.OnRequest, group.Name)
-		}
-	}
-	if len(f.Groups) == 1 && f.Groups[0].Name == f.ReadOnly {
-		choices.ReadOnly = "" // all requests use it
-	}
-	return choices
+	return f.here().kubeconfig().Choices
 }
 
 //go:embed page.html
@@ -153,20 +147,25 @@ var policy = func() string {
 // the answer repeats the URL many times.
 const maxServer = 512
 
-// Serve answers r with f: as a kubeconfig if r's query is kubeconfig, as JSON if r accepts
+// Serve answers r with f: as a kubeconfig if r's query has kubeconfig, as JSON if r accepts
 // JSON and not HTML, and as a page otherwise. f.Server must be set. The error is a refusal
-// if r's Host makes that no URL, or a long one.
+// if r's Host makes that no URL, or a long one, or if r asks for a site that the caller may
+// not use.
 func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
-	config, err := kubeconfig.New(f.Server, "", f.CA)
-	if err != nil || len(f.Server) > maxServer {
-		return apistatus.BadRequest(apistatus.Host, "there is no kubeconfig for host %q: use the name of the site", clip.String(r.Host))
+	config, err := f.kubeconfig(r)
+	if err != nil {
+		return err
 	}
-	kubeconfig.AddContexts(config, f.Choices())
 	text, err := kubeconfig.Write(config)
 	if err != nil {
 		return fmt.Errorf("making a kubeconfig: %w", err)
 	}
 	f.Kubeconfig = string(text)
+	if f.SitesIncomplete {
+		f.Kubeconfig = "# Not every site has answered. This may lack some.\n" + f.Kubeconfig
+	}
+	current := config.Contexts[config.CurrentContext].Cluster
+	file := filename(config.Clusters[current].Server)
 	if f.CA != nil {
 		f.CAFingerprint = siteca.Fingerprint(f.CA)
 	}
@@ -184,9 +183,9 @@ func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
 	var body bytes.Buffer
 	code := http.StatusOK
 	switch {
-	case r.URL.RawQuery == "kubeconfig":
+	case r.URL.Query().Has("kubeconfig"):
 		header.Set("Content-Type", "application/yaml")
-		header.Set("Content-Disposition", `attachment; filename="`+filename(f.Server)+`"`)
+		header.Set("Content-Disposition", `attachment; filename="`+file+`"`)
 		body.WriteString(f.Kubeconfig)
 	case wantsJSON(r):
 		header.Set("Content-Type", "application/json")
@@ -195,7 +194,10 @@ func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
 		err = encoder.Encode(f)
 	default:
 		header.Set("Content-Type", "text/html; charset=utf-8")
-		err = page.Execute(&body, f)
+		err = page.Execute(&body, struct {
+			*Facts
+			Curl string
+		}{f, f.curl(r, file)})
 	}
 	if err != nil {
 		return fmt.Errorf("writing who the caller is: %w", err)
@@ -211,6 +213,15 @@ func Serve(w http.ResponseWriter, r *http.Request, f *Facts) error {
 	// An error means that the client is gone. Caddy would log it with the whole request.
 	_, _ = w.Write(body.Bytes())
 	return nil
+}
+
+// curl returns the command that writes the kubeconfig to a file. r is for the page.
+func (f *Facts) curl(r *http.Request, file string) string {
+	command := "curl -fsS "
+	if f.CA != nil {
+		command += "--cacert root.crt "
+	}
+	return command + quote(f.Server+r.URL.EscapedPath()+"?kubeconfig") + " > " + quote(file)
 }
 
 // wantsJSON reports whether r asks for JSON rather than for a page.
@@ -267,11 +278,13 @@ func numbers(grants []int) string {
 
 // asking returns kubectl's flags with which user asks for group, quoted for a shell.
 func asking(user, group string) string {
-	quote := func(s string) string {
-		if strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._:@/") == "" {
-			return s
-		}
-		return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
-	}
 	return "--as=" + quote(user) + " --as-group=" + quote(group)
+}
+
+// quote quotes s for a shell.
+func quote(s string) string {
+	if strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._:@/") == "" {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }
