@@ -5,7 +5,6 @@
 package cli
 
 import (
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,7 +16,6 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/spf13/cobra"
 
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/kubeconfig"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/rbac"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
 )
@@ -34,90 +32,6 @@ and explains the handler's decisions.`,
 			cmd.AddCommand(kubeconfigCommand(), explainCommand(), rbacCommand())
 		},
 	})
-}
-
-func kubeconfigCommand() *cobra.Command {
-	var server, context, caFile, fingerprint string
-	var merge bool
-	cmd := &cobra.Command{
-		Use:   "kubeconfig --server <url> [--context <name>] [--merge] [--ca <file> | --ca-fingerprint <sha256>]",
-		Short: "Writes a kubeconfig for the API server behind a Caddy",
-		Long: `
-Writes a kubeconfig to standard output. It holds no secret, as the tailnet identifies
-callers. If the site has a page /whoami, the kubeconfig has a context for each group that
-requests may ask for, besides the site's own.
-
-With --merge, the command adds it to the files that kubectl reads by default instead,
-those in KUBECONFIG or ~/.kube/config. It does not change existing entries, nor the
-current context if there is one.
-
-The command looks at the certificate of the site. If this machine does not trust its
-authority, as with "tls internal", the kubeconfig has to name the authority. The command
-then prints the authority's SHA-256 fingerprint and writes nothing. Compare it with that of
-the authority's certificate, and run the command again with --ca-fingerprint. On the machine
-that Caddy runs on, this prints it for Caddy's own authority, with the path in Caddy's storage:
-
-  openssl x509 -noout -sha256 -fingerprint -in pki/authorities/local/root.crt
-
-The command learns the authority from the site's certificate chain, or from its page /whoami.
-If neither has it, give the file of the authority's certificate with --ca.`,
-		Example: "  caddy tailscale-impersonate kubeconfig --server https://k8s.example.ts.net --merge",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			config, err := kubeconfig.New(server, context, nil)
-			if err != nil {
-				return err
-			}
-			url := config.Clusters[config.CurrentContext].Server
-			var ca *x509.Certificate
-			seen, err := look(cmd.Context(), url)
-			switch {
-			case caFile != "":
-				ca, err = readCA(caFile)
-			case err == nil:
-				ca, err = seen.ca(url, fingerprint)
-			case errors.Is(err, errUnreachable) && fingerprint == "":
-				fmt.Fprintf(cmd.ErrOrStderr(), "Warning: %v. The kubeconfig works if this machine trusts its certificate. It lacks contexts for groups on request.\n", err)
-				err = nil
-			}
-			if err != nil {
-				return err
-			}
-			if config, err = kubeconfig.New(server, context, ca); err != nil {
-				return err
-			}
-			if seen.isFrom(ca) {
-				kubeconfig.AddContexts(config, seen.facts.Choices())
-			}
-			if !merge {
-				text, err := kubeconfig.Write(config)
-				if err != nil {
-					return err
-				}
-				_, err = cmd.OutOrStdout().Write(text)
-				return err
-			}
-			name := config.CurrentContext
-			current, err := kubeconfig.Merge(config)
-			if err != nil {
-				return err
-			}
-			if current != name {
-				fmt.Fprintf(cmd.OutOrStdout(), "Added context %q. The current context is still %q. To change that:\n\n  kubectl config use-context %s\n", name, current, name)
-				return nil
-			}
-			fmt.Fprintf(cmd.OutOrStdout(), "The current context is %s.\n", name)
-			return nil
-		},
-	}
-	cmd.Flags().StringVar(&server, "server", "", "the URL of the Caddy, such as https://k8s.example.ts.net")
-	cmd.Flags().StringVar(&context, "context", "", "the name of the context (default: the host and path in the URL)")
-	cmd.Flags().StringVar(&caFile, "ca", "", "the file of the certificate of the authority that the site's certificate is from")
-	cmd.Flags().StringVar(&fingerprint, "ca-fingerprint", "", "the SHA-256 fingerprint of that authority's certificate")
-	cmd.MarkFlagsMutuallyExclusive("ca", "ca-fingerprint")
-	cmd.Flags().BoolVar(&merge, "merge", false, "add the kubeconfig to the files that kubectl reads by default")
-	mustRequire(cmd, "server")
-	return cmd
 }
 
 func explainCommand() *cobra.Command {
