@@ -129,9 +129,9 @@ func TestChoice_ContextsOfThePage(t *testing.T) {
 		want            []string
 	}{
 		{"erin", "", []string{"tailnet:c"}}, // for reading only
-		{"erin", "k8s.tailnet.example-read-only", []string{"tailnet:c"}},
-		{"erin", "k8s.tailnet.example", []string{"tailnet:b"}},
-		{"bob", "k8s.tailnet.example-tailnet-tailnet-readers", []string{"tailnet:tailnet-readers"}},
+		{"erin", "k8s.tailnet.example:" + portChoiceLimits + "-read-only", []string{"tailnet:c"}},
+		{"erin", "k8s.tailnet.example:" + portChoiceLimits, []string{"tailnet:b"}},
+		{"bob", "k8s.tailnet.example:" + portChoiceLimits + "-tailnet-tailnet-readers", []string{"tailnet:tailnet-readers"}},
 	} {
 		file, _ := downloadKubeconfig(t, tt.caller, portChoiceLimits)
 		var args []string

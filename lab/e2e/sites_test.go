@@ -54,6 +54,8 @@ const (
 	portChoiceAuthorize  = "8052" // optional_groups, and client_impersonation authorize
 	portChoiceLimits     = "8053" // optional_groups with limits, prefixes, audit and whoami
 	portAgents           = "8054" // as examples/agents.caddyfile
+	portSecondNode       = "8071" // on the second node: require_groups, whoami, over TLS
+	portForeignNode      = "8072" // on the node of the other tailnet: whoami
 	portNoAuth           = "8011" // credentials client, with the administrator's kubeconfig
 )
 
@@ -159,6 +161,8 @@ func sites(l *lab.Lab) string {
 		site("http://:"+portChoiceAuthorize, k8s, "\ttailscale_impersonate {\n\t\tclient_impersonation authorize\n\t\toptional_groups "+masters()+" c\n\t}\n"+toCluster) +
 		site("http://:"+portChoiceLimits, k8s, "\ttailscale_impersonate {\n\t\taudit\n\t\twhoami\n\t\toptional_groups c tailnet-readers\n\t\tread_only_group c\n\t\tdeny_groups a\n\t\trequire_groups\n\t\tuser_prefix tailnet:\n\t\tgroup_prefix tailnet:\n\t}\n"+toCluster) +
 		site("http://:"+portAgents, k8s, exampleRules("agents")+toCluster) +
+		site("https://"+secondNode+"."+lab.Domain+":"+portSecondNode, "tailscale/"+secondNode, "\ttls internal\n\ttailscale_impersonate {\n\t\twhoami\n\t\trequire_groups\n\t}\n"+toCluster) +
+		site("http://:"+portForeignNode, "tailscale/"+foreignNode, "\ttailscale_impersonate {\n\t\twhoami\n\t}\n"+toPlain) +
 		site("http://:"+portMixed, k8s+" 127.0.0.1", impersonate+toPlain)
 }
 
