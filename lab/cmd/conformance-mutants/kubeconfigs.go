@@ -21,4 +21,28 @@ var kubeconfigs = []file{
 	{"internal/kubeconfig/kubeconfig.go", "./internal/kubeconfig", []mutant{
 		{name: "an entry with another authority is another entry", old: "bytes.Equal(a.CertificateAuthorityData, b.CertificateAuthorityData))", new: "len(a.CertificateAuthorityData) > 0 && bytes.Equal(nil, nil))"},
 	}},
+	{"internal/authn/visit.go", "./internal/authn", []mutant{
+		{name: "another device with the address is not the visitor", old: "if res.err != nil || res.device != visitor.device {", new: "if res.err != nil {"},
+		{name: "who is refused by a site is not told of it", old: "if res.err != nil || res.device != visitor.device {", new: "if res.device != visitor.device {"},
+		{name: "devices without keys are not told apart", old: "\tif visitor.device.IsZero() {", new: "\tif false {"},
+		{name: "an address of two nodes leads to neither", old: "\tcase err != nil || owner != node:", new: "\tcase err == nil && owner != node:"},
+		{name: "a visitor is who it was when it connected", old: "visitor.Address, at}, visitor.since)", new: "visitor.Address, at}, time.Time{})"},
+		{name: "a site over plain HTTP has the node's names", old: "\tif !door.TLS && !slices.Contains(", new: "\tif false && !slices.Contains("},
+	}},
+	{"internal/sites/find.go", ".", []mutant{
+		{name: "a site behind other matchers is left out", old: "\t\tdefault:\n\t\t\treturn at, false\n", new: ""},
+		{name: "a path leads to the page", old: "\t\tif !at.leadsTo(w.whoami) {", new: "\t\tif false {"},
+	}},
+	{"internal/kubeconfig/sync.go", "./internal/kubeconfig", []mutant{
+		{name: "what --all did not write stays", old: "&& written && s.wrote(name, context.Extensions) {", new: "&& written {"},
+		{name: "what its user renamed stays", old: "&& m.Name == name && s.known[m.From]", new: "&& s.known[m.From]"},
+		{name: "what another Caddy listed stays", old: "&& m.Name == name && s.known[m.From]", new: "&& m.Name == name"},
+		{name: "what its user points elsewhere stays", old: "\t\twritten := context.AuthInfo == name && ", new: "\t\twritten := "},
+		{name: "a cluster that a context names stays", old: "wanted.Clusters[name] == nil && !named[\"cluster \"+name] &&", new: "wanted.Clusters[name] == nil &&"},
+		{name: "what --all did not write is not updated", old: "\t\tcase !s.wrote(name, *k.extensions(existing)):", new: "\t\tcase false:"},
+	}},
+	{"internal/cli/kubeconfig.go", "./internal/cli", []mutant{
+		{name: "only a site that is trusted lists others", old: "\tcase !s.isFrom(ca):", new: "\tcase false:"},
+		{name: "an incomplete list removes nothing", old: "\t\tif flags.prune && seen.facts.SitesIncomplete {", new: "\t\tif false {"},
+	}},
 }

@@ -58,7 +58,7 @@ var written = []file{
 		{name: "a line's URI is cut", old: `zap.String("uri", clip.String(r.URL.String()))`, new: `zap.String("uri", r.URL.String())`},
 		{name: "a line has a part of the groups to act as", old: "clip.Strings(actAs.Target.Groups, maxValues)", new: "actAs.Target.Groups"},
 	}},
-	{"internal/whoami/whoami.go", "./internal/whoami", []mutant{
+	{"internal/whoami/sites.go", "./internal/whoami", []mutant{
 		{name: "a site has a short URL", old: " || len(f.Server) > maxServer {", new: " {"},
 	}},
 	{"caddyfile/guard.go", "./caddyfile", []mutant{
