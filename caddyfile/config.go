@@ -177,8 +177,9 @@ type Config struct {
 
 	// A path that shows callers who they are to the cluster, and why. Returns JSON if
 	// the request accepts `application/json` and not `text/html`, or else a page. A
-	// known caller that is refused sees the reason. With the query `?kubeconfig`, it
-	// returns a kubeconfig for this server. In a Caddyfile, the option without an
+	// known caller that is refused sees the reason. It lists the other sites with this
+	// option that the caller may use. With the query `?kubeconfig`, it returns a kubeconfig
+	// for all of them. In a Caddyfile, the option without an
 	// argument means `/whoami`.
 	//
 	// Default: none; the API server answers all paths.
