@@ -48,6 +48,10 @@ func ports(site Site, httpPort int) (doors []authn.Door) {
 		if err != nil || address.IsUnixNetwork() || address.IsFdNetwork() {
 			continue
 		}
+		// Visit asks about the node's own addresses, and not about that of a service.
+		if address.Network == "tailscale-service" {
+			continue
+		}
 		// A plain socket is of the host, and not of a node, unless the host is the node.
 		if strings.HasPrefix(address.Network, "tcp") != site.Auth.HostSockets {
 			continue
