@@ -23,10 +23,11 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// priority is the niceness of the attackers' process. In the world, each of them has a
-// machine of its own. Here they have mostly what the others leave: enough to attack in time,
-// and for Tailscale's watchdog, which ends a process whose node stands still for 30 s.
-const priority = "10"
+// priority is the niceness of the attackers' process, the lowest priority. In the world, each
+// of them has a machine of its own, and here they have what the others leave. On a machine that
+// does other work that may be too little: Tailscale's watchdog ends a process whose node stands
+// still for 30 s.
+const priority = "19"
 
 // plan is what the attackers' process is told.
 type plan struct {
