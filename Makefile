@@ -15,7 +15,7 @@ CADDY_VERSION      := $(call version_in,go.mod,$(CADDY))
 KUBERNETES_VERSION := $(call version_in,$(TOOLS)/kubernetes/go.mod,k8s.io/kubernetes)
 
 # How long the lab's tests may take before go test gives up.
-LAB_TEST_TIMEOUT ?= 20m
+LAB_TEST_TIMEOUT ?= 30m
 
 KUBERNETES_PARTS := etcd kube-apiserver kubectl
 # What a real node consists of, and why it cannot run here. Without it, pods are

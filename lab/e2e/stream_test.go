@@ -224,7 +224,8 @@ func (c *counter) Write(p []byte) (int, error) {
 }
 
 // A command may end before it has read its input. Kubernetes itself loses about a quarter of
-// the exit codes here, so not every run counts. TestTunnel_LastWordsReachClientThatIsSending,
+// the exit codes here, and with a real kubelet half of the sessions never end, so not every
+// run counts. TestTunnel_LastWordsReachClientThatIsSending,
 // of the module, is exact.
 func TestStream_ExitCodeOfCommandThatLeavesInput(t *testing.T) {
 	const runs = 12
@@ -233,7 +234,7 @@ func TestStream_ExitCodeOfCommandThatLeavesInput(t *testing.T) {
 		kept := make(map[string]int)
 		for range runs {
 			for way, kubeconfig := range map[string]string{"directly": theLab.AdminKubeconfig(), "through the proxy": theLab.Callers["alice"].Kubeconfig} {
-				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 				cmd, err := lab.Kubectl(ctx, kubeconfig, "exec", "-i", lab.Pod, "--", "sh", "-c", "head -c 10 >/dev/null; exit 6")
 				if err != nil {
 					t.Fatal(err)
