@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"context"
 	"fmt"
 	"os/exec"
@@ -44,7 +45,7 @@ func git(ctx context.Context, root string, args ...string) (string, error) {
 	out, err := cmd.Output()
 	if err != nil {
 		said := ""
-		if exit, ok := err.(*exec.ExitError); ok {
+		if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 			said = ": " + strings.TrimSpace(string(exit.Stderr))
 		}
 		return "", fmt.Errorf("git %s: %w%s", args[0], err, said)

@@ -249,7 +249,7 @@ type runner struct {
 
 // find finds the mutants to try, and writes the program with them.
 func (r *runner) find(ctx context.Context, loaded []*packages.Package) error {
-	exceptions, err := readExceptions(filepath.Join(r.root, r.settings.exceptions))
+	exceptions, err := readExceptions(filepath.Join(r.root, r.exceptions))
 	if err != nil {
 		return err
 	}

@@ -65,7 +65,7 @@ func newSuite(ctx context.Context, s settings, name, overlay string, packages []
 	if err := covered.build(ctx, "-cover", "-coverpkg="+strings.Join(packages, ",")); err != nil {
 		return nil, fmt.Errorf("the tests of %s do not compile: %w", name, err)
 	}
-	defer os.Remove(covered.program)
+	defer func() { _ = os.Remove(covered.program) }()
 	list := exec.CommandContext(ctx, t.program, "-test.list=^(Test|Fuzz|Example)")
 	list.Dir = t.dir
 	out, err := list.Output()
@@ -78,7 +78,7 @@ func newSuite(ctx context.Context, s settings, name, overlay string, packages []
 	for i, name := range strings.Fields(string(out)) {
 		g.Go(func() error {
 			profile := filepath.Join(s.scratch, fmt.Sprintf("profile-%d", i))
-			defer os.Remove(profile)
+			defer func() { _ = os.Remove(profile) }()
 			began := time.Now()
 			got, err := covered.run(ctx, 0, []string{name}, 5*time.Minute, "-test.coverprofile="+profile)
 			if err != nil {
@@ -237,7 +237,7 @@ func (t *suite) run(ctx context.Context, id int, tests []string, limit time.Dura
 	if err != nil {
 		return outcome{}, err
 	}
-	defer os.RemoveAll(temp)
+	defer func() { _ = os.RemoveAll(temp) }()
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	args = append([]string{"-c", fmt.Sprintf(`ulimit -d %d && exec "$0" "$@"`, memory), t.program,
