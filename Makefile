@@ -223,7 +223,7 @@ lint: $(BIN)/golangci-lint $(BIN)/actionlint ## run the linters on both modules 
 	$(BIN)/actionlint -shellcheck= -pyflakes= .github/workflows/*.yml || failed="$$failed workflows"; \
 	for dir in . lab; do \
 		echo "==> (in $$dir) golangci-lint run"; \
-		(cd $$dir && "$(CURDIR)/$(BIN)/golangci-lint" run --config "$(CURDIR)/.golangci.yml" ./...) || failed="$$failed $$dir"; \
+		(cd $$dir && "$(CURDIR)/$(BIN)/golangci-lint" run --allow-parallel-runners --config "$(CURDIR)/.golangci.yml" ./...) || failed="$$failed $$dir"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "==> lint failed in:$$failed"; exit 1; fi
 
