@@ -3,6 +3,7 @@
 package tailscaleimpersonate
 
 import (
+	"encoding/binary"
 	"io"
 	"net/http"
 	"testing"
@@ -66,6 +67,31 @@ func TestQuota_NothingStaysCounted(t *testing.T) {
 	const connection = 256 << 10
 	waitForHeld(t, withSession+connection)
 	_ = conn.Close()
+	sh.Leave()
+	waitForHeld(t, before)
+}
+
+// A frame of a recorded session is held until its end has arrived.
+func TestQuota_UnfinishedFramesCount(t *testing.T) {
+	up := proxytest.NewPods(t)
+	s := proxytest.Config{
+		API: up, Nodes: []*tailnet.Node{proxytest.AliceNode()}, TLS: true,
+		Body: "tailscale_impersonate {\nrecord " + t.TempDir() + "\n}\nreverse_proxy https://$UPSTREAM {\n$KUBERNETES\n}",
+	}.Start(t)
+	before := heldBytes(t)
+	sh := proxytest.MustOpenWebSocket(t, s)
+	sh.Hear(t, "hello ")
+	withSession := heldBytes(t)
+	const size = 600 << 10
+	frame := make([]byte, 14+size)
+	frame[0], frame[1] = 0x82, 0x80|127 // binary, and masked with zeros
+	binary.BigEndian.PutUint64(frame[2:], size)
+	sh.Send(t, frame[:len(frame)-1])
+	for deadline := time.Now().Add(15 * time.Second); heldBytes(t) < withSession+size/2; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%.0f bytes are counted with a frame of %d bytes, and %.0f without", heldBytes(t), size, withSession)
+		}
+	}
 	sh.Leave()
 	waitForHeld(t, before)
 }

@@ -359,7 +359,7 @@ func (a *Authenticator) resolve(ctx context.Context, key peerKey) *resolution {
 	// Most new connections are of peers about which nothing has changed. To read grants is
 	// what a question costs most.
 	if last, ok := a.peers.last(key); ok && last.err == nil && last.peer.Equal(peer) {
-		return last.asOf(res.asked)
+		return res.decidedAs(last)
 	}
 	granted, explanation, err := peer.Identity(a.Capabilities)
 	res.explanation = explanation
@@ -397,13 +397,13 @@ func (a *Authenticator) resolve(ctx context.Context, key peerKey) *resolution {
 	return res
 }
 
-// asOf returns what follows from an answer that was asked for at asked, and that says of the
-// peer what the one of res said. res must not be a refusal.
-func (res *resolution) asOf(asked time.Time) *resolution {
-	again, caller := *res, *res.caller
-	caller.Asked = asked
-	again.asked, again.caller = asked, &caller
-	return &again
+// decidedAs completes res with what follows from last, an answer that says the same of the
+// peer and is no refusal. What the node has just said, such as the device's key, stays.
+func (res *resolution) decidedAs(last *resolution) *resolution {
+	caller := *last.caller
+	caller.Asked = res.asked
+	res.explanation, res.removed, res.identity, res.caller = last.explanation, last.removed, last.identity, &caller
+	return res
 }
 
 // inAddition returns problems as the end of a message.

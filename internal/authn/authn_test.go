@@ -16,6 +16,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"tailscale.com/client/tailscale/apitype"
 	"tailscale.com/tailcfg"
+	tskey "tailscale.com/types/key"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/proxytest"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
@@ -128,8 +129,6 @@ func TestResolve_DecisionIsAsOldAsItsQuestion(t *testing.T) {
 	})
 }
 
-// Open requests end at once if their caller is unknown, and late if that cannot be
-// found out. Only the first is forbidden.
 // What follows from an answer is decided anew whenever the answer differs from the last one,
 // and after a refusal.
 func TestResolve_ChangedAnswerIsDecidedAnew(t *testing.T) {
@@ -153,6 +152,13 @@ func TestResolve_ChangedAnswerIsDecidedAnew(t *testing.T) {
 	}
 	if again.caller.Identity != first.caller.Identity {
 		t.Error("the same answer was decided anew")
+	}
+	// Other sites recognize the device by its key, which can change while nothing else does.
+	renewed := proxytest.WhoIs(proxytest.Readers)
+	renewed.Node.Key = tskey.NewNode().Public()
+	node.Says(renewed, nil)
+	if got := ask(); got.device != renewed.Node.Key || got.caller.Identity != first.caller.Identity {
+		t.Errorf("with another key of the device: got %v with the identity %v; want %v with the same identity", got.device, got.caller.Identity, renewed.Node.Key)
 	}
 	node.Says(proxytest.WhoIs(`{"impersonate":{"groups":["others"]}}`), nil)
 	if got := ask().caller.Identity.Groups; !slices.Equal(got, []string{"others"}) {
@@ -184,6 +190,8 @@ func TestResolve_ChangedAnswerIsDecidedAnew(t *testing.T) {
 	}
 }
 
+// Open requests end at once if their caller is unknown, and late if that cannot be
+// found out. Only the first is forbidden.
 func TestIdentify_UnknownPeerIsAnError(t *testing.T) {
 	elsewhere := proxytest.AliceNode()
 	elsewhere.Addrs = func() (ip4, ip6 netip.Addr) { return netip.MustParseAddr("100.64.0.9"), netip.Addr{} }
