@@ -14,6 +14,7 @@ import (
 	"slices"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/clientcmd/api"
@@ -127,31 +128,47 @@ const DialAttempt = 3 * time.Second
 //
 // A node may also fail to resolve the name of a peer for a tenth of a second. It
 // then asks the host's DNS, so the error says that the name does not exist. Dial
-// tries again in this case too. If the error remains, it names the peers that the
-// node sees.
+// tries again in this case too. The same goes for an address of which the node knows no
+// peer (yet): it dials that over the network of the host, where something else may answer.
+// If the error remains, it names the peers that the node sees.
 func Dial(ctx context.Context, node *tsnet.Server, network, address string) (net.Conn, error) {
 	began := time.Now()
 	for {
 		attempt, cancel := context.WithTimeout(ctx, DialAttempt)
-		conn, err := node.Dial(attempt, network, address)
+		conn, err := dialOnce(attempt, node, network, address)
 		cancel()
 		if err == nil || ctx.Err() != nil {
 			return conn, err
 		}
 		var name *net.DNSError
+		unknown := errors.As(err, &name) || errors.Is(err, errNoPeer)
 		switch {
-		case errors.As(err, &name) && time.Since(began) < DialAttempt:
+		case unknown && time.Since(began) < DialAttempt:
 			select {
 			case <-ctx.Done():
 				return nil, err
 			case <-time.After(50 * time.Millisecond):
 			}
-		case errors.As(err, &name):
+		case unknown:
 			return nil, fmt.Errorf("%w (the node sees %s)", err, peersOf(ctx, node))
 		case !errors.Is(err, context.DeadlineExceeded):
 			return nil, err
 		}
 	}
+}
+
+var errNoPeer = errors.New("the node knows no peer with the address, and dialled over the network of the host")
+
+// dialOnce connects to an address of the tailnet as node.
+func dialOnce(ctx context.Context, node *tsnet.Server, network, address string) (net.Conn, error) {
+	conn, err := node.Dial(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	if _, ok := conn.(*gonet.TCPConn); !ok {
+		return nil, errors.Join(fmt.Errorf("%s: %w", address, errNoPeer), conn.Close())
+	}
+	return conn, nil
 }
 
 // peersOf returns the peers that a node sees, for messages.

@@ -4,6 +4,7 @@ package tailnet
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/netip"
 	"sync"
@@ -38,11 +39,15 @@ func FromDaemon(socket string) *Node {
 		return status.TailscaleIPs, nil
 	}}
 	n := fromClient("tailscaled", a.get, func() (*local.Client, error) { return client, nil })
-	// While the daemon is down, the host's network would route this elsewhere, unencrypted.
+	// The host's network would route this elsewhere, unencrypted, while the daemon is down,
+	// and the daemon itself does so with an address of no peer.
 	n.DialPeer = func(ctx context.Context, network, address string) (net.Conn, error) {
 		peer, err := netip.ParseAddrPort(address)
 		if err != nil {
 			return nil, err
+		}
+		if _, err := client.WhoIs(ctx, peer.Addr().String()); err != nil {
+			return nil, fmt.Errorf("looking for the peer %v: %w", peer.Addr(), err)
 		}
 		return client.UserDial(ctx, network, peer.Addr().String(), peer.Port())
 	}

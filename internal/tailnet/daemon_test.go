@@ -272,7 +272,7 @@ func TestFromDaemon_HangingIsBounded(t *testing.T) {
 	})
 }
 
-// While the daemon is down, the host's network would route this elsewhere, unencrypted.
+// The host's network would route anything else elsewhere, unencrypted.
 func TestFromDaemon_DialsPeers(t *testing.T) {
 	d := newDaemon(t)
 	c, err := FromDaemon(d.socket).DialPeer(t.Context(), "tcp", netip.AddrPortFrom(guestAddr, 80).String())
@@ -288,5 +288,8 @@ func TestFromDaemon_DialsPeers(t *testing.T) {
 	}
 	if c, err := FromDaemon(d.socket).DialPeer(t.Context(), "tcp", "laptop:80"); err == nil {
 		t.Errorf("by name: got a connection to %v; want an error", c.RemoteAddr())
+	}
+	if _, err := FromDaemon(d.socket).DialPeer(t.Context(), "tcp", "127.0.0.9:80"); !errors.Is(err, ErrPeerNotFound) {
+		t.Errorf("no peer: got error %v; want %v", err, ErrPeerNotFound)
 	}
 }

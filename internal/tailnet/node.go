@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"tailscale.com/client/local"
 	"tailscale.com/client/tailscale/apitype"
 	"tailscale.com/ipn"
@@ -144,8 +145,24 @@ func FromServer(s *tsnet.Server) *Node {
 		return overLocalAPI(ctx, remote, local)
 	}
 	n.Admits = admits(s)
-	n.DialPeer = s.Dial
+	n.DialPeer = tailnetOnly(s.Dial)
 	return n
+}
+
+// tailnetOnly returns dial without the connections that tsnet makes over the network of its
+// host, where a tailnet address may be anybody's. It does that while the node knows no peer
+// with the address.
+func tailnetOnly(dial func(ctx context.Context, network, address string) (net.Conn, error)) func(ctx context.Context, network, address string) (net.Conn, error) {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		c, err := dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		if _, ok := c.(*gonet.TCPConn); !ok {
+			return nil, errors.Join(fmt.Errorf("%s is no peer of the node", address), c.Close())
+		}
+		return c, nil
+	}
 }
 
 // defaultHostname returns the hostname that tsnet asks for where none is configured, as

@@ -14,6 +14,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"tailscale.com/client/tailscale/apitype"
 	"tailscale.com/tailcfg"
 	"tailscale.com/tsnet"
@@ -439,6 +440,31 @@ func TestDial_PeersOnly(t *testing.T) {
 		if want := "tcp " + address; dialled != want {
 			t.Errorf("dialled %q; want %q", dialled, want)
 		}
+	}
+}
+
+// Where the node knows no peer with an address, tsnet dials it over the network of the host.
+func TestTailnetOnly_ClosesConnectionsOfTheHost(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	var overHost net.Conn
+	_, err = tailnetOnly(func(ctx context.Context, network, _ string) (net.Conn, error) {
+		overHost, err = new(net.Dialer).DialContext(ctx, network, ln.Addr().String())
+		return overHost, err
+	})(t.Context(), "tcp", "100.100.0.9:80")
+	if err == nil || !strings.Contains(err.Error(), "100.100.0.9:80 is no peer of the node") {
+		t.Errorf("got error %v; want that the address is no peer", err)
+	}
+	if _, err := overHost.Write([]byte("x")); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("the connection over the host's network: got error %v; want it closed", err)
+	}
+	onTailnet := new(gonet.TCPConn)
+	c, err := tailnetOnly(func(context.Context, string, string) (net.Conn, error) { return onTailnet, nil })(t.Context(), "tcp", "100.100.0.9:80")
+	if c != onTailnet || err != nil {
+		t.Errorf("a connection over the tailnet: got %v, %v; want it", c, err)
 	}
 }
 

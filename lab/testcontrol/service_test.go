@@ -248,7 +248,7 @@ func TestService_IsTakenBackWithItsSite(t *testing.T) {
 	// answers on the port of the site.
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
-	if c, err := l.caller.Dial(ctx, "tcp", serviceAddr.String()+":443"); err == nil {
+	if c, err := lab.Dial(ctx, l.caller, "tcp", serviceAddr.String()+":443"); err == nil {
 		_ = c.Close()
 		t.Error("without its site, the service still takes connections")
 	}
@@ -677,35 +677,13 @@ func (l *serviceLab) client(node *tsnet.Server, addr netip.Addr, protocol string
 			}
 			ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 			defer cancel()
-			if err := routed(ctx, node, addr); err != nil {
-				return nil, err
-			}
-			return node.Dial(ctx, "tcp", net.JoinHostPort(addr.String(), port))
+			return lab.Dial(ctx, node, "tcp", net.JoinHostPort(addr.String(), port))
 		},
 	}
 	transport.Protocols.SetHTTP1(protocol == "HTTP/1.1")
 	transport.Protocols.SetHTTP2(protocol == "HTTP/2.0")
 	l.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport, Timeout: 5 * time.Second}
-}
-
-// routed returns an error unless node knows a peer for addr: tsnet would dial it over the
-// network of the host.
-func routed(ctx context.Context, node *tsnet.Server, addr netip.Addr) error {
-	client, err := node.LocalClient()
-	if err != nil {
-		return err
-	}
-	status, err := client.Status(ctx)
-	if err != nil {
-		return err
-	}
-	for _, peer := range status.Peer {
-		if slices.Contains(peer.TailscaleIPs, addr) || peer.AllowedIPs != nil && peer.AllowedIPs.ContainsFunc(func(p netip.Prefix) bool { return p.Contains(addr) }) {
-			return nil
-		}
-	}
-	return fmt.Errorf("no peer has the address %v", addr)
 }
 
 // get requests url until it is answered with 200.
@@ -735,11 +713,11 @@ type upgraded struct {
 // upgrade opens an upgraded connection to the service.
 func (l *serviceLab) upgrade() *upgraded {
 	l.Helper()
-	l.until("the caller has a route", func() error { return routed(l.Context(), l.caller, serviceAddr) })
-	plain, err := lab.Dial(l.Context(), l.caller, "tcp", serviceAddr.String()+":443")
-	if err != nil {
-		l.Fatal(err)
-	}
+	var plain net.Conn
+	l.until("the caller reaches the service", func() (err error) {
+		plain, err = lab.Dial(l.Context(), l.caller, "tcp", serviceAddr.String()+":443")
+		return err
+	})
 	// Caddy's own authority issues the certificate.
 	c := tls.Client(plain, &tls.Config{ServerName: serviceHost, InsecureSkipVerify: true})
 	l.Cleanup(func() { _ = c.Close() })
