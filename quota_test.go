@@ -5,7 +5,9 @@ package tailscaleimpersonate
 import (
 	"encoding/binary"
 	"io"
+	"net"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -94,6 +96,39 @@ func TestQuota_UnfinishedFramesCount(t *testing.T) {
 	}
 	sh.Leave()
 	waitForHeld(t, before)
+}
+
+// What a client does not read of a session waits in the network stack of the node.
+func TestQuota_UnreadSessionsCount(t *testing.T) {
+	up := proxytest.NewTunnel(t, func(conn net.Conn) {
+		defer conn.Close()
+		if _, err := io.WriteString(conn, proxytest.SwitchedToV5); err != nil {
+			t.Error(err)
+		}
+		message := proxytest.PodMessage("\x01" + strings.Repeat("y\n", 16<<10))
+		for err := error(nil); err == nil; {
+			_, err = conn.Write(message)
+		}
+	})
+	for _, options := range []string{"", "record " + t.TempDir()} {
+		s := proxytest.Config{
+			API: up, TLS: true, Nodes: []*tailnet.Node{proxytest.AliceNode()},
+			Body: "tailscale_impersonate {\n" + options + "\n}\nreverse_proxy $UPSTREAM {\n$KUBERNETES\n}",
+		}.Start(t)
+		before := heldBytes(t)
+		conn := s.Dial(t, proxytest.AliceAddr, "http/1.1")
+		if resp := proxytest.Exchange(t, conn, proxytest.UpgradeRequest("GET", proxytest.ExecTarget, "websocket", proxytest.WebSocketV5)); resp.StatusCode != http.StatusSwitchingProtocols {
+			t.Fatalf("%s: got %s; want an upgrade", options, resp.Status)
+		}
+		const unread = 2 << 20
+		for deadline := time.Now().Add(20 * time.Second); heldBytes(t) < before+unread; time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: %.0f bytes more are counted while the client reads nothing; want more than %d", options, heldBytes(t)-before, unread)
+			}
+		}
+		_ = conn.Close()
+		waitForHeld(t, before)
+	}
 }
 
 // waitForHeld waits until the metric held_bytes is want.

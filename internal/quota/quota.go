@@ -10,7 +10,6 @@
 package quota
 
 import (
-	"bufio"
 	"context"
 	"math"
 	"net"
@@ -44,6 +43,10 @@ const (
 	// session is an upgraded connection: buffers for both directions, and the start of a
 	// frame.
 	session = 256 << 10
+	// unread is a connection whose client has taken nothing for readWithin of what is
+	// written to it, in addition: what the network stack of the node keeps for the client.
+	// Tailscale's begins with 1 MiB and goes up to 6 MiB as a client reads faster.
+	unread = 2 << 20
 	// field is what a header field takes beside its characters: its entries in maps and
 	// lists, each in several copies. HPACK sends it in one byte.
 	field = 256
@@ -64,6 +67,8 @@ const (
 	maxFields = 256
 	// nextRequest is how long the next request of a connection may take to arrive.
 	nextRequest = 3 * time.Second
+	// readWithin is how long a client may take nothing of what is written to it.
+	readWithin = 3 * time.Second
 	// maxWaiting is how many sessions of a caller may wait for an answer of the API
 	// server. Each may have a file and a recorder that are prepared for it.
 	maxWaiting = 32
@@ -123,12 +128,14 @@ type account struct {
 	// until it has.
 	waiting       *time.Timer
 	slow, arrived bool
+	// writing tells whether the client reads. Nil if the connection is not counted.
+	writing *writing
 	// closed is set once the connection was closed for its caller's quota. What it
 	// counted as has been given back.
 	closed bool
 }
 
-// OfProcess returns the size of the budget of this process: two fifths of its
+// OfProcess returns the size of the budget of this process: three tenths of its
 // memory limit, which Caddy takes from its container, and the default without one.
 func OfProcess() int64 { return OfLimit(debug.SetMemoryLimit(-1)) }
 
@@ -137,7 +144,7 @@ func OfLimit(limit int64) int64 {
 	if limit == math.MaxInt64 {
 		return defaultSize
 	}
-	return limit / 5 * 2
+	return limit / 10 * 3
 }
 
 // of returns what caller holds. b.mu must be held.
@@ -288,6 +295,7 @@ func (b *Budget) ConnContext(ctx context.Context, c net.Conn) context.Context {
 		b.conns = make(map[net.Conn]*account)
 	}
 	a.waiting = time.AfterFunc(nextRequest, func() { b.takeSlow(a) })
+	a.writing = newWriting(b, a)
 	b.conns[c] = a
 	return ctx
 }
@@ -314,6 +322,9 @@ func (b *Budget) ConnState(c net.Conn, state http.ConnState) {
 	b.mu.Unlock()
 	if a == nil {
 		return
+	}
+	if state != http.StateActive {
+		a.writing.finished()
 	}
 	if state == http.StateIdle {
 		b.wait(a)
@@ -370,8 +381,8 @@ type Charge struct {
 	account *account
 	// bytes is what the request counts as, refused what its refusal does.
 	bytes, refused int64
-	// waiting is set for a session, which waits for its answer.
-	waiting *waiting
+	// client is what the request is answered to.
+	client *client
 }
 
 // Admit counts r, a request whose headers have been stripped, until it has ended and
@@ -391,7 +402,7 @@ func (b *Budget) Admit(w http.ResponseWriter, r *http.Request) (http.ResponseWri
 	}
 	kind := requestinfo.KindOf(r)
 	fields, size := measure(r)
-	c := Charge{budget: b, account: a, bytes: weight(kind) + size}
+	c := Charge{budget: b, account: a, bytes: weight(kind) + size, client: &client{ResponseWriter: w, budget: b, account: a, endsLater: r.ProtoMajor == 1}}
 	err := error(nil)
 	switch {
 	case fields > maxFields:
@@ -404,8 +415,7 @@ func (b *Budget) Admit(w http.ResponseWriter, r *http.Request) (http.ResponseWri
 		c.bytes = 0
 	case kind <= requestinfo.Log:
 	case b.await(a, 1):
-		c.waiting = &waiting{ResponseWriter: w, budget: b, account: a}
-		w = c.waiting
+		c.client.waits = true
 	default:
 		denied.With(ofSession).Inc()
 		err = apistatus.TooManyRequests(apistatus.Waiting, "%d sessions of this device wait for an answer of the API server already", maxWaiting)
@@ -422,19 +432,19 @@ func (b *Budget) Admit(w http.ResponseWriter, r *http.Request) (http.ResponseWri
 		c.closeAfter(r.Context())
 		c.bytes, c.refused = 0, 0
 	}
-	return w, c, err
+	return c.client, c, err
 }
 
 // closeAfter gives back what c counts as when ctx is done.
 func (c Charge) closeAfter(ctx context.Context) {
-	c.waiting = nil
+	c.client = nil
 	context.AfterFunc(ctx, c.Close)
 }
 
 // Close must be called when the request has been handled.
 func (c Charge) Close() {
-	if c.waiting != nil {
-		c.waiting.over()
+	if c.client != nil {
+		c.client.close()
 	}
 	if c.bytes != 0 {
 		c.budget.give(c.account, c.bytes)
@@ -485,25 +495,6 @@ func measure(r *http.Request) (fields int, size int64) {
 		}
 	}
 	return fields, size + field*int64(fields)
-}
-
-// waiting is the response writer of a session that waits for its answer.
-type waiting struct {
-	http.ResponseWriter
-	budget  *Budget
-	account *account
-	once    sync.Once
-}
-
-func (w *waiting) over() { w.once.Do(func() { w.budget.await(w.account, -1) }) }
-
-// Unwrap is for [http.ResponseController].
-func (w *waiting) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-// Hijack implements [http.Hijacker].
-func (w *waiting) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	w.over()
-	return http.NewResponseController(w.ResponseWriter).Hijack()
 }
 
 var heldBytes = prometheus.NewDesc(

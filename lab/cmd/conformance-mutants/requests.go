@@ -62,6 +62,14 @@ var requests = []file{
 		{name: "a connection beyond its caller's share is closed", old: "\tif !b.take(a, connection) {", new: "\tif !b.take(a, connection) && false {"},
 		{name: "a connection whose request does not arrive counts more", old: "\tif closes {", new: "\tif closes && false {"},
 	}},
+	{"internal/quota/client.go", "./internal/quota", []mutant{
+		{name: "an answer that is not read counts more", old: "\tc.account.writing.begin()\n\tdefer c.account.writing.end()\n\treturn c.ResponseWriter.Write", new: "\treturn c.ResponseWriter.Write"},
+		{name: "a stream that is not read counts more", old: "\tc.account.writing.begin()\n\tdefer c.account.writing.end()\n\treturn http.New", new: "\treturn http.New"},
+		{name: "a session that is not read counts more", old: "\th.writing.begin()\n\tdefer h.writing.end()\n", new: "", by: "./internal/quota ."},
+		{name: "the end of an answer that is not read counts more", old: "\t\tc.account.writing.finish()\n", new: ""},
+		{name: "a connection that is not read beyond its caller's share is closed", old: "\tif closes {", new: "\tif closes && false {"},
+		{name: "what has been read no longer counts", old: "\t\tw.budget.give(w.account, unread)\n", new: ""},
+	}},
 	{"internal/authn/actas.go", "./internal/authn .", []mutant{
 		{name: "what is asked is noted for other routes", old: `claims.header != "" && a.ActAs != StripActAs {`, new: "false {"},
 		{name: "what was asked of another handler is not forgotten", old: "askedKey); asked != nil && a.ActAs", new: "askedKey); asked != nil && false && a.ActAs"},

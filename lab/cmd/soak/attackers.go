@@ -23,11 +23,12 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
-// priority is the niceness of the attackers' process, the lowest priority. In the world, each
-// of them has a machine of its own, and here they have what the others leave. On a machine that
-// does other work that may be too little: Tailscale's watchdog ends a process whose node stands
-// still for 30 s.
-const priority = "19"
+// leftOver runs a program on what all others leave of the processors. In the world, each
+// attacker has a machine of its own. A low priority is not enough: its threads still end their
+// time slice before one of another process goes on, at each step that a request takes. On a
+// machine that does other work that may be too little: Tailscale's watchdog ends a process
+// whose node stands still for 30 s.
+var leftOver = []string{"chrt", "--idle", "0"}
 
 // plan is what the attackers' process is told.
 type plan struct {
@@ -136,7 +137,7 @@ func startAttackers(ctx context.Context, l *lab.Lab, o options, devices []attack
 	if err != nil {
 		return nil, err
 	}
-	a := &attackers{cmd: exec.CommandContext(ctx, "nice", "-n", priority, self, "attack")}
+	a := &attackers{cmd: exec.CommandContext(ctx, leftOver[0], append(leftOver[1:], self, "attack")...)}
 	stderr, err := os.Create(l.Log("attackers"))
 	if err != nil {
 		return nil, err
