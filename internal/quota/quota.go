@@ -472,6 +472,28 @@ func (b *Budget) Hold(ctx context.Context, n int64) bool {
 	return true
 }
 
+// Reserve counts n more bytes for the caller of a request with the context ctx, until release
+// is called. The error is the refusal of the request, if its caller would make the process
+// hold too much. A nil Budget has no bounds.
+func (b *Budget) Reserve(ctx context.Context, n int64) (release func(), err error) {
+	if b == nil {
+		return func() {}, nil
+	}
+	a, counted := ctx.Value(accountKey{}).(*account)
+	if !counted {
+		conn := tailnet.AnyConnFrom(ctx)
+		if conn == nil {
+			return func() {}, nil // and is refused
+		}
+		a = &account{caller: conn.Remote.Addr(), conn: conn}
+	}
+	if !b.take(a, n) {
+		denied.With(ofRequest).Inc()
+		return nil, errTooMuch
+	}
+	return sync.OnceFunc(func() { b.give(a, n) }), nil
+}
+
 // weight returns what a request of a kind counts as.
 func weight(k requestinfo.Kind) int64 {
 	switch k {

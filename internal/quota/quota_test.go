@@ -282,3 +282,27 @@ func TestHold_CountsForTheConnection(t *testing.T) {
 		t.Error("what belongs to no connection is refused")
 	}
 }
+
+// What is held for a request counts with its connection, until it is released, once.
+func TestReserve_CountsUntilReleased(t *testing.T) {
+	b := &Budget{Size: 60 * answer}
+	r, _ := request(1, "/recordings")
+	release, err := b.Reserve(r.Context(), 20*answer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Reserve(r.Context(), 20*answer); apistatus.ReasonOf(err) != apistatus.TooMuch {
+		t.Errorf("got %v; want a refusal, as the caller would hold more than half", err)
+	}
+	if n := len(admit(t, b, 1, "/openapi/v2")); n < 8 || n > 10 {
+		t.Errorf("a caller that holds 20 may have %d of 30 answers", n)
+	}
+	release()
+	release()
+	r, _ = request(2, "/recordings")
+	if release, err = b.Reserve(r.Context(), 30*answer); err != nil {
+		t.Errorf("another caller: %v", err)
+	} else {
+		release()
+	}
+}
