@@ -46,6 +46,8 @@ const (
 	Waiting        Reason = "waiting"          // too many sessions of its device wait for an answer
 	HeaderFields   Reason = "header_fields"    // it has too many header fields
 	UnknownSite    Reason = "unknown_site"     // it asks for the kubeconfig of a site that its caller may not use
+	NotReader      Reason = "not_reader"       // its caller may not read recordings
+	NoRecording    Reason = "no_recording"     // there is no such recording, or it cannot be read
 	Other          Reason = "other"            // none of these
 )
 
@@ -53,7 +55,7 @@ const (
 var Reasons = []Reason{
 	Protocol, WebPage, Host, NotFromTailnet, AmbiguousNode, Starting, Replaced, Stopping, UnknownPeer, Self, NoAnswer, NotAdmitted,
 	NoIdentity, Guard, NoGroups, Impersonation, AmbiguousPath, Rewritten, Recording, NoHandler, NoCredentials, NoPermission, UpstreamAway, Method,
-	TooMuch, Waiting, HeaderFields, UnknownSite, Other,
+	TooMuch, Waiting, HeaderFields, UnknownSite, NotReader, NoRecording, Other,
 }
 
 var refusals = metrics.NewCounter("refusals_total",
