@@ -21,11 +21,12 @@ const (
 	Attach
 	PortForward
 	Upgrade // any other tunnel, such as through a service's proxy
+	Reading // recordings that are listed, downloaded or played
 
 	Kinds // how many there are
 )
 
-var kindNames = [Kinds]string{"short", "watch", "log", "exec", "attach", "portforward", "upgrade"}
+var kindNames = [Kinds]string{"short", "watch", "log", "exec", "attach", "portforward", "upgrade", "reading"}
 
 func (k Kind) String() string { return kindNames[k] }
 

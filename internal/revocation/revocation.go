@@ -94,6 +94,8 @@ type Policy struct {
 	// CheckTarget returns an error, which is forbidden, if nobody may act as target.
 	// Nil allows every target.
 	CheckTarget func(target *impersonate.Target) error
+	// MayRead returns an error if a caller may not read recordings. Nil lets nobody.
+	MayRead func(now *impersonate.Identity) error
 	// Revoked is called for every caller who loses access.
 	Revoked func(*Revoked)
 }
@@ -124,6 +126,8 @@ type Request struct {
 	stillAllowed impersonate.StillAllowed
 	// unrecorded is set for what may be a session and need not be recorded.
 	unrecorded bool
+	// reads is set for a request for recordings.
+	reads bool
 }
 
 // Close records that the request has ended.
@@ -301,6 +305,9 @@ func (v verdict) on(r *Request, now time.Time) (sure bool, reason Reason, detail
 		if reason == "" && r.unrecorded && v.policy.mustRecord(r.ID, v.id) {
 			reason, detail = Enforced, fmt.Sprintf("recording is now enforced for %s, and this session is not recorded", r.ID.User)
 		}
+		if reason == "" && r.reads {
+			reason, detail = v.policy.lostReading(v.id)
+		}
 		return true, reason, detail
 	case apierrors.IsForbidden(v.err):
 		return true, Refused, v.err.Error()
@@ -308,6 +315,18 @@ func (v verdict) on(r *Request, now time.Time) (sure bool, reason Reason, detail
 		return false, Unconfirmed, fmt.Sprintf("%s could not be checked for %v: %v", r.ID.User, v.policy.Grace, v.err)
 	}
 	return false, "", ""
+}
+
+// lostReading returns why a caller may no longer read recordings, with an empty reason if it
+// may.
+func (p *Policy) lostReading(now *impersonate.Identity) (Reason, string) {
+	if p.MayRead == nil {
+		return Refused, "recordings are no longer shown"
+	}
+	if err := p.MayRead(now); err != nil {
+		return Refused, err.Error()
+	}
+	return "", ""
 }
 
 func (p *Policy) mustRecord(request, now *impersonate.Identity) bool {

@@ -126,6 +126,16 @@ func (t *Tracker) Track(r *http.Request, caller authn.Caller) *Request {
 	return tracked
 }
 
+// TrackReader tracks r, a request of caller for recordings, as [Tracker.Track] does. It ends
+// as well when the caller may no longer read recordings.
+func (t *Tracker) TrackReader(r *http.Request, caller authn.Caller) *Request {
+	tracked := t.track(r.Context(), caller, requestinfo.Reading)
+	tracked.registry.mu.Lock()
+	defer tracked.registry.mu.Unlock()
+	tracked.reads = true
+	return tracked
+}
+
 func (t *Tracker) track(ctx context.Context, caller authn.Caller, kind requestinfo.Kind) *Request {
 	registry := t.generation.registry
 	r := &Request{registry: registry, conn: caller.Conn, kind: kind, confirmed: caller.Asked}
