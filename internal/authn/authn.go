@@ -142,12 +142,28 @@ func (a *Authenticator) IsLast(r *http.Request) bool {
 // stripped, or why r is refused. A caller that is refused may be known: it is then
 // returned along with the error, for the log.
 func (a *Authenticator) Authenticate(r *http.Request, claims Claims) (Caller, error) {
+	return a.authenticate(r, claims, func(r *http.Request) error { return a.checkOrigin(r, isPodApp) })
+}
+
+// AuthenticateReader is Authenticate for a request for a page of ours that other pages must
+// not read, not even those of this site. isFromPage reports whether the page itself proves
+// to have sent it.
+func (a *Authenticator) AuthenticateReader(r *http.Request, claims Claims, isFromPage func(*http.Request) bool) (Caller, error) {
+	return a.authenticate(r, claims, func(r *http.Request) error {
+		if isFromPage(r) {
+			return nil
+		}
+		return a.checkOrigin(r, isNavigation)
+	})
+}
+
+func (a *Authenticator) authenticate(r *http.Request, claims Claims, checkOrigin func(*http.Request) error) (Caller, error) {
 	// Is it a request that the checks below can judge?
 	if err := checkProtocol(r); err != nil {
 		return Caller{}, err
 	}
 	// Did the caller send it, or a web page in its browser?
-	if err := a.checkOrigin(r, isPodApp); err != nil {
+	if err := checkOrigin(r); err != nil {
 		return Caller{}, err
 	}
 	// Which node accepted the connection, and is the request for it?
