@@ -1,0 +1,669 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package recordings
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	bolt "go.etcd.io/bbolt"
+	"go.uber.org/zap"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recstore"
+)
+
+// Recording is what the index knows about a recording.
+type Recording struct {
+	ID string `json:"-"`
+	// User is the login name of the caller, or the tags of a device without a user.
+	User      string `json:"user,omitempty"`
+	Node      string `json:"node,omitempty"`
+	Namespace string `json:"namespace,omitempty"`
+	Pod       string `json:"pod,omitempty"`
+	Container string `json:"container,omitempty"`
+	Command   string `json:"command,omitempty"`
+	Kind      string `json:"kind,omitempty"`
+	// Start is when the session began, Length the time of its last event.
+	Start  time.Time     `json:"start"`
+	Length time.Duration `json:"length,omitempty"`
+	// Size, Modified and Complete are those of the store. If they have changed, the
+	// recording has to be read again.
+	Size     int64     `json:"size"`
+	Modified time.Time `json:"modified"`
+	Complete bool      `json:"complete,omitempty"`
+	// Text says that the text of the recording is in the index, Cut that it is that of
+	// the start only.
+	Text bool `json:"text,omitempty"`
+	Cut  bool `json:"cut,omitempty"`
+	// Unreadable says that the file is no recording, or one that is damaged.
+	Unreadable bool `json:"unreadable,omitempty"`
+
+	unread bool // since it has changed
+}
+
+// Running reports whether the session goes on.
+func (r *Recording) Running() bool { return running(r.entry()) }
+
+func (r *Recording) entry() recstore.Entry {
+	return recstore.Entry{ID: r.ID, Size: r.Size, Modified: r.Modified, Complete: r.Complete}
+}
+
+// isOf reports whether r is what the recording was read as when it looked like e.
+func (r *Recording) isOf(e recstore.Entry) bool {
+	if r.unread || !r.Text && !r.Unreadable && !running(e) { // it was running when it was read
+		return false
+	}
+	return r.Size == e.Size && r.Modified.Equal(e.Modified) && r.Complete == e.Complete
+}
+
+const (
+	// maxRecordings is how many recordings are listed: the newest. They take about
+	// 70 MiB.
+	maxRecordings = 200_000
+	// listed is how many recordings are listed at once.
+	listed = 10_000
+	// batch is how many recordings are indexed in one transaction, and batchText how many
+	// bytes of text.
+	batch     = 256
+	batchText = 16 << 20
+	// refreshInterval is how often the whole store is listed.
+	refreshInterval = time.Minute
+	// relistAfter is how long recordings are read before new ones are looked for.
+	relistAfter = 10 * time.Second
+	// freshness is how old the list may be that a reader gets, and patience how long a
+	// reader waits for a newer one.
+	freshness = 2 * time.Second
+	patience  = time.Second
+)
+
+// indexName is the name of the index in the directory of recordings. It is none that a
+// recording has.
+const indexName = ".recordings-index.db"
+
+// Index knows the recordings of a store.
+//
+// What is known about each is in memory, sorted by time, so filters and pages need no look
+// at the store. The text that appeared is on disk only, compressed, and a search reads it:
+// newest recordings first, for at most searchTime.
+//
+// The index is a cache. All of it is read from the recordings again if it is lost, and a
+// recording that has changed is read again. A reader sees until then how many are missing.
+type Index struct {
+	dir    string
+	logger *zap.Logger
+	kick   chan struct{} // capacity 1: list again
+
+	mu    sync.RWMutex
+	store recstore.Store
+	// all are the recordings, sorted by ID.
+	all []*Recording
+	// listedAt is when the store was last listed, and fresh is closed when it is listed
+	// next.
+	listedAt time.Time
+	fresh    chan struct{}
+	// waiting is how many recordings have not been read, and left how many older ones are
+	// not listed.
+	waiting, left int
+	db            *bolt.DB // nil if there is no file for it
+	strings       map[string]string
+}
+
+// The buckets of the index: what is known about each recording, by ID, and its text.
+var (
+	metaBucket = []byte("recordings 1")
+	textBucket = []byte("texts 1")
+)
+
+// NewIndex returns an index of a store, which has its file in dir. Run keeps it up to date.
+func NewIndex(store recstore.Store, dir string, logger *zap.Logger) *Index {
+	return &Index{
+		store: store, dir: dir, logger: logger,
+		kick: make(chan struct{}, 1), fresh: make(chan struct{}), strings: make(map[string]string),
+	}
+}
+
+// Store returns the store of the recordings.
+func (x *Index) Store() recstore.Store {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return x.store
+}
+
+func (x *Index) setStore(store recstore.Store) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.store = store
+}
+
+// Run keeps the index up to date until ctx is done.
+func (x *Index) Run(ctx context.Context) {
+	x.open()
+	defer x.close()
+	ticker := time.NewTicker(refreshInterval)
+	defer ticker.Stop()
+	for whole := true; ; {
+		more, err := x.refresh(ctx, whole)
+		if err != nil && ctx.Err() == nil {
+			x.logger.Error("the recordings cannot be listed", zap.Error(err))
+		}
+		if more && ctx.Err() == nil {
+			whole = true
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+			whole = true
+		case <-x.kick:
+			whole = false
+		}
+	}
+}
+
+// open opens the file of the index, and loads what it knows.
+func (x *Index) open() {
+	db, err := openFile(filepath.Join(x.dir, indexName))
+	if err != nil {
+		// Another process has it, or the directory cannot be written.
+		x.logger.Warn("the index of recordings is made anew in a temporary file, as its own cannot be used", zap.String("directory", x.dir), zap.Error(err))
+		if db, err = openTemporary(); err != nil {
+			x.logger.Error("there is no file for the index of recordings, and no search for text", zap.Error(err))
+			return
+		}
+	}
+	var all []*Recording
+	err = db.View(func(tx *bolt.Tx) error {
+		return tx.Bucket(metaBucket).ForEach(func(id, value []byte) error {
+			r := &Recording{ID: string(id)}
+			if err := json.Unmarshal(value, r); err != nil {
+				return nil //nolint:nilerr // it is read again
+			}
+			x.share(r)
+			all = append(all, r)
+			return nil
+		})
+	})
+	if err != nil {
+		x.logger.Error("the index of recordings cannot be read, and is made anew", zap.Error(err))
+		all = nil
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.db, x.all = db, all
+}
+
+// lockTimeout is how long to wait for another process that has the index.
+const lockTimeout = time.Second
+
+func openFile(path string) (*bolt.DB, error) {
+	db, err := openDB(path)
+	if err == nil || errors.Is(err, bolt.ErrTimeout) || errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist) {
+		return db, err
+	}
+	// It is damaged, or of another version.
+	if err := os.Remove(path); err != nil {
+		return nil, err
+	}
+	return openDB(path)
+}
+
+func openDB(path string) (*bolt.DB, error) {
+	if info, err := os.Lstat(path); err == nil && !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a file", indexName)
+	}
+	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockTimeout, FreelistType: bolt.FreelistMapType, NoFreelistSync: true})
+	if err != nil {
+		return nil, err
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		_, err := tx.CreateBucketIfNotExists(metaBucket)
+		_, err2 := tx.CreateBucketIfNotExists(textBucket)
+		return errors.Join(err, err2)
+	})
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return db, nil
+}
+
+// openTemporary returns an index that is gone when the process ends.
+func openTemporary() (*bolt.DB, error) {
+	f, err := os.CreateTemp("", "recordings-index-*.db")
+	if err != nil {
+		return nil, err
+	}
+	if err := f.Close(); err != nil {
+		return nil, err
+	}
+	db, err := openDB(f.Name())
+	return db, errors.Join(err, os.Remove(f.Name()))
+}
+
+func (x *Index) close() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.db != nil {
+		if err := x.db.Close(); err != nil {
+			x.logger.Error("the index of recordings cannot be closed", zap.Error(err))
+		}
+		x.db = nil
+	}
+}
+
+// share makes r share its strings with other recordings.
+func (x *Index) share(r *Recording) {
+	if len(x.strings) > maxRecordings {
+		clear(x.strings)
+	}
+	for _, s := range []*string{&r.User, &r.Node, &r.Namespace, &r.Pod, &r.Container, &r.Command, &r.Kind} {
+		shared, ok := x.strings[*s]
+		if !ok {
+			shared = strings.Clone(*s)
+			x.strings[shared] = shared
+		}
+		*s = shared
+	}
+}
+
+// refresh lists the store, or only what is new in it, and reads what has changed. It returns
+// true if there is more to read than can be read before the list is old.
+func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) {
+	x.mu.RLock()
+	known := x.all
+	x.mu.RUnlock()
+	from := 0 // recordings before this one are not listed
+	if !whole {
+		from = len(known)
+		for i, r := range known {
+			if running(r.entry()) {
+				from = i
+				break
+			}
+		}
+	}
+	after := ""
+	if from > 0 {
+		after = known[from-1].ID
+	}
+	var entries []recstore.Entry
+	for {
+		some, err := x.Store().List(ctx, after, listed)
+		if err != nil {
+			return false, err
+		}
+		entries = append(entries, some...)
+		if len(some) < listed {
+			break
+		}
+		after = some[len(some)-1].ID
+	}
+	all := slices.Clone(known[:from])
+	var changed []*Recording
+	byID := make(map[string]*Recording, len(known)-from)
+	for _, r := range known[from:] {
+		byID[r.ID] = r
+	}
+	for _, e := range entries {
+		r := byID[e.ID]
+		delete(byID, e.ID)
+		if r == nil || !r.isOf(e) {
+			r = x.unread(e, r)
+			changed = append(changed, r)
+		}
+		all = append(all, r)
+	}
+	left := max(0, len(all)-maxRecordings)
+	all = all[left:]
+	changed = slices.DeleteFunc(changed, func(r *Recording) bool { return len(all) > 0 && r.ID < all[0].ID })
+	x.mu.Lock()
+	x.all, x.waiting = all, len(changed)
+	if whole {
+		x.left = left
+	}
+	x.listedAt = time.Now()
+	close(x.fresh)
+	x.fresh = make(chan struct{})
+	x.mu.Unlock()
+	x.forget(byID)
+	return x.readAll(ctx, changed)
+}
+
+// unread returns a recording that has not been read since it has changed. before is what it
+// was then, nil if it is new.
+func (x *Index) unread(e recstore.Entry, before *Recording) *Recording {
+	r := &Recording{Start: recstore.Requested(e.ID)}
+	if before != nil {
+		*r = *before
+	}
+	r.ID, r.Size, r.Modified, r.Complete, r.Text = e.ID, e.Size, e.Modified, e.Complete, false
+	r.unread = true
+	return r
+}
+
+// forget removes recordings that are gone from the file of the index.
+func (x *Index) forget(gone map[string]*Recording) {
+	x.mu.RLock()
+	db := x.db
+	x.mu.RUnlock()
+	if db == nil || len(gone) == 0 {
+		return
+	}
+	err := db.Update(func(tx *bolt.Tx) error {
+		for id := range gone {
+			if err := errors.Join(tx.Bucket(metaBucket).Delete([]byte(id)), tx.Bucket(textBucket).Delete([]byte(id))); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		x.logger.Error("the index of recordings cannot be written", zap.Error(err))
+	}
+}
+
+// indexed is a recording that was read, and its text, compressed.
+type indexed struct {
+	*Recording
+	text []byte
+}
+
+// readAll reads recordings, the newest first, and puts them into the index.
+func (x *Index) readAll(ctx context.Context, changed []*Recording) (more bool, err error) {
+	var done []indexed
+	size := 0
+	encoder, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true), zstd.WithEncoderLevel(zstd.SpeedFastest))
+	if err != nil {
+		return false, err
+	}
+	defer encoder.Close()
+	started := time.Now()
+	for i, r := range slices.Backward(changed) {
+		began := time.Now()
+		read, text := x.read(ctx, r)
+		if ctx.Err() != nil {
+			return false, ctx.Err()
+		}
+		entry := indexed{Recording: read}
+		if read.Text {
+			entry.text = encoder.EncodeAll(text, nil)
+		}
+		done = append(done, entry)
+		if size += len(entry.text); len(done) == batch || size > batchText || i == 0 {
+			x.put(done, i)
+			done, size = nil, 0
+			if i > 0 && time.Since(started) > relistAfter {
+				return true, nil
+			}
+		}
+		if i > 0 {
+			// Requests come first.
+			time.Sleep(min(time.Since(began), time.Second))
+		}
+	}
+	return false, nil
+}
+
+// read reads a recording. It returns what is known about it, and its text, if that is
+// complete.
+func (x *Index) read(ctx context.Context, r *Recording) (*Recording, []byte) {
+	read := *r
+	read.unread = false
+	file, _, err := x.Store().Open(ctx, r.ID)
+	if err != nil {
+		read.Unreadable = true // or gone, and the next list says so
+		return &read, nil
+	}
+	defer file.Close()
+	c, err := openCast(file)
+	if err != nil {
+		read.Unreadable = !errors.Is(err, io.EOF)
+		return &read, nil
+	}
+	read.setHeader(c)
+	if running(r.entry()) {
+		read.Length = time.Since(read.Start)
+		return &read, nil // there is more to come
+	}
+	t, err := transcribe(ctx, c)
+	if err != nil {
+		read.Unreadable = true
+		return &read, nil
+	}
+	read.Length, read.Text, read.Cut, read.Unreadable = t.length, true, t.cut, false
+	if c.read > maxExamined {
+		read.Length = max(t.length, read.Modified.Sub(read.Start))
+	}
+	return &read, t.encode()
+}
+
+// setHeader notes what the header of a recording says.
+func (r *Recording) setHeader(c *cast) {
+	h := &c.header
+	r.User = clip.String(cmp.Or(h.SrcNodeUser, strings.Join(clip.Strings(h.SrcNodeTags, maxTags), ", ")))
+	r.Node = clip.String(h.SrcNode)
+	r.Namespace, r.Pod, r.Container = clip.String(h.Kubernetes.Namespace), clip.String(h.Kubernetes.PodName), clip.String(h.Kubernetes.Container)
+	r.Command = clip.String(h.Command)
+	r.Kind = clip.String(h.Kubernetes.SessionType)
+	if h.Timestamp > 0 && h.Timestamp < 1<<40 {
+		r.Start = time.Unix(h.Timestamp, 0).UTC()
+	}
+}
+
+// maxTags is how many tags of a device are shown.
+const maxTags = 16
+
+// put puts recordings into the index. waiting are still to be read. What says that a text
+// is in the file is seen only when it is.
+func (x *Index) put(done []indexed, waiting int) {
+	x.mu.RLock()
+	db := x.db
+	x.mu.RUnlock()
+	if db != nil {
+		if err := db.Update(func(tx *bolt.Tx) error { return write(tx, done) }); err != nil {
+			x.logger.Error("the index of recordings cannot be written", zap.Error(err))
+		}
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	all := slices.Clone(x.all) // others read it
+	for _, r := range done {
+		x.share(r.Recording)
+		i, found := slices.BinarySearchFunc(all, r.ID, func(r *Recording, id string) int { return strings.Compare(r.ID, id) })
+		if found {
+			all[i] = r.Recording
+		}
+	}
+	x.all, x.waiting = all, waiting
+}
+
+func write(tx *bolt.Tx, done []indexed) error {
+	for _, r := range done {
+		meta, err := json.Marshal(r.Recording)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(tx.Bucket(textBucket).Put([]byte(r.ID), r.text), tx.Bucket(metaBucket).Put([]byte(r.ID), meta)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Indexes are the indexes of this process. All handlers and configs that record to a
+// directory share one, as only one can have its file.
+type Indexes struct {
+	mu  sync.Mutex
+	all map[string]*shared
+}
+
+type shared struct {
+	index  *Index
+	users  int
+	cancel context.CancelFunc
+	ended  chan struct{}
+}
+
+// Use returns the index of a store whose recordings, or those that are not kept elsewhere
+// yet, are in dir. It is kept up to date until release is called.
+func (x *Indexes) Use(dir string, store recstore.Store, logger *zap.Logger) (index *Index, release func()) {
+	if absolute, err := filepath.Abs(dir); err == nil {
+		dir = absolute
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.all == nil {
+		x.all = make(map[string]*shared)
+	}
+	s := x.all[dir]
+	if s == nil {
+		ctx, cancel := context.WithCancel(context.Background())
+		s = &shared{index: NewIndex(store, dir, logger), cancel: cancel, ended: make(chan struct{})}
+		x.all[dir] = s
+		go func() {
+			defer close(s.ended)
+			s.index.Run(ctx)
+		}()
+	}
+	s.index.setStore(store)
+	s.users++
+	return s.index, sync.OnceFunc(func() { x.release(dir, s) })
+}
+
+// release gives up one use of s. The last one waits until the file is closed.
+func (x *Indexes) release(dir string, s *shared) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if s.users--; s.users > 0 {
+		return
+	}
+	delete(x.all, dir)
+	s.cancel()
+	<-s.ended
+}
+
+// State is how complete the list of recordings is.
+type State struct {
+	// Waiting is how many recordings have not been read, and Left how many older ones
+	// are not listed.
+	Waiting, Left int
+	// Listed is when the store was last listed, the zero time if it never was.
+	Listed time.Time
+}
+
+// Recordings returns all recordings, sorted by ID. The caller must not change them. It waits
+// a while for a list that is not old.
+func (x *Index) Recordings(ctx context.Context) ([]*Recording, State) {
+	x.mu.RLock()
+	fresh, old := x.fresh, time.Since(x.listedAt) > freshness
+	x.mu.RUnlock()
+	if old {
+		select {
+		case x.kick <- struct{}{}:
+		default:
+		}
+		timer := time.NewTimer(patience)
+		defer timer.Stop()
+		select {
+		case <-fresh:
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+	}
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return x.all, State{x.waiting, x.left, x.listedAt}
+}
+
+// Lookup returns what is known about a recording, which may be out of date.
+func (x *Index) Lookup(id string) (*Recording, bool) {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	i, found := slices.BinarySearchFunc(x.all, id, func(r *Recording, id string) int { return strings.Compare(r.ID, id) })
+	if !found {
+		return nil, false
+	}
+	return x.all[i], true
+}
+
+// encode returns the text of t for the index: its lines, and behind them their times in
+// milliseconds.
+func (t *transcript) encode() []byte {
+	var b []byte
+	for _, l := range t.lines {
+		b = append(b, strings.Map(printable, l.text)...)
+		b = append(b, '\n')
+	}
+	b = append(b, 0)
+	for _, l := range t.lines {
+		b = fmt.Appendf(b, "%d,", l.at.Milliseconds())
+	}
+	return b
+}
+
+// printable leaves out what separates the parts of an encoded transcript.
+func printable(r rune) rune {
+	if r < ' ' {
+		return -1
+	}
+	return r
+}
+
+// decodeTranscript is the inverse of encode.
+func decodeTranscript(b []byte) []line {
+	text, times, _ := bytes.Cut(b, []byte{0})
+	var lines []line
+	for l := range bytes.Lines(text) {
+		at, rest, _ := bytes.Cut(times, []byte(","))
+		times = rest
+		var ms int64
+		_, _ = fmt.Sscan(string(at), &ms) // 0 if it is damaged
+		lines = append(lines, line{time.Duration(ms) * time.Millisecond, string(bytes.TrimSuffix(l, []byte("\n")))})
+	}
+	return lines
+}
+
+// Lines returns the lines of text that appeared in a recording, as they are in the index.
+func (x *Index) Lines(id string) (lines []line, err error) {
+	x.mu.RLock()
+	db := x.db
+	x.mu.RUnlock()
+	if db == nil {
+		return nil, fs.ErrNotExist
+	}
+	var b []byte
+	err = db.View(func(tx *bolt.Tx) error {
+		b = bytes.Clone(tx.Bucket(textBucket).Get([]byte(id)))
+		return nil
+	})
+	if err != nil || len(b) == 0 {
+		return nil, errors.Join(err, fs.ErrNotExist)
+	}
+	decoder, err := newDecoder()
+	if err != nil {
+		return nil, err
+	}
+	defer decoder.Close()
+	if b, err = decoder.DecodeAll(b, nil); err != nil {
+		return nil, err
+	}
+	return decodeTranscript(b), nil
+}
+
+func newDecoder() (*zstd.Decoder, error) {
+	return zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(4*maxText))
+}
