@@ -52,6 +52,8 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/quota"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recorder"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordings"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recstore"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/siteca"
@@ -117,6 +119,9 @@ type Handler struct {
 	site       *siteca.Site
 	sites      *sites.Directory       // of the config
 	recordings *sessionrecording.Dirs // of the process
+	reading    *recordings.Site       // nil without the option
+	// release ends the use of the index of recordings. It is set when h has started.
+	release func()
 }
 
 // CaddyModule returns the Caddy module information.
@@ -155,7 +160,13 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		h.sites = a.Sites()
 		h.sites.Add(sites.Site{Handler: h, Server: server, Whoami: h.Whoami, Auth: h.auth, CA: h.site, Logger: ctx.Logger()})
 	}
+	if h.Record != "" {
+		if err := a.ShareRecordings(h.sessions.Dir.Path(), h.RecordingsReaders, h.Recordings != ""); err != nil {
+			return err
+		}
+	}
 	a.OnStarted(h.auth, func() {
+		h.readFrom(a.Indexes())
 		go h.sessions.Maintain(ctx)
 		if h.Tailscaled != "" {
 			h.auth.Start(tailnet.Nodes{tailnet.FromDaemon(h.DaemonSocket())})
@@ -207,6 +218,18 @@ func (h *Handler) setUp(generation *revocation.Generation, logger *zap.Logger, l
 	if dir != "" {
 		h.sessions.Dir = h.recordings.At(dir)
 	}
+	policy := revocation.Policy{
+		Interval:    h.Interval(),
+		Grace:       h.Grace(),
+		Identify:    h.auth.Identify,
+		MustRecord:  h.auth.MustRecord,
+		CheckTarget: h.auth.CheckTarget,
+		Revoked:     h.logRevoked,
+	}
+	if h.Recordings != "" {
+		h.reading = recordings.NewSite(h.Recordings, h.RecordingsReaders, h.memory, logger)
+		policy.MayRead = h.reading.MayRead
+	}
 	h.events = &apievents.Recorder{
 		Client:       h.recorders,
 		BodyLimit:    h.BodyLimit(),
@@ -217,15 +240,17 @@ func (h *Handler) setUp(generation *revocation.Generation, logger *zap.Logger, l
 	if h.Events == caddyfile.LogEvents {
 		h.events.Log = logger.Named("events")
 	}
-	h.revocation = generation.NewTracker(listen, h.Config, revocation.Policy{
-		Interval:    h.Interval(),
-		Grace:       h.Grace(),
-		Identify:    h.auth.Identify,
-		MustRecord:  h.auth.MustRecord,
-		CheckTarget: h.auth.CheckTarget,
-		Revoked:     h.logRevoked,
-	})
+	h.revocation = generation.NewTracker(listen, h.Config, policy)
 	return nil
+}
+
+// readFrom makes h's page of recordings read those of its directory.
+func (h *Handler) readFrom(indexes *recordings.Indexes) {
+	if h.reading == nil {
+		return
+	}
+	dir := h.sessions.Dir.Path()
+	h.reading.Index, h.release = indexes.Use(dir, recstore.Dir(dir), h.logger)
 }
 
 // Cleanup leaves new connections to the config that replaces h's. A handler that has
@@ -235,6 +260,9 @@ func (h *Handler) Cleanup() error {
 		h.auth.Retire()
 		h.recorders.Close()
 		h.refusals.Flush()
+	}
+	if h.release != nil {
+		h.release()
 	}
 	return nil
 }
@@ -254,6 +282,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	}
 	if h.Whoami != "" && r.URL.Path == h.Whoami {
 		return h.serveWhoami(w, r)
+	}
+	if h.reading.Serves(r.URL.Path) {
+		return h.serveRecordings(w, r, claims)
 	}
 	// Which node accepted r, who sent it, and which identity is that?
 	caller, err := h.auth.Authenticate(r, claims)
@@ -390,6 +421,35 @@ func (h *Handler) serveWhoami(w http.ResponseWriter, r *http.Request) error {
 		h.logger.Error("cannot find out who issued the site's certificate, and the kubeconfig of the whoami page names no CA", zap.Error(err))
 	}
 	return h.explain(w, r, whoami.Serve(w, r, facts))
+}
+
+// serveRecordings answers a caller who reads recordings.
+func (h *Handler) serveRecordings(w http.ResponseWriter, r *http.Request, claims authn.Claims) error {
+	caller, err := h.auth.AuthenticateReader(r, claims, h.reading.IsFromPage)
+	if err == nil && caller.Identity.ActAs != nil {
+		err = apistatus.Forbidden(apistatus.Impersonation, "recordings are read as oneself, not as another user")
+	}
+	if err == nil {
+		err = h.reading.MayRead(caller.Identity)
+	}
+	if err != nil {
+		return h.refuse(w, r, caller, err)
+	}
+	// From here on r ends when the caller loses access, or may no longer read.
+	open := h.revocation.TrackReader(r, caller)
+	defer open.Close()
+	if err := revocation.StoppingError(open); err != nil {
+		w.Header().Set("Connection", "close") // for a retry over another connection
+		return h.refuse(w, r, caller, err)
+	}
+	if err := h.events.Record(r, caller); err != nil {
+		return h.refuse(w, r, caller, err)
+	}
+	h.allow(r, caller)
+	if err := h.reading.Serve(w, r.WithContext(open), caller, sitepath.Of(r)); err != nil {
+		return h.refuse(w, r, caller, err)
+	}
+	return nil
 }
 
 // logRevoked logs that a caller's requests were ended.

@@ -175,6 +175,17 @@ type Config struct {
 	// Default: all three.
 	EnforcedSessions []string `json:"enforced_sessions,omitempty"`
 
+	// A path below which readers find and watch the recordings in the directory of
+	// `record`. In a Caddyfile, the option without an argument means `/recordings`.
+	//
+	// Default: none; the API server answers all paths.
+	Recordings string `json:"recordings,omitempty"`
+
+	// Patterns of the groups whose members may read recordings, as they are after
+	// `group_prefix`. `*` stands for any characters. Needed with `recordings`: there is no
+	// default.
+	RecordingsReaders []string `json:"recordings_readers,omitempty"`
+
 	// A path that shows callers who they are to the cluster, and why. Returns JSON if
 	// the request accepts `application/json` and not `text/html`, or else a page. A
 	// known caller that is refused sees the reason. It lists the other sites with this
@@ -234,6 +245,7 @@ type Config struct {
 // What the options mean without an argument.
 const (
 	defaultWhoami     = "/whoami"
+	defaultRecordings = "/recordings"
 	defaultTailscaled = "default"
 )
 
@@ -361,8 +373,11 @@ func (c *Config) Validate() error {
 	if c.ConnectionAge() < 0 {
 		return fmt.Errorf("max_connection_age %v: must not be negative", c.ConnectionAge())
 	}
-	if err := checkWhoami(c.Whoami); err != nil {
+	if err := checkPath(c.Whoami, defaultWhoami); err != nil {
 		return fmt.Errorf("whoami %q: %w", c.Whoami, err)
+	}
+	if err := c.checkRecordings(); err != nil {
+		return err
 	}
 	if c.Tailscaled != "" && c.Tailscaled != defaultTailscaled && !filepath.IsAbs(c.Tailscaled) {
 		return fmt.Errorf("tailscaled %q: must be the absolute path of a socket, or %s", c.Tailscaled, defaultTailscaled)
@@ -417,14 +432,39 @@ func (c *Config) Capabilities() []tailcfg.PeerCapability {
 // served are the first segments of the API server's paths.
 var served = []string{"api", "apis", "debug", "flagz", "healthz", "livez", "logs", "metrics", "openapi", "openid", "readyz", "statusz", "swagger.json", "version", ".well-known"}
 
-// checkWhoami returns an error unless path is empty or a clean path that the API server
-// does not use.
-func checkWhoami(path string) error {
+// checkRecordings returns an error if the options about reading recordings are invalid.
+func (c *Config) checkRecordings() error {
+	if err := checkPath(c.Recordings, defaultRecordings); err != nil {
+		return fmt.Errorf("recordings %q: %w", c.Recordings, err)
+	}
+	for _, pattern := range c.RecordingsReaders {
+		if pattern == "" || !impersonate.PrintableASCII(pattern) {
+			return fmt.Errorf("recordings_readers %q: must be the name of a group, or a pattern of names", pattern)
+		}
+	}
+	switch {
+	case c.Recordings == "" && len(c.RecordingsReaders) > 0:
+		return errors.New("recordings_readers: needs recordings, the page that they read")
+	case c.Recordings == "":
+		return nil
+	case len(c.RecordingsReaders) == 0:
+		return errors.New("recordings: needs recordings_readers, the groups whose members may read what others have seen and done")
+	case c.Record == "":
+		return errors.New("recordings: needs record, the directory of the recordings")
+	case c.Recordings == c.Whoami:
+		return fmt.Errorf("recordings %q: is the path of whoami", c.Recordings)
+	}
+	return nil
+}
+
+// checkPath returns an error unless path is empty or a clean path, such as example, that
+// the API server does not use.
+func checkPath(path, example string) error {
 	if path == "" {
 		return nil
 	}
 	if !strings.HasPrefix(path, "/") || path == "/" || pathpkg.Clean(path) != path {
-		return errors.New("must be a path such as /whoami")
+		return fmt.Errorf("must be a path such as %s", example)
 	}
 	if strings.Trim(path, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~/") != "" {
 		return errors.New("must hold letters, digits, hyphens, dots and slashes only")

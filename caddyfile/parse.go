@@ -28,6 +28,8 @@ import (
 //	    record_required
 //	    record_input         all
 //	    enforced_sessions    exec|attach|port-forward...
+//	    recordings           [<path>]
+//	    recordings_readers   <pattern...>
 //	    whoami               [<path>]
 //	    read_only_group      <group>
 //	    tailscaled           [<socket>]
@@ -104,6 +106,10 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = single(d, &c.RecordInput)
 	case "enforced_sessions":
 		err = list(d, &c.EnforcedSessions)
+	case "recordings":
+		err = optional(d, &c.Recordings, defaultRecordings)
+	case "recordings_readers":
+		err = list(d, &c.RecordingsReaders)
 	case "whoami":
 		err = optional(d, &c.Whoami, defaultWhoami)
 	case "read_only_group":

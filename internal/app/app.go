@@ -28,6 +28,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/quota"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordings"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/service"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
@@ -65,6 +66,7 @@ type App struct {
 	sites    sites.Directory
 	running  []*authn.Authenticator
 	retire   sync.Once
+	readers  map[string][]sharing // of the directories with recordings
 	// servers are the config's servers that have had connections.
 	servers sync.Map // *http.Server -> true
 }
@@ -110,6 +112,33 @@ func (a *App) Generation() *revocation.Generation { return a.generation }
 
 // Recordings returns the directories that the process records to.
 func (a *App) Recordings() *sessionrecording.Dirs { return &a.process.Recordings }
+
+// Indexes returns the indexes of recordings of the process.
+func (a *App) Indexes() *recordings.Indexes { return &a.process.Indexes }
+
+// ShareRecordings notes that a handler records to a directory, and that members of groups
+// read what is in it, or that there is no page on which they could. It returns an error if
+// another handler of the config records to it and has other readers: nobody must read the
+// sessions of a site that does not name them.
+func (a *App) ShareRecordings(dir string, readers []string, page bool) error {
+	readers = slices.Compact(slices.Sorted(slices.Values(readers)))
+	for _, other := range a.readers[dir] {
+		if (page || other.page) && !slices.Equal(other.readers, readers) {
+			return fmt.Errorf("recordings: another site records to %s as well, and its recordings_readers are not the same; give each site a directory, or both the same readers", dir)
+		}
+	}
+	if a.readers == nil {
+		a.readers = make(map[string][]sharing)
+	}
+	a.readers[dir] = append(a.readers[dir], sharing{readers, page})
+	return nil
+}
+
+// sharing is who reads the recordings of a handler.
+type sharing struct {
+	readers []string // sorted
+	page    bool
+}
 
 // Memory returns what bounds the memory of the process that callers make it hold.
 func (a *App) Memory() *quota.Budget { return &a.process.Memory }
@@ -243,6 +272,8 @@ type Process struct {
 	Requests revocation.Registry
 	// Recordings knows the directories with recordings.
 	Recordings sessionrecording.Dirs
+	// Indexes knows the indexes of recordings.
+	Indexes recordings.Indexes
 	// Memory bounds what callers make the process hold.
 	Memory quota.Budget
 

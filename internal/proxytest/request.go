@@ -104,6 +104,7 @@ type Refusal struct {
 var (
 	BadRequest       = Refusal{http.StatusBadRequest, metav1.StatusReasonBadRequest, ""}
 	Forbidden        = Refusal{http.StatusForbidden, metav1.StatusReasonForbidden, ""}
+	NotFound         = Refusal{http.StatusNotFound, metav1.StatusReasonNotFound, ""}
 	MethodNotAllowed = Refusal{http.StatusMethodNotAllowed, metav1.StatusReasonMethodNotAllowed, ""}
 	Misdirected      = Refusal{http.StatusMisdirectedRequest, "MisdirectedRequest", ""}
 	// Unavailable asks the client not to try again by itself, TryAgain to do so.

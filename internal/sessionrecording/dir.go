@@ -76,6 +76,9 @@ func newDir(path string) *Dir {
 	return &Dir{path: path, open: make(map[string]int64), closed: make(map[string]int64)}
 }
 
+// Path returns the path of the directory.
+func (d *Dir) Path() string { return d.path }
+
 // take makes the recording id take size bytes. It returns errQuota if all recordings
 // would take more than quota, which has no effect if it is 0.
 func (d *Dir) take(id string, size, quota int64) error {
