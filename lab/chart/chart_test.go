@@ -179,6 +179,7 @@ func TestChart_OptionsReachTheHandler(t *testing.T) {
 		"cache_ttl":     0.0, "recheck_interval": 10.0 * second, "recheck_grace": 60.0 * second, "max_connection_age": 5400.0 * second,
 		"record": "/recordings/sessions", "record_max_size": 1.5 * (1 << 30), "record_retention": 30.0 * 86400 * second,
 		"record_required": true, "record_input": "all", "enforced_sessions": []any{"exec", "attach"},
+		"recordings": "/sessions", "recordings_readers": []any{"auditors", "security-*"},
 		"events": "log", "event_body_limit": 16.0 * 1024, "event_body_refuse": true, "event_secret_bodies": true,
 		"whoami": "/who-am-i", "read_only_group": "cluster readers",
 		"allow_groups": []any{"team:*", "with a blank", "# no comment", `"quoted"`, `back\slash`, "*"},

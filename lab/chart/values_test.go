@@ -273,6 +273,8 @@ func TestChart_RefusesWrongValues(t *testing.T) {
 		{"tls.secretName=a", "tls.secretName: needs tls.issuer secret"},
 		{"options.record_required=true", "options.record_required: needs options.record"},
 		{"options.record_retention=1h", "options.record_retention: needs options.record"},
+		{"options.recordings=/recordings,options.recordings_readers={auditors}", "options.recordings: needs options.record"},
+		{"options.record=/recordings,options.recordings=/recordings", "options.recordings: needs options.recordings_readers"},
 		{"options.record=/recordings,persistence.recordings.enabled=false", "options.record: needs persistence.recordings.enabled"},
 		{"options.event_body_refuse=true,options.event_body_limit=0B", "options.event_body_limit 0: omits all bodies"},
 		{"options.group_prefix=system:x", "options.group_prefix: names that start with system: are reserved"},

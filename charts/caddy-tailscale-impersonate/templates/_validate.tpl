@@ -29,10 +29,13 @@
 {{- else if and .Values.tls.secretName (ne .Values.tls.issuer "secret") -}}
 {{- $problems = append $problems "tls.secretName: needs tls.issuer secret" -}}
 {{- end -}}
-{{- range $name := list "record_max_size" "record_retention" "record_required" -}}
+{{- range $name := list "record_max_size" "record_retention" "record_required" "recordings" -}}
 {{- if and (get $options $name) (not $options.record) -}}
 {{- $problems = append $problems (printf "options.%s: needs options.record, the directory to record to" $name) -}}
 {{- end -}}
+{{- end -}}
+{{- if and $options.recordings (not $options.recordings_readers) -}}
+{{- $problems = append $problems "options.recordings: needs options.recordings_readers, the groups whose members may read recordings" -}}
 {{- end -}}
 {{- if and $options.record (not .Values.persistence.recordings.enabled) -}}
 {{- $problems = append $problems "options.record: needs persistence.recordings.enabled, as the root file system is read-only" -}}
