@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -122,6 +123,7 @@ func (a *App) Indexes() *recordings.Indexes { return &a.process.Indexes }
 // sessions of a site that does not name them.
 func (a *App) ShareRecordings(dir string, readers []string, page bool) error {
 	readers = slices.Compact(slices.Sorted(slices.Values(readers)))
+	dir = realPath(dir)
 	for _, other := range a.readers[dir] {
 		if (page || other.page) && !slices.Equal(other.readers, readers) {
 			return fmt.Errorf("recordings: another site records to %s as well, and its recordings_readers are not the same; give each site a directory, or both the same readers", dir)
@@ -132,6 +134,22 @@ func (a *App) ShareRecordings(dir string, readers []string, page bool) error {
 	}
 	a.readers[dir] = append(a.readers[dir], sharing{readers, page})
 	return nil
+}
+
+// realPath returns the path of a directory without links: it may have several names, and
+// may not exist yet.
+func realPath(dir string) string {
+	rest := ""
+	for {
+		if resolved, err := filepath.EvalSymlinks(dir); err == nil {
+			return filepath.Join(resolved, rest)
+		}
+		parent := filepath.Dir(dir)
+		if parent == dir {
+			return filepath.Join(dir, rest)
+		}
+		dir, rest = parent, filepath.Join(filepath.Base(dir), rest)
+	}
 }
 
 // sharing is who reads the recordings of a handler.

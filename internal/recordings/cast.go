@@ -22,7 +22,10 @@ import (
 // escaped.
 const maxLine = 8 << 20
 
-var errLongLine = fmt.Errorf("a line of the recording is longer than %d bytes", maxLine)
+// errNoCast says that a file is no recording, or one that is damaged.
+var errNoCast = errors.New("this is no recording")
+
+var errLongLine = fmt.Errorf("%w: a line is longer than %d bytes", errNoCast, maxLine)
 
 // event is a line of a recording behind its header.
 type event struct {
@@ -51,10 +54,10 @@ func openCast(r io.Reader) (*cast, error) {
 		return nil, err
 	}
 	if err := json.Unmarshal(line, &c.header); err != nil {
-		return nil, fmt.Errorf("the header of the recording: %w", err)
+		return nil, fmt.Errorf("%w: its header: %w", errNoCast, err)
 	}
 	if c.header.Version != 2 {
-		return nil, fmt.Errorf("the recording has version %d of the format, not 2", c.header.Version)
+		return nil, fmt.Errorf("%w: it has version %d of the format, not 2", errNoCast, c.header.Version)
 	}
 	if c.header.Kubernetes == nil {
 		c.header.Kubernetes = new(sessionrecording.Kubernetes)
@@ -132,4 +135,9 @@ func (e event) size() (width, height int, ok bool) {
 	return width, height, err == nil && err2 == nil
 }
 
-func newReader(r io.Reader) *bufio.Reader { return bufio.NewReaderSize(r, 64<<10) }
+// held returns how many bytes c holds.
+func (c *cast) held() int64 { return int64(cap(c.start)+cap(c.data)) + readerSize }
+
+const readerSize = 64 << 10
+
+func newReader(r io.Reader) *bufio.Reader { return bufio.NewReaderSize(r, readerSize) }

@@ -13,13 +13,16 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 	"go.uber.org/zap"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
@@ -120,6 +123,8 @@ type Index struct {
 	waiting, left int
 	db            *bolt.DB // nil if there is no file for it
 	strings       map[string]string
+	// own says that db is that of the directory, and damaged that it has to be made anew.
+	own, damaged bool
 }
 
 // The buckets of the index: what is known about each recording, by ID, and its text.
@@ -156,6 +161,11 @@ func (x *Index) Run(ctx context.Context) {
 	ticker := time.NewTicker(refreshInterval)
 	defer ticker.Stop()
 	for whole := true; ; {
+		if x.isDamaged() {
+			x.discard()
+			x.open()
+			whole = true
+		}
 		more, err := x.refresh(ctx, whole)
 		if err != nil && ctx.Err() == nil {
 			x.logger.Error("the recordings cannot be listed", zap.Error(err))
@@ -178,7 +188,8 @@ func (x *Index) Run(ctx context.Context) {
 // open opens the file of the index, and loads what it knows.
 func (x *Index) open() {
 	db, err := openFile(filepath.Join(x.dir, indexName))
-	if err != nil {
+	own := err == nil
+	if !own {
 		// Another process has it, or the directory cannot be written.
 		x.logger.Warn("the index of recordings is made anew in a temporary file, as its own cannot be used", zap.String("directory", x.dir), zap.Error(err))
 		if db, err = openTemporary(); err != nil {
@@ -186,25 +197,81 @@ func (x *Index) open() {
 			return
 		}
 	}
-	var all []*Recording
-	err = db.View(func(tx *bolt.Tx) error {
-		return tx.Bucket(metaBucket).ForEach(func(id, value []byte) error {
-			r := &Recording{ID: string(id)}
-			if err := json.Unmarshal(value, r); err != nil {
-				return nil //nolint:nilerr // it is read again
-			}
-			x.share(r)
-			all = append(all, r)
-			return nil
-		})
-	})
+	all, err := x.load(db)
 	if err != nil {
 		x.logger.Error("the index of recordings cannot be read, and is made anew", zap.Error(err))
+		if db, err = anew(db.Path()); err != nil {
+			x.logger.Error("there is no file for the index of recordings, and no search for text", zap.Error(err))
+		}
 		all = nil
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.db, x.all = db, all
+	x.db, x.all, x.own, x.damaged = db, all, own, false
+}
+
+// load returns what the file of the index knows.
+func (x *Index) load(db *bolt.DB) (all []*Recording, err error) {
+	err = safely(func() error {
+		return db.View(func(tx *bolt.Tx) error {
+			return tx.Bucket(metaBucket).ForEach(func(id, value []byte) error {
+				r := &Recording{ID: string(id)}
+				if err := json.Unmarshal(value, r); err != nil {
+					return nil //nolint:nilerr // it is read again
+				}
+				x.share(r)
+				all = append(all, r)
+				return nil
+			})
+		})
+	})
+	return all, err
+}
+
+// errDamaged says that a file is no index, or no longer.
+var errDamaged = errors.New("the file of the index is damaged")
+
+// safely calls f, which reads or writes the file of the index. The library maps the file into
+// memory and trusts what is in it. Where that makes no sense, it panics, and a part that is
+// missing is an invalid address.
+func safely(f func() error) (err error) {
+	before := debug.SetPanicOnFault(true)
+	defer func() {
+		debug.SetPanicOnFault(before)
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%w: %v", errDamaged, p)
+		}
+	}()
+	return f()
+}
+
+// failed notes that the file of the index is damaged, if err says so.
+func (x *Index) failed(err error) error {
+	if errors.Is(err, errDamaged) {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		// It is not closed: that waits for what has panicked.
+		x.damaged, x.db = true, nil
+	}
+	return err
+}
+
+// discard removes the file of the index, which is damaged.
+func (x *Index) discard() {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	if !x.own {
+		return
+	}
+	if err := os.Remove(filepath.Join(x.dir, indexName)); err != nil {
+		x.logger.Error("the index of recordings cannot be written", zap.Error(err))
+	}
+}
+
+func (x *Index) isDamaged() bool {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return x.damaged
 }
 
 // lockTimeout is how long to wait for another process that has the index.
@@ -212,11 +279,16 @@ const lockTimeout = time.Second
 
 func openFile(path string) (*bolt.DB, error) {
 	db, err := openDB(path)
-	if err == nil || errors.Is(err, bolt.ErrTimeout) || errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist) {
+	if err == nil || errors.Is(err, bolterrors.ErrTimeout) || errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist) {
 		return db, err
 	}
 	// It is damaged, or of another version.
-	if err := os.Remove(path); err != nil {
+	return anew(path)
+}
+
+// anew makes an empty index in place of what is at path.
+func anew(path string) (*bolt.DB, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
 	return openDB(path)
@@ -226,17 +298,24 @@ func openDB(path string) (*bolt.DB, error) {
 	if info, err := os.Lstat(path); err == nil && !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("%s is not a file", indexName)
 	}
-	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: lockTimeout, FreelistType: bolt.FreelistMapType, NoFreelistSync: true})
+	var db *bolt.DB
+	err := safely(func() (err error) {
+		// The list of free pages is in the file, as the library would read a damaged file in
+		// another goroutine to find them.
+		if db, err = bolt.Open(path, 0o600, &bolt.Options{Timeout: lockTimeout, FreelistType: bolt.FreelistMapType}); err != nil {
+			return err
+		}
+		return db.Update(func(tx *bolt.Tx) error {
+			_, err := tx.CreateBucketIfNotExists(metaBucket)
+			_, err2 := tx.CreateBucketIfNotExists(textBucket)
+			return errors.Join(err, err2)
+		})
+	})
+	if err != nil && db != nil && !errors.Is(err, errDamaged) {
+		err = errors.Join(err, db.Close())
+	}
 	if err != nil {
 		return nil, err
-	}
-	err = db.Update(func(tx *bolt.Tx) error {
-		_, err := tx.CreateBucketIfNotExists(metaBucket)
-		_, err2 := tx.CreateBucketIfNotExists(textBucket)
-		return errors.Join(err, err2)
-	})
-	if err != nil {
-		return nil, errors.Join(err, db.Close())
 	}
 	return db, nil
 }
@@ -363,7 +442,7 @@ func (x *Index) forget(gone map[string]*Recording) {
 	if db == nil || len(gone) == 0 {
 		return
 	}
-	err := db.Update(func(tx *bolt.Tx) error {
+	err := x.update(db, func(tx *bolt.Tx) error {
 		for id := range gone {
 			if err := errors.Join(tx.Bucket(metaBucket).Delete([]byte(id)), tx.Bucket(textBucket).Delete([]byte(id))); err != nil {
 				return err
@@ -376,6 +455,11 @@ func (x *Index) forget(gone map[string]*Recording) {
 	}
 }
 
+// update changes the file of the index.
+func (x *Index) update(db *bolt.DB, f func(tx *bolt.Tx) error) error {
+	return x.failed(safely(func() error { return db.Update(f) }))
+}
+
 // indexed is a recording that was read, and its text, compressed.
 type indexed struct {
 	*Recording
@@ -385,26 +469,32 @@ type indexed struct {
 // readAll reads recordings, the newest first, and puts them into the index.
 func (x *Index) readAll(ctx context.Context, changed []*Recording) (more bool, err error) {
 	var done []indexed
-	size := 0
+	size, unread := 0, 0
 	encoder, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true), zstd.WithEncoderLevel(zstd.SpeedFastest))
 	if err != nil {
 		return false, err
 	}
-	defer encoder.Close()
+	defer func() { _ = encoder.Close() }() // it writes nowhere
 	started := time.Now()
 	for i, r := range slices.Backward(changed) {
 		began := time.Now()
-		read, text := x.read(ctx, r)
+		read, text, err := x.read(ctx, r)
 		if ctx.Err() != nil {
 			return false, ctx.Err()
 		}
-		entry := indexed{Recording: read}
-		if read.Text {
-			entry.text = encoder.EncodeAll(text, nil)
+		if err != nil {
+			unread++
+			x.logger.Error("a recording cannot be read for the index, and is tried again", zap.String("session", r.ID), zap.Error(err))
+		} else {
+			entry := indexed{Recording: read}
+			if read.Text {
+				entry.text = encoder.EncodeAll(text, nil)
+			}
+			done = append(done, entry)
+			size += len(entry.text)
 		}
-		done = append(done, entry)
-		if size += len(entry.text); len(done) == batch || size > batchText || i == 0 {
-			x.put(done, i)
+		if len(done) == batch || size > batchText || i == 0 {
+			x.put(done, unread+i)
 			done, size = nil, 0
 			if i > 0 && time.Since(started) > relistAfter {
 				return true, nil
@@ -419,36 +509,43 @@ func (x *Index) readAll(ctx context.Context, changed []*Recording) (more bool, e
 }
 
 // read reads a recording. It returns what is known about it, and its text, if that is
-// complete.
-func (x *Index) read(ctx context.Context, r *Recording) (*Recording, []byte) {
+// complete. The error is that of the store.
+func (x *Index) read(ctx context.Context, r *Recording) (*Recording, []byte, error) {
 	read := *r
 	read.unread = false
 	file, _, err := x.Store().Open(ctx, r.ID)
+	if errors.Is(err, fs.ErrNotExist) { // and the next list says so
+		read.Unreadable = true
+		return &read, nil, nil
+	}
 	if err != nil {
-		read.Unreadable = true // or gone, and the next list says so
-		return &read, nil
+		return nil, nil, err
 	}
 	defer file.Close()
 	c, err := openCast(file)
+	if read.Unreadable = errors.Is(err, errNoCast); read.Unreadable || errors.Is(err, io.EOF) {
+		return &read, nil, nil
+	}
 	if err != nil {
-		read.Unreadable = !errors.Is(err, io.EOF)
-		return &read, nil
+		return nil, nil, err
 	}
 	read.setHeader(c)
 	if running(r.entry()) {
 		read.Length = time.Since(read.Start)
-		return &read, nil // there is more to come
+		return &read, nil, nil // there is more to come
 	}
 	t, err := transcribe(ctx, c)
+	if read.Unreadable = errors.Is(err, errNoCast); read.Unreadable {
+		return &read, nil, nil
+	}
 	if err != nil {
-		read.Unreadable = true
-		return &read, nil
+		return nil, nil, err
 	}
 	read.Length, read.Text, read.Cut, read.Unreadable = t.length, true, t.cut, false
 	if c.read > maxExamined {
 		read.Length = max(t.length, read.Modified.Sub(read.Start))
 	}
-	return &read, t.encode()
+	return &read, t.encode(), nil
 }
 
 // setHeader notes what the header of a recording says.
@@ -474,7 +571,7 @@ func (x *Index) put(done []indexed, waiting int) {
 	db := x.db
 	x.mu.RUnlock()
 	if db != nil {
-		if err := db.Update(func(tx *bolt.Tx) error { return write(tx, done) }); err != nil {
+		if err := x.update(db, func(tx *bolt.Tx) error { return write(tx, done) }); err != nil {
 			x.logger.Error("the index of recordings cannot be written", zap.Error(err))
 		}
 	}
@@ -630,15 +727,14 @@ func decodeTranscript(b []byte) []line {
 	for l := range bytes.Lines(text) {
 		at, rest, _ := bytes.Cut(times, []byte(","))
 		times = rest
-		var ms int64
-		_, _ = fmt.Sscan(string(at), &ms) // 0 if it is damaged
+		ms, _ := strconv.ParseInt(string(at), 10, 64) // 0 if it is damaged
 		lines = append(lines, line{time.Duration(ms) * time.Millisecond, string(bytes.TrimSuffix(l, []byte("\n")))})
 	}
 	return lines
 }
 
-// Lines returns the lines of text that appeared in a recording, as they are in the index.
-func (x *Index) Lines(id string) (lines []line, err error) {
+// textOf returns the lines of text that appeared in a recording, as they are in the index.
+func (x *Index) textOf(id string) (lines []line, err error) {
 	x.mu.RLock()
 	db := x.db
 	x.mu.RUnlock()
@@ -646,10 +742,12 @@ func (x *Index) Lines(id string) (lines []line, err error) {
 		return nil, fs.ErrNotExist
 	}
 	var b []byte
-	err = db.View(func(tx *bolt.Tx) error {
-		b = bytes.Clone(tx.Bucket(textBucket).Get([]byte(id)))
-		return nil
-	})
+	err = x.failed(safely(func() error {
+		return db.View(func(tx *bolt.Tx) error {
+			b = bytes.Clone(tx.Bucket(textBucket).Get([]byte(id)))
+			return nil
+		})
+	}))
 	if err != nil || len(b) == 0 {
 		return nil, errors.Join(err, fs.ErrNotExist)
 	}

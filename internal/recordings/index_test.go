@@ -4,11 +4,14 @@ package recordings
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -181,6 +184,21 @@ func TestIndex_LostOrStale(t *testing.T) {
 		t.Fatal(err)
 	}
 	check("damaged", "other", second)
+	// Cut off, as by a disk that was full or a copy that has failed: what is read is missing.
+	for n := 3; n < 200; n++ {
+		put(t, dir, n, session("bob@example.com", "default", "web", words(n)))
+	}
+	check("grown", "other", second)
+	whole, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, size := range []int{len(whole) / 2, len(whole) / 8, 20 << 10, 9 << 10, 100} {
+		if err := os.WriteFile(path, whole[:size], 0o600); err != nil {
+			t.Fatal(err)
+		}
+		check(fmt.Sprintf("cut to %d bytes", size), "other", second)
+	}
 	other, err := bolt.Open(path, 0o600, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -200,6 +218,74 @@ func TestIndex_LostOrStale(t *testing.T) {
 	releaseA()
 	wait(t, b)
 	releaseB()
+}
+
+// A file that is damaged while it is used is made anew, and does not end the process.
+func TestIndex_DamagedWhileUsed(t *testing.T) {
+	dir := t.TempDir()
+	for n := range 300 {
+		put(t, dir, n, session("bob@example.com", "default", "web", words(n)))
+	}
+	x, release := startIndex(t, dir)
+	defer release()
+	text := Filter{Text: "get pod web-7"}
+	if got, _ := found(t, x, text, ""); len(got) == 0 {
+		t.Fatal("the text is not found")
+	}
+	if err := os.Truncate(filepath.Join(dir, indexName), 8<<10); err != nil {
+		t.Fatal(err)
+	}
+	for n := range 300 {
+		_, _ = x.textOf(testID(n))
+	}
+	if !x.isDamaged() {
+		t.Error("the damage is not noticed")
+	}
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		if got, _ := found(t, x, text, ""); len(got) > 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the text is no longer found")
+		}
+	}
+}
+
+// away is a store that cannot be reached for a while.
+type away struct {
+	recstore.Store
+	is *atomic.Bool
+}
+
+func (s away) Open(ctx context.Context, id string) (io.ReadCloser, recstore.Entry, error) {
+	if s.is.Load() {
+		return nil, recstore.Entry{}, errors.New("the store is away")
+	}
+	return s.Store.Open(ctx, id)
+}
+
+// A recording that cannot be read while its store is away is read later.
+func TestIndex_StoreIsAway(t *testing.T) {
+	dir := t.TempDir()
+	put(t, dir, 1, session("alice@example.com", "default", "web", "secret"))
+	var is atomic.Bool
+	is.Store(true)
+	x := NewIndex(away{recstore.Dir(dir), &is}, dir, zap.NewNop())
+	x.open()
+	defer x.close()
+	if _, err := x.refresh(t.Context(), true); err != nil {
+		t.Fatal(err)
+	}
+	if r, ok := x.Lookup(testID(1)); !ok || r.Unreadable || x.waiting != 1 {
+		t.Errorf("got %+v, and %d that are waiting", r, x.waiting)
+	}
+	is.Store(false)
+	if _, err := x.refresh(t.Context(), true); err != nil {
+		t.Fatal(err)
+	}
+	if r, ok := x.Lookup(testID(1)); !ok || !r.Text || x.waiting != 0 {
+		t.Errorf("got %+v, and %d that are waiting", r, x.waiting)
+	}
 }
 
 // A session that is running is listed, and its text is found once it is over.
@@ -250,7 +336,7 @@ func BenchmarkRead(b *testing.B) {
 	x := NewIndex(recstore.Dir(dir), dir, zap.NewNop())
 	r := &Recording{ID: id, Complete: true}
 	for b.Loop() {
-		if read, _ := x.read(context.Background(), r); !read.Text {
+		if read, _, err := x.read(context.Background(), r); err != nil || !read.Text {
 			b.Fatalf("got %+v", read)
 		}
 	}

@@ -55,6 +55,7 @@ type player struct {
 	// grow counts what the player holds, in all. The error ends it.
 	grow func(bytes int64) error
 
+	work   worker
 	cast   *cast
 	entry  recstore.Entry
 	screen *screen
@@ -65,7 +66,9 @@ type player struct {
 	// pending says that the screen has changed since the frame at framed.
 	pending bool
 	framed  time.Duration
-	first   bool // nothing has been printed
+	// memory is what the largest screen takes.
+	memory int64
+	first  bool // nothing has been printed
 }
 
 // play plays the recording from start on, until its end or until ctx is done.
@@ -75,7 +78,7 @@ func (p *player) play(ctx context.Context, start time.Duration) error {
 		return err
 	}
 	defer r.Close()
-	p.entry, p.first = entry, true
+	p.entry, p.first, p.work = entry, true, worker{ctx: ctx}
 	for {
 		if p.cast, err = openCast(r); !errors.Is(err, io.EOF) || !running(p.entry) {
 			break
@@ -92,6 +95,7 @@ func (p *player) play(ctx context.Context, start time.Duration) error {
 		return err
 	}
 	p.screen = newScreen(p.cast.header.Width, p.cast.header.Height)
+	p.screen.goOn = p.work.goOn
 	if err := p.skip(ctx, start); err != nil {
 		return err
 	}
@@ -129,14 +133,17 @@ func (p *player) play(ctx context.Context, start time.Duration) error {
 	return context.Cause(ctx)
 }
 
-// playerMemory is what a player takes besides its screen: a line of the recording, and
-// buffers.
-const playerMemory = 4 << 20
+// playerMemory is what a player takes besides its screen and the lines of the recording.
+const playerMemory = 1 << 20
 
 // resizeTo counts a screen of that size.
 func (p *player) resizeTo(width, height int) error {
-	return p.grow(playerMemory + memoryOf(width, height))
+	p.memory = max(p.memory, memoryOf(width, height))
+	return p.count()
 }
+
+// count counts what the player holds.
+func (p *player) count() error { return p.grow(playerMemory + p.memory + p.cast.held()) }
 
 // wait waits until the recording may have grown, and notes whether it has ended.
 func (p *player) wait(ctx context.Context) error {
@@ -210,20 +217,21 @@ func (p *player) sendSize() error {
 // apply draws an event.
 func (p *player) apply(e event) (changed, resized bool, err error) {
 	p.at = max(p.at, e.at)
+	if err := p.count(); err != nil {
+		return false, false, err
+	}
 	switch e.kind {
 	case 'o':
 		if p.first {
 			p.screen.newlines, p.first = withoutTerminal(e.data), false
 		}
-		p.screen.draw(e.data)
-		return true, false, nil
+		return true, false, p.work.do(func() { p.screen.draw(e.data) })
 	case 'r':
 		if w, h, ok := e.size(); ok {
 			if err := p.resizeTo(w, h); err != nil {
 				return false, false, err
 			}
-			p.screen.resize(w, h)
-			return true, true, nil
+			return true, true, p.work.do(func() { p.screen.resize(w, h) })
 		}
 	}
 	return false, false, nil
@@ -263,6 +271,18 @@ func clipBytes(b []byte, n int) []byte { return b[:min(len(b), n)] }
 // frame sends the rows that have changed.
 func (p *player) frame() error {
 	p.pending = false
+	changed := false
+	if err := p.work.do(func() { changed = p.appendFrame() }); err != nil || !changed {
+		return err
+	}
+	if _, err := p.out.Write(p.buffer); err != nil {
+		return err
+	}
+	return p.flush()
+}
+
+// appendFrame makes buffer the frame, and reports whether anything has changed.
+func (p *player) appendFrame() bool {
 	e := p.screen.emulator()
 	b := fmt.Appendf(p.buffer[:0], `{"t":%s,"rows":{`, seconds(p.at))
 	empty := len(b)
@@ -283,16 +303,13 @@ func (p *player) frame() error {
 		visible = 0
 	}
 	cursor := fmt.Sprintf("[%d,%d,%d]", at.X, at.Y, visible)
+	p.buffer = b
 	if len(b) == empty && cursor == p.cursor {
-		return nil
+		return false
 	}
 	p.cursor = cursor
-	b = fmt.Appendf(b, "},\"cursor\":%s}\n", cursor)
-	p.buffer = b
-	if _, err := p.out.Write(b); err != nil {
-		return err
-	}
-	return p.flush()
+	p.buffer = fmt.Appendf(b, "},\"cursor\":%s}\n", cursor)
+	return true
 }
 
 // say sends a line.

@@ -11,8 +11,10 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -269,16 +271,101 @@ func TestPlayer_CountsItsScreen(t *testing.T) {
 	id := put(t, dir, 1, header+`[1.0, "r", "300x100"]`+"\n"+`[2.0, "r", "65535x65535"]`+"\n")
 	var counted []int64
 	tooMuch := errors.New("too much")
-	p := &player{store: recstore.Dir(dir), id: id, out: io.Discard, flush: func() error { return nil }, grow: func(n int64) error {
-		if counted = append(counted, n); len(counted) == 3 {
+	p := &player{store: recstore.Dir(dir), id: id, out: io.Discard, flush: func() error { return nil }}
+	p.grow = func(n int64) error {
+		if n < playerMemory+p.memory {
+			t.Errorf("counts %d bytes, with a screen of %d", n, p.memory)
+		}
+		if counted = append(counted, p.memory); p.memory == screenMemory {
 			return tooMuch
 		}
 		return nil
-	}}
+	}
 	if err := p.play(t.Context(), 0); !errors.Is(err, tooMuch) {
 		t.Errorf("got %v; want %v", err, tooMuch)
 	}
-	if diff := cmp.Diff([]int64{playerMemory + memoryOf(20, 4), playerMemory + memoryOf(300, 100), playerMemory + screenMemory}, counted); diff != "" {
+	if diff := cmp.Diff([]int64{memoryOf(20, 4), memoryOf(300, 100), screenMemory}, slices.Compact(counted)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// fullScreen is output that makes all cells of both screens, and the lines that scroll off,
+// as large as they can be.
+func fullScreen() string {
+	var out strings.Builder
+	fill := func(lines int) {
+		for n := range lines * maxWidth {
+			fmt.Fprintf(&out, "\x1b[38;2;%d;%d;1m\x1b[48;2;%d;1;%dm\x1b[%dme%s", n%256, n/256%256, n%256, n/256%256, 1+n%4, strings.Repeat("\u0301", 40))
+		}
+	}
+	fill(maxHeight)
+	out.WriteString("\x1b[?1049h")
+	fill(maxHeight)
+	return out.String()
+}
+
+// What a player is counted as is what it holds, whatever the recording.
+func TestPlayer_HoldsWhatItCounts(t *testing.T) {
+	dir := t.TempDir()
+	var b strings.Builder
+	b.WriteString(header + `[1.0, "r", "65535x65535"]` + "\n")
+	for chunk := range slices.Chunk([]byte(fullScreen()), 1<<20) {
+		b.WriteString(printed(2, string(bytes.ToValidUTF8(chunk, nil))))
+	}
+	id := put(t, dir, 1, b.String()+printed(3, "x"))
+	b.Reset()
+	counted := int64(0)
+	p := &player{store: recstore.Dir(dir), id: id, out: io.Discard, flush: func() error { return nil }}
+	p.grow = func(n int64) error { counted = max(counted, n); return nil }
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	if err := p.play(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	held := int64(after.HeapAlloc) - int64(before.HeapAlloc)
+	t.Logf("holds %d bytes, and counts %d", held, counted)
+	if held > counted {
+		t.Errorf("holds %d bytes, and counts %d", held, counted)
+	}
+	runtime.KeepAlive(p)
+}
+
+// A recording that takes long to draw keeps neither its readers nor others from drawing, and
+// ends with its reader.
+func TestPlayer_SlowRecordingsTakeTurns(t *testing.T) {
+	dir := t.TempDir()
+	slow := put(t, dir, 1, header+`[1.0, "r", "400x120"]`+"\n"+printed(2, strings.Repeat("a\x1b[L\x1b[9999b", 60_000)))
+	quick := put(t, dir, 2, header+printed(1, "quick"))
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	var players sync.WaitGroup
+	for range 2 * cap(turns) {
+		players.Go(func() {
+			p := &player{store: recstore.Dir(dir), id: slow, out: io.Discard, flush: func() error { return nil }, grow: unbounded}
+			if err := p.play(ctx, toEnd); !errors.Is(err, context.Canceled) {
+				t.Errorf("got %v; want that it is canceled", err)
+			}
+		})
+	}
+	go func() { players.Wait(); close(ended) }()
+	for len(turns) < cap(turns) {
+		runtime.Gosched()
+	}
+	if v := playAll(t, recstore.Dir(dir), quick, 0); v.rows[0] != "quick" {
+		t.Errorf("got %q", v.rows)
+	}
+	select {
+	case <-ended:
+		t.Error("the slow recording is over already")
+	default:
+	}
+	cancel()
+	select {
+	case <-ended:
+	case <-time.After(20 * time.Second):
+		t.Error("the slow players have not ended")
 	}
 }

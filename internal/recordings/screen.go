@@ -29,10 +29,10 @@ const (
 	scrolled = 256
 )
 
-// cell is what a cell takes, in bytes, and screens how many screens a screen has: two
-// emulators, with two each.
+// cell is what a cell takes with its characters and colors, in bytes, and screens how many
+// screens a screen has: two emulators, with two each.
 const (
-	cell    = 112
+	cell    = 176
 	screens = 4
 )
 
@@ -79,11 +79,15 @@ type screen struct {
 	newlines bool
 	// onScroll is called with each line that scrolls off the main screen.
 	onScroll func(uv.Line)
+	// goOn is called after each piece. If it returns false, what is left is not drawn.
+	goOn func() bool
+	// credit is how many more times characters are repeated.
+	credit int
 }
 
 // newScreen returns an empty screen.
 func newScreen(width, height int) *screen {
-	s := &screen{onScroll: func(uv.Line) {}}
+	s := &screen{onScroll: func(uv.Line) {}, goOn: func() bool { return true }, credit: maxWidth * maxHeight}
 	s.main = newEmulator(clamp(width, maxWidth), clamp(height, maxHeight))
 	return s
 }
@@ -155,8 +159,16 @@ func (s *screen) draw(p []byte) {
 			s.scroll()
 		})
 		p = p[size:]
+		s.credit = min(s.credit+creditPerByte*size, maxWidth*maxHeight)
+		if !s.goOn() {
+			return
+		}
 	}
 }
+
+// creditPerByte is how many repetitions a byte of output allows. Programs that fill lines
+// with the help of repetitions need one for each cell, with at least four bytes a line.
+const creditPerByte = 64
 
 func ascii(b byte) bool { return b < utf8.RuneSelf }
 
@@ -271,7 +283,7 @@ func (s *screen) printPlain(p []byte) {
 	_, _ = e.Write(p)
 	s.full = !s.noWrap && (at+len(p))%width == 0
 	s.last, s.printed = e.CursorPosition(), true
-	if !s.full && s.last.X > 0 && !(s.noWrap && s.last.X == width-1) {
+	if !s.full && s.last.X > 0 && (!s.noWrap || s.last.X != width-1) {
 		s.last.X--
 	}
 }
@@ -407,7 +419,8 @@ func numbers(p []byte) bool {
 	return !bytes.ContainsFunc(p, func(r rune) bool { return (r < '0' || r > '9') && r != ';' && r != ':' })
 }
 
-// repeat repeats the last character, at most once for each cell.
+// repeat repeats the last character, at most once for each cell, and no more often than
+// programs do that draw something with it.
 func (s *screen) repeat(times []byte) {
 	n, err := strconv.Atoi(string(times))
 	if len(times) == 0 {
@@ -421,7 +434,9 @@ func (s *screen) repeat(times []byte) {
 		return
 	}
 	content := []byte(cell.Content)
-	for range min(n, s.emulator().Width()*s.emulator().Height()) {
+	n = min(n, s.emulator().Width()*s.emulator().Height(), s.credit)
+	s.credit -= max(n, 0)
+	for range n {
 		if len(content) == 1 {
 			s.printPlain(content)
 		} else {

@@ -155,11 +155,11 @@ func settleAgain(t *testing.T, screen *string, now func() string) {
 	t.Helper()
 	for {
 		time.Sleep(200 * time.Millisecond)
-		if next := now(); next == *screen {
+		next := now()
+		if next == *screen {
 			return
-		} else {
-			*screen = next
 		}
+		*screen = next
 	}
 }
 

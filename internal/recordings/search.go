@@ -120,6 +120,7 @@ func (x *Index) Page(ctx context.Context, f Filter, before string) (Page, error)
 
 // search looks for a text in the index.
 type search struct {
+	index   *Index
 	tx      *bolt.Tx // nil if there is no text
 	decoder decoder
 	text    []byte // lower case
@@ -137,7 +138,7 @@ func (x *Index) newSearch(text string) (*search, error) {
 	if text == "" {
 		return nil, nil
 	}
-	s := &search{text: appendLower(nil, norm.NFC.Bytes([]byte(text)))}
+	s := &search{index: x, text: appendLower(nil, norm.NFC.Bytes([]byte(text)))}
 	var err error
 	if s.decoder, err = newDecoder(); err != nil {
 		return nil, err
@@ -147,7 +148,7 @@ func (x *Index) newSearch(text string) (*search, error) {
 	if x.db == nil {
 		return s, nil
 	}
-	s.tx, err = x.db.Begin(false)
+	err = safely(func() (err error) { s.tx, err = x.db.Begin(false); return err })
 	return s, err
 }
 
@@ -166,8 +167,10 @@ func (s *search) in(id string) (found string, at time.Duration, ok bool) {
 	if s.tx == nil {
 		return "", 0, false
 	}
-	var err error
-	s.buffer, err = s.decoder.DecodeAll(s.tx.Bucket(textBucket).Get([]byte(id)), s.buffer[:0])
+	err := s.index.failed(safely(func() (err error) {
+		s.buffer, err = s.decoder.DecodeAll(s.tx.Bucket(textBucket).Get([]byte(id)), s.buffer[:0])
+		return err
+	}))
 	if err != nil {
 		return "", 0, false
 	}

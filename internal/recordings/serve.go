@@ -308,12 +308,14 @@ func (s *Site) serveList(w http.ResponseWriter, r request) error {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), queue)
 	defer cancel()
-	if f.Text != "" {
+	if f != (Filter{}) {
 		done, err := s.work(ctx)
 		if err != nil {
 			return err
 		}
 		defer done()
+	}
+	if f.Text != "" {
 		release, err := s.hold(r, searchMemory)
 		if err != nil {
 			return err
@@ -321,7 +323,7 @@ func (s *Site) serveList(w http.ResponseWriter, r request) error {
 		defer release()
 	}
 	data.Filter = f
-	if data.Page, err = s.Index.Page(ctx, f, get("before")); err != nil {
+	if data.Page, err = s.Index.Page(r.Context(), f, get("before")); err != nil {
 		return err
 	}
 	if data.Page.Older != "" {
@@ -385,21 +387,21 @@ const (
 )
 
 func (s *Site) servePage(w http.ResponseWriter, r request, id string) error {
-	recording, err := s.look(r.Context(), id)
-	if err != nil {
-		return err
-	}
 	release, err := s.hold(r, searchMemory)
 	if err != nil {
 		return err
 	}
 	defer release()
+	recording, err := s.look(r.Context(), id)
+	if err != nil {
+		return err
+	}
 	data := pageData{
 		Base: r.base, Host: r.Host, Recording: recording, Live: recording.Running(),
 		Token: s.token(r.caller.Conn.Remote.Addr().String(), id, time.Now().Add(tokenLife).Unix()),
 		Query: clip.String(strings.TrimSpace(r.URL.Query().Get("text"))),
 	}
-	lines, err := s.Index.Lines(id)
+	lines, err := s.Index.textOf(id)
 	data.Missing = err != nil
 	size := 0
 	for _, l := range lines {
@@ -507,7 +509,7 @@ func (s *Site) lines(r request, id string) ([]line, error) {
 	}
 	defer file.Close()
 	if known, ok := s.Index.Lookup(id); ok && known.Text && known.isOf(entry) {
-		if lines, err := s.Index.Lines(id); err == nil {
+		if lines, err := s.Index.textOf(id); err == nil {
 			return lines, nil
 		}
 	}
@@ -560,6 +562,8 @@ func (s *Site) servePlayback(w http.ResponseWriter, r request, id string) error 
 		_ = controller.SetWriteDeadline(time.Now().Add(writeTimeout)) // not all servers have one
 		return errors.Join(out.Flush(), controller.Flush())
 	}, grow: held.grow}
+	// The next request on the connection has a time of its own.
+	defer func() { _ = controller.SetWriteDeadline(time.Time{}) }()
 	began := time.Now()
 	err = p.play(r.Context(), start)
 	if p.screen == nil { // nothing was sent

@@ -23,8 +23,16 @@ const (
 	maxPrinted = 16 << 20
 	// maxText is how many bytes of text that appeared are kept.
 	maxText = 4 << 20
+	// lineCost is what a line counts as besides its text, so that short ones are bounded as
+	// well.
+	lineCost = 64
+	// maxJoined is how long a line gets that goes on in further lines of the screen.
+	maxJoined = 16 << 10
 	// maxDistinct is how many distinct lines of full-screen programs are kept.
 	maxDistinct = 1 << 16
+	// maxDrawing is how long the text of a recording is looked for. A session that prints
+	// 16 MiB takes a few seconds, unless it is made to take long.
+	maxDrawing = time.Minute
 )
 
 const (
@@ -53,12 +61,17 @@ type transcript struct {
 // add appends a line. A line that fills the whole width goes on in the next one.
 func (t *transcript) add(l line, goesOn bool) {
 	l.text = norm.NFC.String(l.text) // so that é is é however it was written
-	if t.size+len(l.text) > maxText {
+	joined := goesOn && len(t.lines) > 0 && len(t.lines[len(t.lines)-1].text)+len(l.text) <= maxJoined
+	cost := len(l.text)
+	if !joined {
+		cost += lineCost
+	}
+	if t.size+cost > maxText {
 		t.cut = true
 		return
 	}
-	t.size += len(l.text) + 1
-	if goesOn && len(t.lines) > 0 {
+	t.size += cost
+	if joined {
 		t.lines[len(t.lines)-1].text += l.text
 		return
 	}
@@ -141,7 +154,7 @@ func (w *watcher) event(e event) {
 			w.screen.resize(width, height)
 		}
 	case 'o':
-		for p := e.data; len(p) > 0; {
+		for p := e.data; len(p) > 0 && w.screen.goOn(); {
 			n := min(len(p), burst)
 			w.screen.draw(p[:n])
 			p = p[n:]
@@ -235,10 +248,17 @@ func (w *watcher) lastScreen(seen map[string]time.Duration) {
 const maxExamined = 256 << 20
 
 // transcribe reads the rest of a recording and returns the text that appeared on its
-// screen. Of a long one, it is that of the start.
+// screen. Of a long one, and of one that takes long to draw, it is that of the start.
 func transcribe(ctx context.Context, c *cast) (*transcript, error) {
+	return transcribeFor(ctx, c, maxDrawing)
+}
+
+// transcribeFor is transcribe that draws for at most that long.
+func transcribeFor(ctx context.Context, c *cast, most time.Duration) (*transcript, error) {
 	w := newWatcher(c.header.Width, c.header.Height)
-	printed, first := 0, true
+	work := worker{ctx: ctx, most: most}
+	w.screen.goOn = work.goOn
+	printed, first, slow := 0, true, false
 	for ctx.Err() == nil {
 		e, err := c.next()
 		if errors.Is(err, io.EOF) {
@@ -251,7 +271,7 @@ func transcribe(ctx context.Context, c *cast) (*transcript, error) {
 			w.cut = true
 			break
 		}
-		if printed > maxPrinted {
+		if printed > maxPrinted || slow {
 			w.cut = true
 			w.length = max(w.length, e.at)
 			continue
@@ -262,7 +282,7 @@ func transcribe(ctx context.Context, c *cast) (*transcript, error) {
 				w.screen.newlines, first = withoutTerminal(e.data), false
 			}
 		}
-		w.event(e)
+		slow = errors.Is(work.do(func() { w.event(e) }), errTooSlow)
 	}
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)

@@ -98,3 +98,38 @@ func TestTranscript_IsBounded(t *testing.T) {
 		t.Errorf("got a length of %v", tr.length)
 	}
 }
+
+// Lines that are short count as well, and output without a line feed becomes lines.
+func TestTranscript_LinesAreBounded(t *testing.T) {
+	for name, output := range map[string]string{"short": "\r\nx", "none": "01234567890123456789"} {
+		var b strings.Builder
+		b.WriteString(header)
+		for i := range 8 {
+			b.WriteString(printed(float64(i), strings.Repeat(output, 800_000/len(output))))
+		}
+		tr := transcriptOf(t, b.String())
+		if len(tr.lines) > maxText/lineCost {
+			t.Errorf("%s: got %d lines", name, len(tr.lines))
+		}
+		for _, l := range tr.lines {
+			if len(l.text) > maxJoined {
+				t.Errorf("%s: a line has %d bytes", name, len(l.text))
+			}
+		}
+	}
+}
+
+// The text of a recording that takes long to draw is that of its start.
+func TestTranscript_TimeIsBounded(t *testing.T) {
+	c, err := openCast(strings.NewReader(header + `[0.5, "r", "400x120"]` + "\n" + printed(1, "first\r\n") + printed(2, strings.Repeat("a\x1b[L\x1b[9999b", 60_000)) + printed(3, "last")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr, err := transcribeFor(t.Context(), c, 200*time.Millisecond)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !tr.cut || tr.length != 3*time.Second || strings.Contains(tr.String(), "last") || !strings.Contains(tr.String(), "first") {
+		t.Errorf("got %d lines, cut: %v, of %v", len(tr.lines), tr.cut, tr.length)
+	}
+}
