@@ -61,7 +61,7 @@ func (r *Registry) EndOn(closing func(dialled netip.AddrPort) bool, why Stopping
 		}
 	})
 	if open == 0 {
-		return ended
+		return nil
 	}
 	for open > 0 && time.Now().Before(deadline) {
 		time.Sleep(10 * time.Millisecond)

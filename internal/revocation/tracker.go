@@ -75,7 +75,7 @@ func (g *Generation) Run() {
 				old.policies = append(old.policies, t.policies...)
 			}
 		}
-		if old.open != nil || old.armed { // or its next request would be unknown
+		if old.armed { // it has requests, or its next one would be unknown
 			r.trackers = append(r.trackers, old)
 		}
 	}
