@@ -49,6 +49,7 @@ var secure = []string{
 // beside are folders of tests in the lab that judge the mutants of a package as well.
 var beside = map[string][]string{
 	"internal/accessreview": {"lab/accessreview"}, // with the API server's own code
+	"internal/tailnet":      {"lab/testcontrol"},  // with nodes on a tailnet
 }
 
 // settings are what a run is told.
@@ -63,14 +64,14 @@ type settings struct {
 	list       bool   // only list the mutants
 	verbose    bool
 	atOnce     int
-	patience   time.Duration // how long a mutant may take, besides what the tests take
+	patience   time.Duration // how long a mutant may compute or wait, besides what the tests take
 	scratch    string
 }
 
 func main() {
 	var s settings
 	list := flag.String("packages", strings.Join(secure, " "), "folders of the packages, separated by blanks")
-	flag.StringVar(&s.by, "by", byAll, "whose tests are run: own, those of a mutant's own package; importers, also those of packages that import it; all, also those of the handler, which take longest")
+	flag.StringVar(&s.by, "by", byAll, "whose tests are run: own, those of a mutant's own package; importers, also those of packages that import it; handler, also those of the handler, which take longest; all, those of all three")
 	flag.StringVar(&s.exceptions, "exceptions", "lab/cmd/mutants/exceptions.yaml", "list of exceptions, from the project's root")
 	flag.StringVar(&s.base, "changed", "", "try the mutants of those lines only that differ from this branch")
 	flag.StringVar(&s.function, "in", "", "try the mutants of this function only, such as Limits.Apply")
@@ -79,11 +80,11 @@ func main() {
 	flag.BoolVar(&s.verbose, "v", false, "say what notices each mutant")
 	flag.IntVar(&s.atOnce, "at-once", 2*runtime.NumCPU(), "how many mutants are tried at the same time; tests wait more than they compute")
 	flag.Parse()
-	if !slices.Contains([]string{byOwn, byImporters, byAll}, s.by) {
-		fmt.Fprintf(os.Stderr, "mutants: -by %q: must be own, importers or all\n", s.by)
+	if !slices.Contains([]string{byOwn, byImporters, byHandler, byAll}, s.by) {
+		fmt.Fprintf(os.Stderr, "mutants: -by %q: must be own, importers, handler or all\n", s.by)
 		os.Exit(2)
 	}
-	s.packages, s.patience = strings.Fields(*list), 20*time.Second
+	s.packages, s.patience = strings.Fields(*list), 5*time.Second
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	root, err := lab.Root()
@@ -101,6 +102,7 @@ func main() {
 const (
 	byOwn       = "own"
 	byImporters = "importers"
+	byHandler   = "handler"
 	byAll       = "all"
 )
 
@@ -206,7 +208,7 @@ func importers(ctx context.Context, s settings) (map[string][]string, error) {
 			continue
 		}
 		for path := range pkg.Imports {
-			if folder, ok := folders[path]; ok {
+			if folder, ok := folders[path]; ok && s.by != byHandler {
 				by[folder] = append(by[folder], folders[pkg.PkgPath])
 			}
 		}
@@ -214,7 +216,7 @@ func importers(ctx context.Context, s settings) (map[string][]string, error) {
 	for _, folder := range folders {
 		slices.Sort(by[folder])
 		by[folder] = append(by[folder], beside[folder]...)
-		if folder != "." && s.by == byAll {
+		if folder != "." && s.by != byImporters {
 			by[folder] = append(by[folder], ".")
 		}
 	}
@@ -369,7 +371,7 @@ func (r *runner) tryBy(ctx context.Context, judge *suite, mutants []*mutant, not
 			switch got.verdict {
 			case passed:
 				left = append(left, m)
-			case hung:
+			case hung, stuck:
 				*hanging++
 				got.by = "it hangs"
 				r.hanging = append(r.hanging, m)

@@ -41,6 +41,7 @@ func TestFind_EveryKindOfChange(t *testing.T) {
 		got[m.In] = append(got[m.In], m.Change)
 	}
 	want := map[string][]string{
+		"Days":   {`omit: time.Sunday`},
 		"Denied": {`omit: "root"`},
 		"Check": {
 			`remove: for _, name := range Denied { if v.Name == name { return errors.New("denied") } ...`,
@@ -84,7 +85,7 @@ func TestRun_TellsApartWhatBecomesOfMutants(t *testing.T) {
 	for i := range rows {
 		rows[i].took = 0
 	}
-	want := []row{{name: "gate", mutants: 45, own: 38, other: 1, hung: 1, excepted: 1, survivors: 5}}
+	want := []row{{name: "gate", mutants: 46, own: 39, other: 1, hung: 1, excepted: 1, survivors: 5}}
 	if diff := cmp.Diff(want, rows, cmp.AllowUnexported(row{})); diff != "" {
 		t.Errorf("rows (-want +got):\n%s", diff)
 	}

@@ -98,7 +98,7 @@ func (s *schema) check(pkg *packages.Package, mutants []*mutant, texts map[strin
 		if err != nil {
 			return nil, err
 		}
-		w := &writer{fset: pkg.Fset, source: string(source)}
+		w := &writer{pkg: pkg, file: file, fset: pkg.Fset, source: string(source)}
 		for _, decl := range file.Decls {
 			w.declaration(decl, mutants)
 		}
@@ -162,6 +162,8 @@ type span struct{ id, start, end int }
 
 // writer writes a file with its mutants.
 type writer struct {
+	pkg    *packages.Package
+	file   *ast.File
 	fset   *token.FileSet
 	source string
 	edits  []edit
@@ -185,15 +187,61 @@ func (w *writer) declaration(decl ast.Decl, mutants []*mutant) {
 		}
 		return
 	}
-	// A variable gets its other value once all of them have one.
+	w.variables(decl, mutants)
+}
+
+// variables adds the mutants of package variables. A variable gets its other value in place
+// of its own, as others may follow from it: those of its file's imports have to name its type.
+// Where they do not, it gets the other value once all variables have theirs.
+func (w *writer) variables(decl ast.Decl, mutants []*mutant) {
+	cases := make(map[ast.Node]string)
 	for _, m := range mutants {
 		if m.variable == "" || m.decl.Pos() < decl.Pos() || decl.End() < m.decl.End() {
 			continue
 		}
-		base := w.offset(m.decl.Pos())
-		value := apply(w.source[base:w.offset(m.decl.End())], base, m.edits)
-		w.copies = append(w.copies, mutated{m.id, fmt.Sprintf("func init() { if mutant__ == %d { %s = %s } }\n", m.id, m.variable, value)})
+		base, end := w.offset(m.decl.Pos()), w.offset(m.decl.End())
+		value := apply(w.source[base:end], base, m.edits)
+		t, ok := w.typeName(w.pkg.Types.Scope().Lookup(m.variable).Type())
+		if !ok {
+			w.copies = append(w.copies, mutated{m.id, fmt.Sprintf("func init() { if mutant__ == %d { %s = %s } }\n", m.id, m.variable, value)})
+			continue
+		}
+		name := fmt.Sprintf("%s__%d", m.variable, m.id)
+		w.copies = append(w.copies, mutated{m.id, fmt.Sprintf("func %s() %s { return %s }\n", name, t, value)})
+		if cases[m.decl] == "" {
+			w.edits = append(w.edits, edit{end, end, " }()"})
+		}
+		cases[m.decl] += fmt.Sprintf("case %d: return %s(); ", m.id, name)
 	}
+	for value, of := range cases {
+		t, _ := w.typeName(w.pkg.Types.Scope().Lookup(variableOf(value, mutants)).Type())
+		at := w.offset(value.Pos())
+		w.edits = append(w.edits, edit{at, at, "func() " + t + " { switch mutant__ { " + of + "}; return "})
+	}
+}
+
+// variableOf returns the variable with a value that mutants change.
+func variableOf(value ast.Node, mutants []*mutant) string {
+	i := slices.IndexFunc(mutants, func(m *mutant) bool { return m.decl == value })
+	return mutants[i].variable
+}
+
+// typeName returns t as the file names it, and whether it can.
+func (w *writer) typeName(t types.Type) (name string, ok bool) {
+	ok = true
+	name = types.TypeString(t, func(p *types.Package) string {
+		if p == w.pkg.Types {
+			return ""
+		}
+		for _, spec := range w.file.Imports {
+			if of := w.pkg.TypesInfo.PkgNameOf(spec); of != nil && of.Imported() == p && of.Name() != "_" && of.Name() != "." {
+				return of.Name()
+			}
+		}
+		ok = false
+		return p.Name()
+	})
+	return name, ok
 }
 
 func (w *writer) function(f *ast.FuncDecl, mutants []*mutant) {

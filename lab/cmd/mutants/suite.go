@@ -188,7 +188,8 @@ type verdict int
 const (
 	passed verdict = iota
 	failed
-	hung
+	hung  // it computes without end
+	stuck // it waits without end
 )
 
 // outcome is what became of a run, and the test that failed.
@@ -221,7 +222,9 @@ func (t *suite) try(ctx context.Context, id int) (outcome, error) {
 		}
 		limit := t.patience + 4*costs[i]
 		got, err := t.run(ctx, id, tests, limit, "-test.failfast")
-		if err == nil && got.verdict == hung { // or the machine was busy
+		// What takes long, or hangs, may have waited for something that a slow test or a
+		// busy machine brings later.
+		if err == nil && (got.verdict == stuck || got.verdict == failed && i > 0) {
 			got, err = t.run(ctx, id, tests, 2*limit, "-test.failfast")
 		}
 		if err != nil || got.verdict != passed {
@@ -231,16 +234,19 @@ func (t *suite) try(ctx context.Context, id int) (outcome, error) {
 	return outcome{}, nil
 }
 
-// run runs tests as that mutant.
+// run runs tests as that mutant. They hang if they compute for longer than twice the limit,
+// and are stuck if they do nothing for the limit: how long they take besides depends on what
+// else the machine does. Where that cannot be seen, they are stuck after twenty limits.
 func (t *suite) run(ctx context.Context, id int, tests []string, limit time.Duration, args ...string) (outcome, error) {
 	temp, err := os.MkdirTemp(t.scratch, "t")
 	if err != nil {
 		return outcome{}, err
 	}
 	defer func() { _ = os.RemoveAll(temp) }()
-	limited, cancel := context.WithTimeout(ctx, limit)
+	limited, cancel := context.WithTimeout(ctx, 20*limit)
 	defer cancel()
-	args = append([]string{"-c", fmt.Sprintf(`ulimit -d %d && exec "$0" "$@"`, memory), t.program,
+	computing := int(2 * limit.Seconds())
+	args = append([]string{"-c", fmt.Sprintf(`ulimit -d %d && ulimit -t %d && exec "$0" "$@"`, memory, computing), t.program,
 		"-test.timeout=0", "-test.run=^(" + strings.Join(tests, "|") + ")$"}, args...)
 	cmd := exec.CommandContext(limited, "sh", args...)
 	cmd.Dir = t.dir
@@ -251,15 +257,23 @@ func (t *suite) run(ctx context.Context, id int, tests []string, limit time.Dura
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
-	err = cmd.Run()
-	if cmd.Process != nil {
-		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // there is mostly nothing left
+	if err := cmd.Start(); err != nil {
+		return outcome{}, err
 	}
+	go func() {
+		if idles(limited, cmd.Process.Pid, limit) {
+			cancel()
+		}
+	}()
+	err = cmd.Wait()
+	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // there is mostly nothing left
 	var exit *exec.ExitError
 	switch {
 	case ctx.Err() != nil:
 		return outcome{}, ctx.Err()
 	case limited.Err() != nil:
+		return outcome{stuck, ""}, nil
+	case outOfTime(err):
 		return outcome{hung, ""}, nil
 	case err == nil, errors.Is(err, exec.ErrWaitDelay):
 		return outcome{}, nil
@@ -267,6 +281,56 @@ func (t *suite) run(ctx context.Context, id int, tests []string, limit time.Dura
 		return outcome{}, fmt.Errorf("the tests of %s cannot be run: %w: %s", t.name, err, out)
 	}
 	return outcome{failed, failure(out.bytes())}, nil
+}
+
+// outOfTime reports whether err says that a program has computed for too long.
+func outOfTime(err error) bool {
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	if !ok {
+		return false
+	}
+	status, ok := exit.Sys().(syscall.WaitStatus)
+	return ok && status.Signaled() && (status.Signal() == syscall.SIGXCPU || status.Signal() == syscall.SIGKILL)
+}
+
+// idles waits until no thread of a process has had anything to do for that long, and
+// reports whether that happens before ctx ends. What waits for a processor has something
+// to do.
+func idles(ctx context.Context, process int, long time.Duration) bool {
+	const period = 100 * time.Millisecond
+	tick := time.NewTicker(period)
+	defer tick.Stop()
+	for idle := time.Duration(0); idle < long; idle += period {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-tick.C:
+		}
+		if busy(process) {
+			idle = 0
+		}
+	}
+	return true
+}
+
+// busy reports whether a thread of a process does anything but wait to be woken: it runs,
+// waits for a processor or for a disk, or somebody has stopped it.
+func busy(process int) bool {
+	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", process))
+	if err != nil {
+		return true
+	}
+	for _, path := range stats {
+		stat, err := os.ReadFile(path)
+		if err != nil {
+			continue // it has ended
+		}
+		_, rest, _ := bytes.Cut(stat, []byte(") "))
+		if len(rest) > 0 && rest[0] != 'S' {
+			return true
+		}
+	}
+	return len(stats) == 0
 }
 
 var failures = []*regexp.Regexp{regexp.MustCompile(`(?m)^\s*--- FAIL: (\S+)`), regexp.MustCompile(`(?m)^((?:panic|fatal error): .*)`)}

@@ -6,7 +6,14 @@ package gate
 import (
 	"errors"
 	"strings"
+	"time"
 )
+
+// Days are those on which the gate is open.
+var Days = []time.Weekday{time.Sunday}
+
+// Open is how many they are.
+var Open = len(Days)
 
 // Denied are names that may not pass.
 var Denied = []string{"root"}

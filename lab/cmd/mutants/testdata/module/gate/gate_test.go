@@ -53,3 +53,9 @@ func TestCached(t *testing.T) {
 
 // It fails now and then, and so it must not count.
 func TestBroken(t *testing.T) { t.Error("broken") }
+
+func TestOpen(t *testing.T) {
+	if Open != 1 {
+		t.Errorf("got %d; want 1", Open)
+	}
+}
