@@ -10,7 +10,6 @@ import (
 	"tailscale.com/client/tailscale/apitype"
 	"tailscale.com/ipn/ipnext"
 	"tailscale.com/tailcfg"
-	"tailscale.com/tsd"
 	"tailscale.com/tsnet"
 	"tailscale.com/types/logger"
 )
@@ -63,11 +62,7 @@ func (e extension) Shutdown() error {
 
 // questionsTo returns what asks the backend of node, nil if that cannot be asked.
 func questionsTo(node *tsnet.Server) *questions {
-	var sys *tsd.System
-	if sys = node.Sys(); sys == nil {
-		return nil // it has not been started
-	}
-	q, _ := running.Load(sys)
+	q, _ := running.Load(node.Sys()) // nil, which has none, if it has not been started
 	questions, _ := q.(*questions)
 	return questions
 }

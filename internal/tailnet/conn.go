@@ -208,7 +208,7 @@ func addrPort(a net.Addr) (netip.AddrPort, error) {
 	if a == nil {
 		return netip.AddrPort{}, errors.New("the connection has ended already")
 	}
-	if tcp, ok := a.(*net.TCPAddr); ok && tcp.Zone == "" { // spares writing and parsing it
+	if tcp, ok := a.(*net.TCPAddr); ok { // spares writing and parsing it
 		if addr := tcp.AddrPort(); addr.IsValid() {
 			return addr, nil
 		}

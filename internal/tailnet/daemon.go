@@ -100,10 +100,9 @@ func (a *daemonAddrs) refresh(now time.Time) {
 	if err == nil {
 		a.ip4, a.ip6, a.asked = netip.Addr{}, netip.Addr{}, now
 		for _, addr := range addrs {
-			switch {
-			case addr.Is4():
+			if addr.Is4() {
 				a.ip4 = addr
-			case addr.Is6():
+			} else {
 				a.ip6 = addr
 			}
 		}
