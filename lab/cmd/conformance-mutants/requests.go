@@ -144,7 +144,7 @@ var requests = []file{
 	}},
 	{"internal/tailnet/filter.go", "./internal/tailnet", []mutant{
 		{name: "what the packet filter says counts", old: "== filter.Accept, nil", new: "== filter.Accept || true, nil"},
-		{name: "a node that has not been started admits nobody", old: "\tif sys == nil {\n\t\t\treturn false", new: "\tif sys == nil {\n\t\t\treturn true"},
+		{name: "a node that has not been started admits nobody", old: "\tif err != nil {\n\t\t\treturn false, err", new: "\tif err != nil {\n\t\t\treturn true, nil"},
 	}},
 	{"internal/authn/cache.go", "./internal/authn .", []mutant{
 		{name: "an answer is not older than the connection", old: "!a.asked.Before(since) && ", new: ""},
@@ -600,8 +600,8 @@ var requests = []file{
 		{name: "a stream that begins when Caddy exits ends", old: "\tif registry.stopping && r.cancel != nil {", new: "\tif false {"},
 		{name: "the tracker that replaces another judges its requests", old: "\t\t\told.moveTo(replacements[0])\n\t\t\tcontinue\n", new: "\t\t\tcontinue\n"},
 		{name: "all of several replacements judge", old: "\t\t\t\told.policies = append(old.policies, t.policies...)\n", new: "\t\t\t\told.policies = t.policies\n"},
-		{name: "a tracker without a successor is not forgotten", old: "\t\tif old.open != nil || old.armed { // or its next request would be unknown\n\t\t\tr.trackers = append(r.trackers, old)\n\t\t}\n", new: ""},
-		{name: "a tracker that is about to be checked is not forgotten", old: "old.open != nil || old.armed {", new: "old.open != nil {"},
+		{name: "a tracker without a successor is not forgotten", old: "\t\tif old.armed { // it has requests, or its next one would be unknown\n\t\t\tr.trackers = append(r.trackers, old)\n\t\t}\n", new: ""},
+		{name: "a tracker that is about to be checked is not forgotten", old: "if old.armed {", new: "if old.open != nil {"},
 		{name: "a tracker shares a listener to be the same", old: "\t\tcase !t.shares(old):\n", new: "\t\tcase false:\n"},
 		{name: "a tracker has the same settings to be the same", old: "\t\tcase t.equal(old):\n\t\t\treturn []*Tracker{t}\n", new: "\t\tcase true:\n\t\t\treturn []*Tracker{t}\n"},
 		{name: "requests move to the tracker that takes over", old: "\t\tr := t.open\n\t\tt.remove(r)\n\t\tnext.add(r)\n", new: "\t\tt.remove(t.open)\n"},
