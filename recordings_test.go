@@ -128,9 +128,12 @@ func TestRecordings_OnlyForReaders(t *testing.T) {
 }
 
 func TestRecordings_AreReadAsOneself(t *testing.T) {
-	s := startRecordingSite(t, proxytest.NewAPIServer(t), t.TempDir(), newReader().Node, showing)
+	s := proxytest.Config{
+		API: proxytest.NewAPIServer(t), Nodes: []*tailnet.Node{newReader().Node},
+		Body: "tailscale_impersonate {\nrecord " + t.TempDir() + "\n" + showing + "\nclient_impersonation authorize\n}\nreverse_proxy https://$UPSTREAM {\n$KUBERNETES\n}",
+	}.Start(t)
 	for _, lines := range []string{"Impersonate-User: bob\r\n", "Impersonate-User: bob\r\nImpersonate-Group: auditors\r\n"} {
-		proxytest.CheckRefused(t, s.Get(t, "/recordings", lines), proxytest.Forbidden)
+		proxytest.CheckRefused(t, s.Get(t, "/recordings", lines), proxytest.Forbidden, "recordings are read as oneself")
 	}
 	body(t, s.Get(t, "/recordings", "Impersonate-User: alice@example.com\r\nImpersonate-Group: auditors\r\n"), http.StatusOK)
 }
