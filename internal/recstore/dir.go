@@ -11,11 +11,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-)
 
-const (
-	suffix  = ".cast"
-	partial = ".partial"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recordings"
 )
 
 // Dir returns the store of the recordings in a directory. Whoever can write to it must not
@@ -63,12 +60,12 @@ func (d dir) List(ctx context.Context, after string, n int) ([]Entry, error) {
 
 // idOf returns the ID of the recording in a file of that name.
 func idOf(name string) (string, bool) {
-	id, found := strings.CutSuffix(strings.TrimSuffix(name, partial), suffix)
-	return id, found && ValidID(id)
+	id, _, ok := recordings.ParseName(name)
+	return id, ok
 }
 
 func entry(id string, info fs.FileInfo) Entry {
-	return Entry{ID: id, Size: info.Size(), Modified: info.ModTime(), Complete: !strings.HasSuffix(info.Name(), partial)}
+	return Entry{ID: id, Size: info.Size(), Modified: info.ModTime(), Complete: !strings.HasSuffix(info.Name(), recordings.Partial)}
 }
 
 // Open implements [Store].
@@ -76,9 +73,9 @@ func (d dir) Open(_ context.Context, id string) (io.ReadCloser, Entry, error) {
 	if !ValidID(id) {
 		return nil, Entry{}, fs.ErrNotExist
 	}
-	path := filepath.Join(string(d), id+suffix)
+	path := filepath.Join(string(d), id+recordings.Ext)
 	// A recording may be completed between the two.
-	for _, path := range []string{path, path + partial, path} {
+	for _, path := range []string{path, path + recordings.Partial, path} {
 		f, info, err := openRegular(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue

@@ -9,42 +9,22 @@ import (
 	"errors"
 	"io"
 	"io/fs"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recordings"
 )
 
 // Entry is a recording in a store.
-type Entry struct {
-	// ID is the name of the recording without a suffix. IDs begin with the time at which
-	// the session was requested, so they sort by it.
-	ID string
-	// Size is how many bytes the recording has.
-	Size int64
-	// Modified is when it was written to last.
-	Modified time.Time
-	// Complete says that the session has ended and nothing is missing. Otherwise it is
-	// running, or its recording was cut off.
-	Complete bool
-}
+type Entry = recordings.Entry
 
 // Store is where recordings are read from.
-type Store interface {
-	// List returns at most n recordings whose IDs sort after the ID after, in ascending
-	// order. It returns fewer than n only if there are no more.
-	List(ctx context.Context, after string, n int) ([]Entry, error)
-	// Open opens a recording. The error is an [fs.ErrNotExist] if there is none. Reading
-	// one that is not complete returns [io.EOF] at what is its end now, and may be tried
-	// again later.
-	Open(ctx context.Context, id string) (io.ReadCloser, Entry, error)
-}
-
-var validID = regexp.MustCompile(`^\d{8}T\d{6}Z-[a-z2-7]{26}$`)
+type Store = recordings.Reader
 
 // ValidID reports whether id has the form of the ID of a recording. No other may become
 // a part of a path.
-func ValidID(id string) bool { return validID.MatchString(id) }
+func ValidID(id string) bool { return recordings.ValidID(id) }
 
 // idTime is the layout of the time at the start of an ID.
 const idTime = "20060102T150405Z"
@@ -61,7 +41,7 @@ func Requested(id string) time.Time {
 }
 
 // Union returns a store with the recordings of several. Of a recording that is in several,
-// the first that is complete counts, or else the first.
+// the first counts.
 func Union(stores ...Store) Store {
 	if len(stores) == 1 {
 		return stores[0]
@@ -71,58 +51,33 @@ func Union(stores ...Store) Store {
 
 type union []Store
 
-// List implements [Store].
+// List implements [Store]. If a store is away, the error is an [Unavailable], and the list
+// has the recordings of the others.
 func (u union) List(ctx context.Context, after string, n int) ([]Entry, error) {
 	var all []Entry
+	var away error
 	for _, s := range u {
 		entries, err := s.List(ctx, after, n)
-		if err != nil {
+		if unavailable := (*Unavailable)(nil); errors.As(err, &unavailable) {
+			away = err
+		} else if err != nil {
 			return nil, err
 		}
 		all = append(all, entries...)
 	}
-	// Stable, so that the order of stores decides among those that are alike.
-	slices.SortStableFunc(all, func(a, b Entry) int {
-		switch {
-		case a.ID != b.ID:
-			return strings.Compare(a.ID, b.ID)
-		case a.Complete == b.Complete:
-			return 0
-		case a.Complete:
-			return -1
-		}
-		return 1
-	})
+	// Stable, so that the order of stores decides.
+	slices.SortStableFunc(all, func(a, b Entry) int { return strings.Compare(a.ID, b.ID) })
 	all = slices.CompactFunc(all, func(a, b Entry) bool { return a.ID == b.ID })
-	return all[:min(n, len(all))], nil
+	return all[:min(n, len(all))], away
 }
 
 // Open implements [Store].
 func (u union) Open(ctx context.Context, id string) (io.ReadCloser, Entry, error) {
-	var partial io.ReadCloser
-	var cut Entry
-	var errs []error
 	for _, s := range u {
 		r, entry, err := s.Open(ctx, id)
-		switch {
-		case err != nil:
-			errs = append(errs, err)
-		case entry.Complete:
-			if partial != nil {
-				_ = partial.Close() // it was not read
-			}
-			return r, entry, nil
-		case partial == nil:
-			partial, cut = r, entry
-		default:
-			_ = r.Close() // it was not read
+		if !errors.Is(err, fs.ErrNotExist) {
+			return r, entry, err
 		}
-	}
-	if partial != nil {
-		return partial, cut, nil
-	}
-	if slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, fs.ErrNotExist) }) {
-		return nil, Entry{}, errors.Join(errs...)
 	}
 	return nil, Entry{}, fs.ErrNotExist
 }

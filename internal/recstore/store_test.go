@@ -123,8 +123,8 @@ func TestDir_RunningRecordingGrows(t *testing.T) {
 	}
 }
 
-// A complete recording counts before one that is not, wherever it is.
-func TestUnion_PrefersCompleteRecordings(t *testing.T) {
+// Of a recording that is in several stores, the first counts, also if it is not complete.
+func TestUnion_FirstStoreCounts(t *testing.T) {
 	first, second := t.TempDir(), t.TempDir()
 	write(t, filepath.Join(first, id(1)+".cast.partial"), "start")
 	write(t, filepath.Join(first, id(3)+".cast"), "of the first")
@@ -138,12 +138,12 @@ func TestUnion_PrefersCompleteRecordings(t *testing.T) {
 			t.Errorf("%d at a time (-want +got):\n%s", n, diff)
 		}
 	}
-	for n, want := range map[int]string{1: "the whole", 2: "only here", 3: "of the first", 4: "running"} {
+	for n, want := range map[int]string{1: "start", 2: "only here", 3: "of the first", 4: "running"} {
 		r, entry, err := u.Open(t.Context(), id(n))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if b, err := io.ReadAll(r); err != nil || string(b) != want || entry.Complete != (n != 4) {
+		if b, err := io.ReadAll(r); err != nil || string(b) != want || entry.Complete != (n == 2 || n == 3) {
 			t.Errorf("%d: got %q, complete: %v, %v", n, b, entry.Complete, err)
 		}
 		r.Close()

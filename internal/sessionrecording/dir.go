@@ -8,11 +8,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"sync"
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recordings"
 )
 
 // errQuota says that the recordings of a directory take as much as they may.
@@ -28,9 +29,6 @@ const block = 4 << 10
 
 // allocated returns how much a file of size bytes takes.
 func allocated(size int64) int64 { return max(1, (size+block-1)/block) * block }
-
-// recordingName matches the names of recordings. Other files are left alone.
-var recordingName = regexp.MustCompile(`^(\d{8}T\d{6}Z-[a-z2-7]{26})\.cast(\.partial)?$`)
 
 // Dirs are the directories that this process records to. All handlers and configs that
 // name a directory share it.
@@ -70,6 +68,9 @@ type Dir struct {
 	// open is what the recordings take that this process writes, by ID, and closed those
 	// that it has closed since the directory was last listed.
 	open, closed map[string]int64
+	// mark and complete are those of Feed, empty and nil if no storage is fed.
+	mark     string
+	complete func(name string)
 }
 
 func newDir(path string) *Dir {
@@ -140,7 +141,8 @@ func (d *Dir) listOnce() error {
 }
 
 // list counts what the recordings take. It deletes those that have not been written to
-// for longer than retention, unless that is 0, and returns how many.
+// for longer than retention, unless that is 0 or they wait for a storage, and returns how
+// many.
 func (d *Dir) list(retention time.Duration) (deleted int, err error) {
 	d.listing.Lock()
 	defer d.listing.Unlock()
@@ -158,18 +160,18 @@ func (d *Dir) list(retention time.Duration) (deleted int, err error) {
 		return 0, err
 	}
 	found := make(map[string]int64)
+	stored := d.storedIn(entries)
 	var errs []error
 	for _, entry := range entries {
-		name := recordingName.FindStringSubmatch(entry.Name())
-		if name == nil || !entry.Type().IsRegular() {
+		id, _, ok := recordings.ParseName(entry.Name())
+		if !ok || !entry.Type().IsRegular() {
 			continue
 		}
 		info, err := entry.Info()
 		if err != nil {
 			continue // it is gone
 		}
-		id := name[1]
-		if retention > 0 && time.Since(info.ModTime()) > retention && !d.writes(id) {
+		if retention > 0 && time.Since(info.ModTime()) > retention && !d.writes(id) && stored(entry.Name()) {
 			err := os.Remove(filepath.Join(d.path, entry.Name()))
 			if err == nil {
 				deleted++

@@ -6,6 +6,8 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"path/filepath"
+	"syscall"
 )
 
 // partial is the suffix of a file whose session has not ended, or whose recording was
@@ -56,15 +58,42 @@ func (f *file) write(p []byte) (int, error) {
 
 // complete closes the file and gives it its final name. If err is not nil, the file
 // could not be written, and keeps the name of a partial one.
+//
+// Without an error, the recording is kept: it is on the disk with its name.
 func (f *file) complete(err error) error {
-	defer f.dir.release(f.id, true)
+	err = f.finish(err)
+	f.dir.release(f.id, true)
+	if err == nil {
+		f.dir.announce(filepath.Base(f.path))
+	}
+	return err
+}
+
+func (f *file) finish(err error) error {
 	if f.cut {
 		err = errors.Join(err, errQuota)
 	}
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(f.path+partial, f.path)
+	if err := os.Rename(f.path+partial, f.path); err != nil {
+		return err
+	}
+	return syncDir(f.dir.path)
+}
+
+// syncDir makes names in the directory at path survive a loss of power, on file systems
+// that know how to.
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	err = d.Sync()
+	if errors.Is(err, syscall.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
+		err = nil
+	}
+	return errors.Join(err, d.Close())
 }
 
 // discard closes and removes the file.

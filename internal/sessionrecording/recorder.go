@@ -34,7 +34,7 @@ const (
 	Lost       Outcome = "lost"       // the session continued unrecorded, or the end of the recording is missing
 )
 
-var recordings = metrics.NewCounter("recordings_total",
+var outcomes = metrics.NewCounter("recordings_total",
 	"Sessions that were to be recorded, by what has become of that.",
 	"outcome", Recorded, Refused, Ended, Unrecorded, Lost)
 
@@ -42,6 +42,12 @@ var recordings = metrics.NewCounter("recordings_total",
 type Recorder struct {
 	// Dir is the directory for recordings, nil if none are kept locally.
 	Dir *Dir
+	// Waits returns how long a recording has waited to be stored. It is nil if none is
+	// stored elsewhere.
+	Waits func() time.Duration
+	// StoreWithin is how long recordings may wait before sessions that have to be recorded
+	// are refused, 0 for any time.
+	StoreWithin time.Duration
 	// Required says that the sessions of all callers have to be recorded into Dir.
 	Required bool
 	// MaxSize is how many bytes all recordings in Dir may take, 0 for no limit.
@@ -72,7 +78,7 @@ func (rec *Recorder) Begin(r *http.Request, caller authn.Caller) (*Session, erro
 	}
 	session, err := rec.begin(r, caller)
 	if err != nil {
-		recordings.With(Refused).Inc()
+		outcomes.With(Refused).Inc()
 	}
 	return session, err
 }
@@ -91,7 +97,7 @@ func (rec *Recorder) begin(r *http.Request, caller authn.Caller) (*Session, erro
 		}
 		rec.Logger.Warn("a session that cannot be recorded goes on without",
 			zap.Stringer("user", caller.Peer), zap.String("method", clip.String(r.Method)), zap.String("path", clip.String(r.URL.Path)))
-		recordings.With(Unrecorded).Inc()
+		outcomes.With(Unrecorded).Inc()
 		return nil, nil
 	case exec, attach, forward:
 		if rec.required(caller) && rec.Allowed != nil && !slices.Contains(rec.Allowed, string(d.kind)) {
@@ -114,7 +120,7 @@ func (rec *Recorder) begin(r *http.Request, caller authn.Caller) (*Session, erro
 		}
 		if len(session.sinks) == 0 {
 			session.log.Warn("the session goes on without a recording")
-			recordings.With(Unrecorded).Inc()
+			outcomes.With(Unrecorded).Inc()
 			return nil, nil
 		}
 	}
@@ -125,6 +131,11 @@ func (rec *Recorder) begin(r *http.Request, caller authn.Caller) (*Session, erro
 // into files.
 func (rec *Recorder) required(caller authn.Caller) bool {
 	return rec.Required || caller.Identity.Recording.Enforce
+}
+
+// overdue reports whether a recording has waited to be stored for too long.
+func (rec *Recorder) overdue() bool {
+	return rec.StoreWithin > 0 && rec.Waits != nil && rec.Waits() > rec.StoreWithin
 }
 
 // newSession returns the session that r becomes.
@@ -195,9 +206,13 @@ func (s *Session) prepare(ctx context.Context, caller authn.Caller) error {
 	if s.recorder.Dir == nil {
 		return nil
 	}
+	required := s.recorder.required(caller)
+	if required && s.recorder.overdue() {
+		s.abandon()
+		return apistatus.Unavailable(apistatus.Recording, "the session has to be recorded, and the recordings of the proxy have not been stored within record_store_within")
+	}
 	var err error
 	s.file, err = s.recorder.Dir.create(s.id, s.recorder.MaxSize)
-	required := s.recorder.required(caller)
 	switch {
 	case err == nil:
 	case errors.Is(err, errQuota) && required:

@@ -323,7 +323,7 @@ func (s *Session) Close() {
 		s.abandon()
 		if reason != nil {
 			s.log.Warn("the session was ended before it began", zap.NamedError("reason", reason))
-			recordings.With(Ended).Inc()
+			outcomes.With(Ended).Inc()
 		}
 		return
 	}
@@ -362,7 +362,7 @@ func (s *Session) Close() {
 		fields = append(fields, zap.String("file", s.file.path))
 	}
 	s.log.Info("the session is over", fields...)
-	recordings.With(outcome).Inc()
+	outcomes.With(outcome).Inc()
 }
 
 // stopWatching stops what waits for the end of the session, so that the end of the
