@@ -13,6 +13,7 @@
 //	who sent it, and may they?             internal/authn
 //	which user, groups and headers?        impersonate
 //	is it a session to be recorded?        internal/sessionrecording
+//	where do recordings go afterwards?     internal/outbox, recordings
 //	does the caller still have access?     internal/revocation
 //	is it an event to be recorded?         internal/apievents
 //	what does it ask of the API server?    internal/requestinfo, internal/matcher
@@ -50,6 +51,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/clip"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/outbox"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/quota"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recorder"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordings"
@@ -62,11 +64,13 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/upgrade"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
+	storage "github.com/tailscale-impersonate/caddy-tailscale-impersonate/recordings"
 
-	// The rest of the module: the admin API, the command, the matcher, the network for
-	// Tailscale Services and the transport.
+	// The rest of the module: the admin API, the command, the storage of recordings in
+	// a directory, the matcher, the network for Tailscale Services and the transport.
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/admin"
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/cli"
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/directory"
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/matcher"
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/service"
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/transport"
@@ -119,6 +123,7 @@ type Handler struct {
 	site       *siteca.Site
 	sites      *sites.Directory       // of the config
 	recordings *sessionrecording.Dirs // of the process
+	storage    storage.Storage        // nil without record_to
 	reading    *recordings.Site       // nil without the option
 	// release ends the use of the index of recordings. It is set when h has started.
 	release func()
@@ -156,14 +161,12 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.setUp(a.Generation(), ctx.Logger(), server.Listen); err != nil {
 		return err
 	}
+	if err := h.keep(ctx, a); err != nil {
+		return err
+	}
 	if h.Whoami != "" {
 		h.sites = a.Sites()
 		h.sites.Add(sites.Site{Handler: h, Server: server, Whoami: h.Whoami, Auth: h.auth, CA: h.site, Logger: ctx.Logger()})
-	}
-	if h.Record != "" {
-		if err := a.ShareRecordings(h.sessions.Dir.Path(), h.RecordingsReaders, h.Recordings != ""); err != nil {
-			return err
-		}
 	}
 	a.OnStarted(h.auth, func() {
 		h.readFrom(a.Indexes())
@@ -250,7 +253,53 @@ func (h *Handler) readFrom(indexes *recordings.Indexes) {
 		return
 	}
 	dir := h.sessions.Dir.Path()
-	h.reading.Index, h.release = indexes.Use(dir, recstore.Dir(dir), h.logger)
+	from := recstore.Dir(dir)
+	if h.storage != nil {
+		from = recstore.Union(from, recstore.Storage(h.storage))
+	}
+	h.reading.Index, h.release = indexes.Use(dir, from, h.logger)
+}
+
+// keep sets up where recordings are kept.
+func (h *Handler) keep(ctx caddy.Context, a *app.App) error {
+	if h.sessions.Dir == nil {
+		return nil
+	}
+	var err error
+	if h.storage, err = h.loadStorage(ctx); err != nil {
+		return fmt.Errorf("record_to: %w", err)
+	}
+	err = a.KeepRecordings(app.Kept{
+		Dir:     h.sessions.Dir,
+		Store:   outbox.Settings{Storage: h.storage, Remove: h.RecordRemoveStored, Logger: h.logger},
+		Readers: h.RecordingsReaders,
+		Page:    h.Recordings != "",
+	})
+	if err != nil {
+		return err
+	}
+	if h.storage != nil {
+		h.sessions.Waits, h.sessions.StoreWithin = a.Outbox(h.sessions.Dir).Oldest, h.StoreWithin()
+	}
+	return nil
+}
+
+// loadStorage returns the storage of recordings, nil without record_to.
+func (h *Handler) loadStorage(ctx caddy.Context) (storage.Storage, error) {
+	if h.RecordToRaw == nil {
+		return nil, nil
+	}
+	raw := h.RecordToRaw
+	module, err := ctx.LoadModule(h, "RecordToRaw")
+	if err != nil {
+		return nil, err
+	}
+	h.RecordToRaw = raw // which Caddy clears, and Validate looks at
+	to, ok := module.(storage.Storage)
+	if !ok {
+		return nil, fmt.Errorf("%T is not a storage of recordings", module)
+	}
+	return to, nil
 }
 
 // Cleanup leaves new connections to the config that replaces h's. A handler that has

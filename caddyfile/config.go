@@ -8,6 +8,7 @@
 package caddyfile
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -160,6 +161,28 @@ type Config struct {
 	// Default: `false`.
 	RecordRequired bool `json:"record_required,omitempty"`
 
+	// Where complete recordings go from the directory of `record`: a module of the
+	// namespace `tailscale_impersonate.recordings`, such as `s3`, which is a Go module of its
+	// own below this one, or `directory`. Its name is in `storage`. What the storage
+	// does not take is sent again, also after a restart. Handlers with the same directory
+	// need the same storage.
+	//
+	// Default: none; recordings stay in the directory.
+	RecordToRaw json.RawMessage `json:"record_to,omitempty" caddy:"namespace=tailscale_impersonate.recordings inline_key=storage"`
+
+	// Remove a recording from the directory once the storage of `record_to` has it.
+	//
+	// Default: `false`.
+	RecordRemoveStored bool `json:"record_remove_stored,omitempty"`
+
+	// Refuse new sessions that have to be recorded while a recording has waited for the
+	// storage of `record_to` for longer, at least a minute. Then no more than what is
+	// recorded in that time, and the sessions that are open, is on the proxy's disk
+	// alone.
+	//
+	// Default: no limit.
+	RecordStoreWithin *caddy.Duration `json:"record_store_within,omitempty"`
+
 	// Record what is typed, besides what is printed. The only value is `all`: the proxy
 	// cannot see what a terminal does not show, so the recordings contain passwords and
 	// keys that are typed or pasted. Of a session without a terminal, the first MiB of
@@ -262,6 +285,9 @@ const (
 	// minRecordRetention protects recordings from a duration in the wrong unit, and
 	// those that another process writes: it marks them every ten minutes.
 	minRecordRetention = time.Hour
+	// minStoreWithin is longer than a storage takes for a recording, and than a short
+	// outage.
+	minStoreWithin = time.Minute
 )
 
 const (
@@ -324,6 +350,9 @@ func (c *Config) MaxRecordSize() int64 {
 // Retention returns how long recordings are kept, 0 for ever.
 func (c *Config) Retention() time.Duration { return orDefault(c.RecordRetention, 0) }
 
+// StoreWithin returns how long recordings may wait for the storage, 0 for no limit.
+func (c *Config) StoreWithin() time.Duration { return orDefault(c.RecordStoreWithin, 0) }
+
 // checkRecord returns an error if the options about recordings are invalid.
 func (c *Config) checkRecord() error {
 	if c.RecordInput != "" && c.RecordInput != AllInput {
@@ -339,8 +368,16 @@ func (c *Config) checkRecord() error {
 		return fmt.Errorf("record_max_size %d: must not be negative", c.MaxRecordSize())
 	case c.RecordRetention != nil && c.Retention() < minRecordRetention:
 		return fmt.Errorf("record_retention %v: must be at least %v", c.Retention(), minRecordRetention)
+	case c.RecordToRaw == nil && c.RecordRemoveStored:
+		return errors.New("record_remove_stored: needs record_to, which stores the recordings")
+	case c.RecordToRaw == nil && c.RecordStoreWithin != nil:
+		return errors.New("record_store_within: needs record_to, which stores the recordings")
+	case c.RecordStoreWithin != nil && c.StoreWithin() < minStoreWithin:
+		return fmt.Errorf("record_store_within %v: must be at least %v", c.StoreWithin(), minStoreWithin)
 	case c.Record != "":
 		return nil
+	case c.RecordToRaw != nil:
+		return errors.New("record_to: needs record, the directory that recordings are written to before they are stored")
 	case c.RecordMaxSize != nil:
 		return errors.New("record_max_size: needs record, the directory that it limits")
 	case c.RecordRetention != nil:

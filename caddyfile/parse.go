@@ -3,11 +3,15 @@
 package caddyfile
 
 import (
+	"encoding/json"
 	"math"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/dustin/go-humanize"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recordings"
 )
 
 // UnmarshalCaddyfile sets c from Caddyfile tokens. Syntax:
@@ -26,6 +30,9 @@ import (
 //	    record_max_size      <size>
 //	    record_retention     <duration>
 //	    record_required
+//	    record_to            <storage> [<arguments>] [{ <options of the storage> }]
+//	    record_remove_stored
+//	    record_store_within  <duration>
 //	    record_input         all
 //	    enforced_sessions    exec|attach|port-forward...
 //	    recordings           [<path>]
@@ -102,6 +109,12 @@ func (c *Config) UnmarshalOption(d *caddyfile.Dispenser) (known bool, err error)
 		err = duration(d, &c.RecordRetention)
 	case "record_required":
 		err = on(d, &c.RecordRequired)
+	case "record_to":
+		err = storage(d, &c.RecordToRaw)
+	case "record_remove_stored":
+		err = on(d, &c.RecordRemoveStored)
+	case "record_store_within":
+		err = duration(d, &c.RecordStoreWithin)
 	case "record_input":
 		err = single(d, &c.RecordInput)
 	case "enforced_sessions":
@@ -222,6 +235,35 @@ func bytes(d *caddyfile.Dispenser, value **int64) error {
 	}
 	*value = new(int64)
 	**value = int64(parsed)
+	return nil
+}
+
+// storage sets value to the storage of recordings that follows the option that d is at.
+func storage(d *caddyfile.Dispenser, value *json.RawMessage) error {
+	option := d.Val()
+	if *value != nil {
+		return d.Errf("%s is given twice", option)
+	}
+	if !d.NextArg() || d.Val() == "" {
+		return d.Errf("%s has no value", option)
+	}
+	name := d.Val()
+	id := recordings.Namespace + "." + name
+	if _, err := caddy.GetModule(id); err != nil {
+		remedy := "build Caddy with the module " + id
+		if name == "s3" {
+			remedy = "build Caddy with xcaddy --with github.com/tailscale-impersonate/caddy-tailscale-impersonate/s3"
+		}
+		return d.Errf("%s %s: this Caddy has no such storage; %s", option, name, remedy)
+	}
+	module, err := caddyfile.UnmarshalModule(d, id)
+	if err != nil {
+		return err
+	}
+	if _, ok := module.(recordings.Storage); !ok {
+		return d.Errf("%s %s: the module %s is not a storage of recordings (%T)", option, name, id, module)
+	}
+	*value = caddyconfig.JSONModuleObject(module, "storage", name, nil)
 	return nil
 }
 

@@ -15,7 +15,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -28,6 +27,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/metrics"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/outbox"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/quota"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recordings"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/revocation"
@@ -67,7 +67,7 @@ type App struct {
 	sites    sites.Directory
 	running  []*authn.Authenticator
 	retire   sync.Once
-	readers  map[string][]sharing // of the directories with recordings
+	kept     keeping
 	// servers are the config's servers that have had connections.
 	servers sync.Map // *http.Server -> true
 }
@@ -101,7 +101,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 	a.nodes = &nodes{logger: ctx.Logger()}
 	a.sites.HTTPPort = a.httpPort
 	a.watch = func(all []*tailnet.Node) { a.nodes.watch(ctx, all) }
-	metrics.Register(ctx.GetMetricsRegistry(), &a.process.Requests, &a.process.Memory, a.nodes, service.Metric)
+	metrics.Register(ctx.GetMetricsRegistry(), &a.process.Requests, &a.process.Memory, &a.process.Outboxes, a.nodes, service.Metric)
 	return events.(*caddyevents.App).Subscribe(&caddyevents.Subscription{
 		Events:   []string{started, stopping},
 		Handlers: []caddyevents.Handler{a},
@@ -116,47 +116,6 @@ func (a *App) Recordings() *sessionrecording.Dirs { return &a.process.Recordings
 
 // Indexes returns the indexes of recordings of the process.
 func (a *App) Indexes() *recordings.Indexes { return &a.process.Indexes }
-
-// ShareRecordings notes that a handler records to a directory, and that members of groups
-// read what is in it, or that there is no page on which they could. It returns an error if
-// another handler of the config records to it and has other readers: nobody must read the
-// sessions of a site that does not name them.
-func (a *App) ShareRecordings(dir string, readers []string, page bool) error {
-	readers = slices.Compact(slices.Sorted(slices.Values(readers)))
-	dir = realPath(dir)
-	for _, other := range a.readers[dir] {
-		if (page || other.page) && !slices.Equal(other.readers, readers) {
-			return fmt.Errorf("recordings: another site records to %s as well, and its recordings_readers are not the same; give each site a directory, or both the same readers", dir)
-		}
-	}
-	if a.readers == nil {
-		a.readers = make(map[string][]sharing)
-	}
-	a.readers[dir] = append(a.readers[dir], sharing{readers, page})
-	return nil
-}
-
-// realPath returns the path of a directory without links: it may have several names, and
-// may not exist yet.
-func realPath(dir string) string {
-	rest := ""
-	for {
-		if resolved, err := filepath.EvalSymlinks(dir); err == nil {
-			return filepath.Join(resolved, rest)
-		}
-		parent := filepath.Dir(dir)
-		if parent == dir {
-			return filepath.Join(dir, rest)
-		}
-		dir, rest = parent, filepath.Join(filepath.Base(dir), rest)
-	}
-}
-
-// sharing is who reads the recordings of a handler.
-type sharing struct {
-	readers []string // sorted
-	page    bool
-}
 
 // Memory returns what bounds the memory of the process that callers make it hold.
 func (a *App) Memory() *quota.Budget { return &a.process.Memory }
@@ -201,6 +160,10 @@ func (a *App) Handle(_ context.Context, event caddy.Event) error {
 // complete, and safe to read: Caddy may still add to it while the first listener serves
 // a request.
 func (a *App) started() {
+	// Before anything is deleted for its age.
+	for dir, settings := range a.kept.stores {
+		a.process.Outboxes.Of(dir).Start(a.ctx, settings)
+	}
 	for _, start := range a.starting {
 		start()
 	}
@@ -290,6 +253,8 @@ type Process struct {
 	Requests revocation.Registry
 	// Recordings knows the directories with recordings.
 	Recordings sessionrecording.Dirs
+	// Outboxes send recordings to storages.
+	Outboxes outbox.Outboxes
 	// Indexes knows the indexes of recordings.
 	Indexes recordings.Indexes
 	// Memory bounds what callers make the process hold.

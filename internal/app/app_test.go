@@ -7,8 +7,6 @@ import (
 	"encoding/json"
 	"net/http/httptest"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -231,41 +229,5 @@ func TestHandle_NewConfigJudgesOpenRequests(t *testing.T) {
 	case <-request.Done():
 	case <-time.After(10 * time.Second):
 		t.Error("the request goes on under the policy of the config that is gone; want it ended by the new config's")
-	}
-}
-
-// Nobody reads the sessions of a site that does not name them.
-func TestShareRecordings_SitesOfADirectoryHaveTheSameReaders(t *testing.T) {
-	links := t.TempDir()
-	if err := os.Symlink(t.TempDir(), filepath.Join(links, "link")); err != nil {
-		t.Fatal(err)
-	}
-	target, err := filepath.EvalSymlinks(filepath.Join(links, "link"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, tt := range []struct {
-		name   string
-		shares func(a *app.App) error
-		fails  bool
-	}{
-		{"the same readers", func(a *app.App) error { return a.ShareRecordings("/d", []string{"b", "a"}, true) }, false},
-		{"another directory", func(a *app.App) error { return a.ShareRecordings("/e", []string{"c"}, true) }, false},
-		{"more readers", func(a *app.App) error { return a.ShareRecordings("/d", []string{"a", "b", "c"}, true) }, true},
-		{"another name of it", func(a *app.App) error { return a.ShareRecordings(links+"/link/new", []string{"c"}, true) }, true},
-		{"no page", func(a *app.App) error { return a.ShareRecordings("/d", nil, false) }, true},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			a := new(app.App)
-			if err := a.ShareRecordings("/d", []string{"a", "b"}, true); err != nil {
-				t.Fatal(err)
-			}
-			if err := a.ShareRecordings(target+"/new", []string{"a", "b"}, true); err != nil {
-				t.Fatal(err)
-			}
-			if err := tt.shares(a); (err != nil) != tt.fails {
-				t.Errorf("got %v", err)
-			}
-		})
 	}
 }

@@ -27,6 +27,8 @@ const (
 	// closeTimeout is how long tailnet nodes may then take to close. tsnet gives itself
 	// as long to log out, or to send its logs.
 	closeTimeout = 5 * time.Second
+	// storeTimeout is how long recordings that wait for a storage may meanwhile take.
+	storeTimeout = 5 * time.Second
 	// overdue is how long Caddy may take to exit by itself once its grace period is over.
 	overdue = time.Second
 	// reportInterval is the time between two log messages about what Caddy waits for.
@@ -40,6 +42,8 @@ const (
 type stop struct {
 	requests *revocation.Registry
 	logger   *zap.Logger
+	// store sends recordings to their storage until ctx is done.
+	store func(ctx context.Context)
 	// closeNodes closes the tailnet listeners.
 	closeNodes func()
 	// delay is Caddy's shutdown_delay, grace its grace_period, 0 if it has none.
@@ -53,6 +57,7 @@ func (a *App) newStop(exit func()) *stop {
 	s := &stop{
 		requests: &a.process.Requests,
 		logger:   a.ctx.Logger(),
+		store:    a.process.Outboxes.Flush,
 		closeNodes: func() {
 			a.closeIdle()
 			a.retireListeners(closeTimeout)
@@ -81,7 +86,15 @@ func (s *stop) run() {
 
 func (s *stop) leave() {
 	logEnded(s.logger, revocation.Exiting, s.requests.Stop(streamsTimeout))
+	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
+	defer cancel()
+	stored := make(chan struct{})
+	go func() {
+		defer close(stored)
+		s.store(ctx) // with the recordings of the sessions that have just ended
+	}()
 	s.closeNodes()
+	<-stored
 }
 
 // drain has the control server send new connections to Tailscale Services to their other

@@ -3,6 +3,7 @@
 package app
 
 import (
+	"context"
 	"net/http/httptest"
 	"net/netip"
 	"testing"
@@ -38,7 +39,7 @@ func TestStop_EndsProcessAfterGracePeriod(t *testing.T) {
 		registry := new(revocation.Registry)
 		exited := make(chan struct{})
 		s := &stop{
-			requests: registry, logger: zap.New(core), closeNodes: func() {},
+			requests: registry, logger: zap.New(core), closeNodes: func() {}, store: func(context.Context) {},
 			delay: 5 * time.Second, grace: 30 * time.Second, exit: func() { close(exited) },
 		}
 		began := time.Now()
@@ -74,7 +75,7 @@ func TestStop_StreamsEndBeforeNodesClose(t *testing.T) {
 				began := time.Now()
 				closed, exited := make(chan time.Duration, 1), make(chan struct{})
 				s := &stop{
-					requests: registry, logger: zap.NewNop(), closeNodes: func() { closed <- time.Since(began) },
+					requests: registry, logger: zap.NewNop(), store: func(context.Context) {}, closeNodes: func() { closed <- time.Since(began) },
 					delay: tt.delay, grace: time.Minute, exit: func() { close(exited) },
 				}
 				returned := make(chan time.Duration, 1)

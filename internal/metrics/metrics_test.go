@@ -110,7 +110,7 @@ func TestRegister_Labels(t *testing.T) {
 			}
 		}
 	}
-	if plugin != 9 {
-		t.Errorf("got %d metrics; want 9", plugin)
+	if plugin != 10 {
+		t.Errorf("got %d metrics; want 10", plugin)
 	}
 }

@@ -83,8 +83,13 @@ const (
 	// bytes of text.
 	batch     = 256
 	batchText = 16 << 20
-	// refreshInterval is how often the whole store is listed.
+	// refreshInterval is how often the store is listed. If that takes long, the whole store
+	// is listed less often: wholeShare times as long as it takes lies between.
 	refreshInterval = time.Minute
+	wholeShare      = 60
+	// lately is how far back the store is listed in between. What another replica has
+	// recorded is in the store when its session is over, behind others that began later.
+	lately = 24 * time.Hour
 	// relistAfter is how long recordings are read before new ones are looked for.
 	relistAfter = 10 * time.Second
 	// freshness is how old the list may be that a reader gets, and patience how long a
@@ -121,8 +126,12 @@ type Index struct {
 	// waiting is how many recordings have not been read, and left how many older ones are
 	// not listed.
 	waiting, left int
-	db            *bolt.DB // nil if there is no file for it
-	strings       map[string]string
+	// away is why the list lacks what is new in a storage, nil if it does not.
+	away error
+	// wholeAt is when the whole store is listed again.
+	wholeAt time.Time
+	db      *bolt.DB // nil if there is no file for it
+	strings map[string]string
 	// own says that db is that of the directory, and damaged that it has to be made anew.
 	own, damaged bool
 }
@@ -160,27 +169,27 @@ func (x *Index) Run(ctx context.Context) {
 	defer x.close()
 	ticker := time.NewTicker(refreshInterval)
 	defer ticker.Stop()
-	for whole := true; ; {
+	for due := true; ; {
 		if x.isDamaged() {
 			x.discard()
 			x.open()
-			whole = true
+			due, x.wholeAt = true, time.Time{}
 		}
-		more, err := x.refresh(ctx, whole)
-		if err != nil && ctx.Err() == nil {
+		more, err := x.refresh(ctx, due && !time.Now().Before(x.wholeAt))
+		if err != nil && due && ctx.Err() == nil {
 			x.logger.Error("the recordings cannot be listed", zap.Error(err))
 		}
 		if more && ctx.Err() == nil {
-			whole = true
+			due = true
 			continue
 		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
-			whole = true
+			due = true
 		case <-x.kick:
-			whole = false
+			due = false
 		}
 	}
 }
@@ -360,7 +369,8 @@ func (x *Index) share(r *Recording) {
 }
 
 // refresh lists the store, or only what is new in it, and reads what has changed. It returns
-// true if there is more to read than can be read before the list is old.
+// true if there is more to read than can be read before the list is old. If a storage is
+// away, what is known of it stays.
 func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) {
 	x.mu.RLock()
 	known := x.all
@@ -369,7 +379,7 @@ func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) 
 	if !whole {
 		from = len(known)
 		for i, r := range known {
-			if running(r.entry()) {
+			if running(r.entry()) || time.Since(recstore.Requested(r.ID)) < lately {
 				from = i
 				break
 			}
@@ -380,13 +390,19 @@ func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) 
 		after = known[from-1].ID
 	}
 	var entries []recstore.Entry
-	for {
+	var away error
+	for began := time.Now(); ; {
 		some, err := x.Store().List(ctx, after, listed)
-		if err != nil {
+		if isAway(err) {
+			away = err
+		} else if err != nil {
 			return false, err
 		}
 		entries = append(entries, some...)
 		if len(some) < listed {
+			if whole {
+				x.wholeAt = time.Now().Add(wholeShare * time.Since(began))
+			}
 			break
 		}
 		after = some[len(some)-1].ID
@@ -406,11 +422,18 @@ func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) 
 		}
 		all = append(all, r)
 	}
+	if away != nil {
+		for _, r := range byID {
+			all = append(all, r)
+		}
+		clear(byID) // whether they are gone is not known
+		slices.SortFunc(all, func(a, b *Recording) int { return strings.Compare(a.ID, b.ID) })
+	}
 	left := max(0, len(all)-maxRecordings)
 	all = all[left:]
 	changed = slices.DeleteFunc(changed, func(r *Recording) bool { return len(all) > 0 && r.ID < all[0].ID })
 	x.mu.Lock()
-	x.all, x.waiting = all, len(changed)
+	x.all, x.waiting, x.away = all, len(changed), away
 	if whole {
 		x.left = left
 	}
@@ -419,7 +442,14 @@ func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) 
 	x.fresh = make(chan struct{})
 	x.mu.Unlock()
 	x.forget(byID)
-	return x.readAll(ctx, changed)
+	more, err = x.readAll(ctx, changed)
+	return more, errors.Join(away, err)
+}
+
+// isAway reports whether err is that of a storage that is away, and may be back later.
+func isAway(err error) bool {
+	unavailable := (*recstore.Unavailable)(nil)
+	return errors.As(err, &unavailable)
 }
 
 // unread returns a recording that has not been read since it has changed. before is what it
@@ -469,7 +499,7 @@ type indexed struct {
 // readAll reads recordings, the newest first, and puts them into the index.
 func (x *Index) readAll(ctx context.Context, changed []*Recording) (more bool, err error) {
 	var done []indexed
-	size, unread := 0, 0
+	size, unread, away := 0, 0, false
 	encoder, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true), zstd.WithEncoderLevel(zstd.SpeedFastest))
 	if err != nil {
 		return false, err
@@ -484,7 +514,11 @@ func (x *Index) readAll(ctx context.Context, changed []*Recording) (more bool, e
 		}
 		if err != nil {
 			unread++
-			x.logger.Error("a recording cannot be read for the index, and is tried again", zap.String("session", r.ID), zap.Error(err))
+			// A storage that is away is for one line in the log.
+			if !away || !isAway(err) {
+				x.logger.Error("a recording cannot be read for the index, and is tried again", zap.String("session", r.ID), zap.Error(err))
+			}
+			away = away || isAway(err)
 		} else {
 			entry := indexed{Recording: read}
 			if read.Text {
@@ -660,6 +694,8 @@ type State struct {
 	Waiting, Left int
 	// Listed is when the store was last listed, the zero time if it never was.
 	Listed time.Time
+	// Away says that the list may lack what is new in a storage.
+	Away bool
 }
 
 // Recordings returns all recordings, sorted by ID. The caller must not change them. It waits
@@ -683,7 +719,7 @@ func (x *Index) Recordings(ctx context.Context) ([]*Recording, State) {
 	}
 	x.mu.RLock()
 	defer x.mu.RUnlock()
-	return x.all, State{x.waiting, x.left, x.listedAt}
+	return x.all, State{x.waiting, x.left, x.listedAt, x.away != nil}
 }
 
 // Lookup returns what is known about a recording, which may be out of date.

@@ -427,6 +427,8 @@ func (s *Site) look(ctx context.Context, id string) (*Recording, error) {
 	r := &Recording{ID: id, Size: entry.Size, Modified: entry.Modified, Complete: entry.Complete, Start: recstore.Requested(id)}
 	if c, err := openCast(file); err == nil {
 		r.setHeader(c)
+	} else if isAway(err) {
+		return nil, storeError(err)
 	} else if !errors.Is(err, io.EOF) {
 		r.Unreadable = true
 	}
@@ -526,6 +528,9 @@ func (s *Site) lines(r request, id string) ([]line, error) {
 	}
 	defer done()
 	c, err := openCast(file)
+	if isAway(err) {
+		return nil, storeError(err)
+	}
 	if err != nil {
 		return nil, nil //nolint:nilerr // it is no recording, or has not begun, and has no text
 	}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package recordings
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recstore"
+)
+
+// archive is a storage in a directory that can be away.
+type archive struct {
+	recstore.Store
+	listing, reading atomic.Bool // whether that fails
+}
+
+func (*archive) String() string { return "archive" }
+
+func (*archive) Put(context.Context, string, *io.SectionReader) error { return errors.ErrUnsupported }
+
+var errAway = errors.New("out of order")
+
+func (a *archive) List(ctx context.Context, after string, n int) ([]recstore.Entry, error) {
+	if a.listing.Load() {
+		return nil, errAway
+	}
+	return a.Store.List(ctx, after, n)
+}
+
+func (a *archive) Open(ctx context.Context, id string) (io.ReadCloser, recstore.Entry, error) {
+	if a.reading.Load() {
+		return nil, recstore.Entry{}, errAway
+	}
+	return a.Store.Open(ctx, id)
+}
+
+// eventually waits until what holds.
+func eventually(t *testing.T, message string, what func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !what(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal(message)
+		}
+	}
+}
+
+// While a storage is away, the list has what is known of it, and what is recorded here. What
+// could not be read is read when it is back.
+func TestIndex_StorageIsAway(t *testing.T) {
+	dir, elsewhere := t.TempDir(), t.TempDir()
+	from := &archive{Store: recstore.Dir(elsewhere)}
+	// What is older than a day is listed less often.
+	began := time.Now().UTC()
+	id := func(n int) string {
+		return began.Add(time.Duration(n)*time.Second).Format("20060102T150405Z") + "-abcdefghijklmnopqrstuvwxyz"
+	}
+	record := func(dir string, n int, text string) {
+		if err := os.WriteFile(filepath.Join(dir, id(n)+".cast"), []byte(session("alice", "prod", "web", text)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	record(elsewhere, 1, "before")
+	record(dir, 2, "here")
+	// Each storage is asked again after a pause, which this test does not wait for.
+	store := func() recstore.Store { return recstore.Union(recstore.Dir(dir), recstore.Storage(from)) }
+	var all Indexes
+	x, release := all.Use(dir, store(), zap.NewNop())
+	defer release()
+	wait(t, x)
+	ids := func(f Filter) (ids []string, state State) {
+		page, err := x.Page(t.Context(), f, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range page.Found {
+			ids = append(ids, r.ID)
+		}
+		return ids, page.State
+	}
+
+	from.listing.Store(true)
+	record(elsewhere, 3, "unseen")
+	record(dir, 4, "here as well")
+	eventually(t, "the recordings are not listed while the storage is away", func() bool {
+		got, state := ids(Filter{})
+		return state.Away && slices.Equal(got, []string{id(4), id(2), id(1)})
+	})
+	if got, _ := ids(Filter{Text: "before"}); !slices.Equal(got, []string{id(1)}) {
+		t.Errorf("what is known of the storage is not found, but %v", got)
+	}
+
+	// It lists, but cannot be read.
+	from.reading.Store(true)
+	from.listing.Store(false)
+	x.setStore(store())
+	eventually(t, "the storage is not listed again", func() bool {
+		got, state := ids(Filter{})
+		return !state.Away && slices.Equal(got, []string{id(4), id(3), id(2), id(1)})
+	})
+	if r, ok := x.Lookup(id(3)); !ok || r.Unreadable || r.Text {
+		t.Errorf("what cannot be read now is %+v", r)
+	}
+
+	from.reading.Store(false)
+	x.setStore(store())
+	eventually(t, "the recording is not read again", func() bool {
+		got, _ := ids(Filter{Text: "unseen"})
+		return slices.Equal(got, []string{id(3)})
+	})
+}
