@@ -24,7 +24,7 @@ DEBIAN_PACKAGES := $(strip $(file < lab/node/packages.txt))
 NODE_PARTS      := kubernetes-node pause debian/.unpacked
 NODE_REASON     := $(if $(filter-out Linux,$(shell uname -s)),this is not Linux,$(if $(filter-out 0,$(shell id -u)),you are not root,$(if $(shell command -v apt-get),$(if $(shell command -v dpkg),,there is no dpkg),there is no apt-get)))
 
-MODULES_WANTED   := tailscale_impersonate admin.api.tailscale_impersonate http.handlers.tailscale_impersonate http.reverse_proxy.transport.kubernetes http.matchers.kubernetes http.matchers.tailnet_up
+MODULES_WANTED   := tailscale_impersonate admin.api.tailscale_impersonate http.handlers.tailscale_impersonate http.reverse_proxy.transport.kubernetes http.matchers.kubernetes http.matchers.tailnet_up tailscale_impersonate.recordings.directory tailscale_impersonate.recordings.s3
 
 # KUBEBUILDER_ASSETS may name a folder with etcd, kube-apiserver and kubectl. If one
 # is missing, none is used, so that all come from the same version.
@@ -60,7 +60,7 @@ help: ## list the targets
 
 # What the demo and the tests run, and what only the tests run.
 DEMO_PARTS := $(addprefix $(BIN)/,$(KUBERNETES_PARTS) clusterrole-aggregation headscale)
-TEST_PARTS := $(addprefix $(BIN)/,helm tailscaled promql servicemonitors.yaml)
+TEST_PARTS := $(addprefix $(BIN)/,helm tailscaled promql servicemonitors.yaml versitygw)
 ifeq ($(NODE_REASON),)
 TEST_PARTS += node
 endif
@@ -157,6 +157,8 @@ test: components $(RACE)/overlay.json ## run every test with the race detector
 	@failed=; \
 	echo "==> go test -race ./..."; \
 	go test -race -overlay=$(RACE)/overlay.json $(TEST_FLAGS) ./... || failed="$$failed root"; \
+	echo "==> (in s3) go test -race ./..."; \
+	(cd s3 && go test -race $(TEST_FLAGS) ./...) || failed="$$failed s3"; \
 	echo "==> (in lab) go test -race -count=1 -timeout $(LAB_TEST_TIMEOUT) ./..."; \
 	(cd lab && go test -race -overlay=$(RACE)/overlay.json -count=1 $(TEST_FLAGS) -timeout $(LAB_TEST_TIMEOUT) ./...) || failed="$$failed lab"; \
 	if [ -n "$$failed" ]; then echo "==> tests failed in:$$failed"; exit 1; fi; \
@@ -217,19 +219,19 @@ SOAKTIME ?= 10m
 soak: $(DEMO_PARTS) ## attack the proxy from 100 devices for SOAKTIME (default 10m), beside 20 that must not notice
 	cd lab && go build -o .bin/soak ./cmd/soak && go build -trimpath -ldflags "-s -w" -o .bin/caddy-standin ./cmd/caddy && .bin/soak -duration $(SOAKTIME)
 
-lint: $(BIN)/golangci-lint $(BIN)/actionlint ## run the linters on both modules and on the workflows
+lint: $(BIN)/golangci-lint $(BIN)/actionlint ## run the linters on all modules and on the workflows
 	@failed=; \
 	echo "==> actionlint"; \
 	$(BIN)/actionlint -shellcheck= -pyflakes= .github/workflows/*.yml || failed="$$failed workflows"; \
-	for dir in . lab; do \
+	for dir in . s3 lab; do \
 		echo "==> (in $$dir) golangci-lint run"; \
 		(cd $$dir && "$(CURDIR)/$(BIN)/golangci-lint" run --allow-parallel-runners --config "$(CURDIR)/.golangci.yml" ./...) || failed="$$failed $$dir"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "==> lint failed in:$$failed"; exit 1; fi
 
 xcaddy: $(BIN)/xcaddy ## build Caddy with the plugin through xcaddy, and check that it has the plugin's modules
-	@echo "==> xcaddy build $(CADDY_VERSION) --with $(MODULE)"
-	$(BIN)/xcaddy build $(CADDY_VERSION) --with $(MODULE)@v0.0.0=$(CURDIR) --output $(BIN)/caddy
+	@echo "==> xcaddy build $(CADDY_VERSION) --with $(MODULE) --with $(MODULE)/s3"
+	$(BIN)/xcaddy build $(CADDY_VERSION) --with $(MODULE)@v0.0.0=$(CURDIR) --with $(MODULE)/s3@v0.0.0=$(CURDIR)/s3 --output $(BIN)/caddy
 	@$(BIN)/caddy list-modules > $(BIN)/caddy.modules
 	@for module in $(MODULES_WANTED); do \
 		grep -qx "$$module" $(BIN)/caddy.modules || { echo "==> $(BIN)/caddy lacks module $$module"; exit 1; }; \
@@ -248,12 +250,13 @@ CADDY_TAILSCALE_VERSION := $(shell sed -n 's/^ARG CADDY_TAILSCALE_VERSION=//p' x
 
 # A release takes the plugin by its version, so that Caddy says which it has and the path of
 # the working copy is not part of its bytes.
-release-caddy: $(BIN)/xcaddy ## build Caddy with caddy-tailscale and the plugin for the image, into lab/.bin/release; the plugin of VERSION, or of the working copy
+release-caddy: $(BIN)/xcaddy ## build Caddy with caddy-tailscale and the plugin for the image, into lab/.bin/release; the plugin of VERSION, or of the working copy; with the storage in S3 if WITH_S3=1
 	@for arch in amd64 arm64; do \
 		echo "==> xcaddy build $(CADDY_VERSION) for $$arch"; \
 		GOOS=linux GOARCH=$$arch CGO_ENABLED=0 $(BIN)/xcaddy build $(CADDY_VERSION) \
 			--with $(CADDY_TAILSCALE)@$(CADDY_TAILSCALE_VERSION) \
 			--with $(MODULE)@$(if $(VERSION),$(VERSION),v0.0.0=$(CURDIR)) \
+			$(if $(WITH_S3),--with $(MODULE)/s3@$(if $(VERSION),$(VERSION),v0.0.0=$(CURDIR)/s3)) \
 			--output $(BIN)/release/caddy-linux-$$arch || exit 1; \
 	done
 
@@ -332,6 +335,9 @@ $(BIN)/servicemonitors.yaml: $(TOOLS)/prometheus-operator/go.mod $(TOOLS)/promet
 	@mkdir -p $(BIN)
 	cd $(TOOLS)/prometheus-operator && go mod download $(OPERATOR) && \
 	install -m 644 "$$(go list -m -f '{{.Dir}}' $(OPERATOR))/example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml" ../../.bin/servicemonitors.yaml
+
+$(BIN)/versitygw: $(TOOLS)/versitygw/go.mod $(TOOLS)/versitygw/go.sum
+	$(call build,versitygw,versitygw,github.com/versity/versitygw/cmd/versitygw,2 minutes)
 
 $(BIN)/xcaddy: $(TOOLS)/xcaddy/go.mod $(TOOLS)/xcaddy/go.sum
 	$(call build,xcaddy,xcaddy,github.com/caddyserver/xcaddy/cmd/xcaddy,10 seconds)

@@ -15,6 +15,9 @@ ARG CADDY_VERSION=v2.11.9
 # github.com/tailscale/caddy-tailscale has no releases; this is commit 413764819c5e.
 ARG CADDY_TAILSCALE_VERSION=v0.0.0-20251225051618-413764819c5e
 
+# Not empty: with the storage of recordings in S3.
+ARG WITH_S3=
+
 ENV CGO_ENABLED=0 GOTOOLCHAIN=local
 # xcaddy v0.4.5, with the checksums of all its modules.
 COPY lab/tools/xcaddy /tools/xcaddy
@@ -24,6 +27,7 @@ COPY . /src
 RUN xcaddy build ${CADDY_VERSION} \
 	--with github.com/tailscale/caddy-tailscale@${CADDY_TAILSCALE_VERSION} \
 	--with github.com/tailscale-impersonate/caddy-tailscale-impersonate@v0.0.0=/src \
+	${WITH_S3:+--with github.com/tailscale-impersonate/caddy-tailscale-impersonate/s3@v0.0.0=/src/s3} \
 	--output /out/usr/bin/caddy
 # Fails if Caddy does not start or lacks a module.
 RUN /out/usr/bin/caddy list-modules > /tmp/modules \

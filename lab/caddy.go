@@ -16,9 +16,10 @@ import (
 	// Caddy's own modules, which the lab's Caddyfiles use.
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
-	// The plugin under test.
+	// The plugin under test, with the storage in S3.
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/s3"
 )
 
 // Caddy is the Caddy that runs in this process. A process can have only one.

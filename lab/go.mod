@@ -2,7 +2,10 @@ module github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab
 
 go 1.26.6
 
-replace github.com/tailscale-impersonate/caddy-tailscale-impersonate => ../
+replace (
+	github.com/tailscale-impersonate/caddy-tailscale-impersonate => ../
+	github.com/tailscale-impersonate/caddy-tailscale-impersonate/s3 => ../s3
+)
 
 require (
 	github.com/CycloneDX/cyclonedx-go v0.12.0
@@ -11,13 +14,15 @@ require (
 	github.com/google/go-cmp v0.7.0
 	github.com/google/go-containerregistry v0.22.1
 	github.com/google/uuid v1.6.0
+	github.com/minio/minio-go/v7 v7.4.1
 	github.com/onsi/ginkgo/v2 v2.32.0
 	github.com/package-url/packageurl-go v0.1.7
 	github.com/prometheus/common v0.71.0
 	github.com/prometheus/procfs v0.22.0
 	github.com/quic-go/quic-go v0.63.0
 	github.com/spf13/cobra v1.10.2
-	github.com/tailscale-impersonate/caddy-tailscale-impersonate v0.0.0-00010101000000-000000000000
+	github.com/tailscale-impersonate/caddy-tailscale-impersonate v0.0.0
+	github.com/tailscale-impersonate/caddy-tailscale-impersonate/s3 v0.0.0
 	github.com/tailscale/hujson v0.0.0-20260302212456-ecc657c15afd
 	github.com/vishvananda/netlink v1.3.1
 	go.uber.org/goleak v1.3.0
@@ -50,12 +55,19 @@ require (
 	github.com/charmbracelet/x/windows v0.2.2 // indirect
 	github.com/clipperhouse/displaywidth v0.11.0 // indirect
 	github.com/clipperhouse/uax29/v2 v2.7.0 // indirect
+	github.com/klauspost/crc32 v1.3.0 // indirect
 	github.com/lucasb-eyer/go-colorful v1.4.1 // indirect
 	github.com/mattn/go-runewidth v0.0.24 // indirect
+	github.com/minio/crc64nvme v1.1.1 // indirect
+	github.com/minio/md5-simd v1.1.2 // indirect
 	github.com/muesli/cancelreader v0.2.2 // indirect
+	github.com/philhofer/fwd v1.2.0 // indirect
 	github.com/rivo/uniseg v0.4.7 // indirect
-	github.com/xo/terminfo v0.0.0-20220910002029-abceb7e1c41e // indirect
+	github.com/tinylib/msgp v1.6.4 // indirect
+	github.com/xo/terminfo v1.0.0 // indirect
+	github.com/zeebo/xxh3 v1.1.0 // indirect
 	golang.org/x/mod v0.41.0 // indirect
+	gopkg.in/ini.v1 v1.67.3 // indirect
 )
 
 require (
