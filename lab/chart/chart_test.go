@@ -178,6 +178,11 @@ func TestChart_OptionsReachTheHandler(t *testing.T) {
 		"allow_hosts":   []any{"k8s.example.com", "192.0.2.1"},
 		"cache_ttl":     0.0, "recheck_interval": 10.0 * second, "recheck_grace": 60.0 * second, "max_connection_age": 5400.0 * second,
 		"record": "/recordings/sessions", "record_max_size": 1.5 * (1 << 30), "record_retention": 30.0 * 86400 * second,
+		"record_to": map[string]any{
+			"storage": "s3", "bucket": "recordings", "endpoint": "https://minio.example.com:9000", "prefix": "prod/",
+			"object_lock": "governance", "object_lock_for": 90.0 * 86400 * second, "path_style": true,
+		},
+		"record_remove_stored": true, "record_store_within": 3600.0 * second,
 		"record_required": true, "record_input": "all", "enforced_sessions": []any{"exec", "attach"},
 		"recordings": "/sessions", "recordings_readers": []any{"auditors", "security-*"},
 		"events": "log", "event_body_limit": 16.0 * 1024, "event_body_refuse": true, "event_secret_bodies": true,

@@ -9,19 +9,41 @@
 {{- end -}}
 {{- end }}
 
+{{/* An option with its arguments: nothing if the value is false or empty. */}}
+{{- define "proxy.option" -}}
+{{- if kindIs "bool" .value -}}
+{{- if .value }}{{ .name }}{{ end -}}
+{{- else if kindIs "slice" .value -}}
+{{- $arguments := list -}}
+{{- range .value }}{{ $arguments = append $arguments (include "proxy.argument" .) }}{{ end -}}
+{{- if $arguments }}{{ .name }} {{ join " " $arguments }}{{ end -}}
+{{- else if .value -}}
+{{ .name }} {{ include "proxy.argument" .value }}
+{{- end -}}
+{{- end }}
+
+{{/* The option record_to. */}}
+{{- define "proxy.recordTo" -}}
+{{- include "proxy.option" (dict "name" "record_to" "value" (prepend .arguments .storage)) -}}
+{{- $lines := list -}}
+{{- range $name, $value := .options -}}
+{{- with include "proxy.option" (dict "name" $name "value" $value) }}{{ $lines = append $lines . }}{{ end -}}
+{{- end -}}
+{{- if $lines }} {
+	{{ join "\n\t" $lines }}
+}
+{{- end -}}
+{{- end }}
+
 {{/* The options of tailscale_kubernetes, one a line. */}}
 {{- define "proxy.options" -}}
 {{- $lines := list -}}
 {{- range $name, $value := .Values.options -}}
 {{- if hasPrefix "event_body_" $name -}}
-{{- else if kindIs "bool" $value -}}
-{{- if $value }}{{ $lines = append $lines $name }}{{ end -}}
-{{- else if kindIs "slice" $value -}}
-{{- $arguments := list -}}
-{{- range $value }}{{ $arguments = append $arguments (include "proxy.argument" .) }}{{ end -}}
-{{- if $arguments }}{{ $lines = append $lines (printf "%s %s" $name (join " " $arguments)) }}{{ end -}}
-{{- else if $value -}}
-{{- $lines = append $lines (printf "%s %s" $name (include "proxy.argument" $value)) -}}
+{{- else if eq $name "record_to" -}}
+{{- if $value.storage }}{{ $lines = append $lines (include "proxy.recordTo" $value) }}{{ end -}}
+{{- else -}}
+{{- with include "proxy.option" (dict "name" $name "value" $value) }}{{ $lines = append $lines . }}{{ end -}}
 {{- end -}}
 {{- end -}}
 {{- /* Two values are one option, of which the first is the handler's default. */ -}}

@@ -29,10 +29,18 @@
 {{- else if and .Values.tls.secretName (ne .Values.tls.issuer "secret") -}}
 {{- $problems = append $problems "tls.secretName: needs tls.issuer secret" -}}
 {{- end -}}
-{{- range $name := list "record_max_size" "record_retention" "record_required" "recordings" -}}
-{{- if and (get $options $name) (not $options.record) -}}
+{{- range $name := list "record_max_size" "record_retention" "record_required" "record_to" "recordings" -}}
+{{- if and (get $options $name) (not $options.record) (or (ne $name "record_to") $options.record_to.storage) -}}
 {{- $problems = append $problems (printf "options.%s: needs options.record, the directory to record to" $name) -}}
 {{- end -}}
+{{- end -}}
+{{- range $name := list "record_remove_stored" "record_store_within" -}}
+{{- if and (get $options $name) (not $options.record_to.storage) -}}
+{{- $problems = append $problems (printf "options.%s: needs options.record_to.storage, which gets the recordings" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (or $options.record_to.arguments $options.record_to.options) (not $options.record_to.storage) -}}
+{{- $problems = append $problems "options.record_to: needs storage, whose arguments and options it gives" -}}
 {{- end -}}
 {{- if and $options.recordings (not $options.recordings_readers) -}}
 {{- $problems = append $problems "options.recordings: needs options.recordings_readers, the groups whose members may read recordings" -}}
