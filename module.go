@@ -465,7 +465,7 @@ func (h *Handler) serveWhoami(w http.ResponseWriter, r *http.Request) error {
 		scheme = "http"
 	}
 	facts.Server = scheme + "://" + r.Host + sitepath.Of(r)
-	facts.Sites, facts.SitesIncomplete = h.sites.For(r.Context(), visitor, h)
+	facts.Sites, facts.SitesIncomplete = h.sites.For(r.Context(), visitor, h, facts.Server)
 	if facts.CA, err = h.site.CA(r); err != nil {
 		h.logger.Error("cannot find out who issued the site's certificate, and the kubeconfig of the whoami page names no CA", zap.Error(err))
 	}

@@ -36,6 +36,9 @@ type Door struct {
 	Host string // empty for the name of the tailnet node
 	Port uint16
 	TLS  bool
+	// Service is the name of the Tailscale Service that the site has there, empty for the
+	// node's own address.
+	Service string
 }
 
 // Welcome is what a visitor finds at a site.
@@ -85,11 +88,40 @@ func (a *Authenticator) behind(ctx context.Context, host string) tailnet.Nodes {
 	return a.nodes // DNS may say that it is any of them
 }
 
+// dialled returns the address that the visitor would dial to get to door at node. It is not
+// ok if the door does not lead there. An error means that this is unknown.
+func dialled(ctx context.Context, node *tailnet.Node, visitor Visitor, door Door) (local netip.Addr, ok bool, err error) {
+	if door.Host != "" {
+		if ok, err := node.LeadsTo(ctx, door.Host, door.Service); !ok || err != nil {
+			return netip.Addr{}, false, err
+		}
+	}
+	if door.Service == "" {
+		ip4, ip6 := node.Addrs()
+		if visitor.Address.Is6() {
+			return ip6, true, nil
+		}
+		return ip4, true, nil
+	}
+	addrs, ok := node.Hosts(door.Service, door.Port)
+	if !ok {
+		return netip.Addr{}, false, nil
+	}
+	for _, addr := range addrs {
+		if addr.Is6() == visitor.Address.Is6() {
+			return addr, true, nil
+		}
+	}
+	// Another host may well serve it, but what the visitor is granted there is said for
+	// the address alone.
+	return netip.Addr{}, false, fmt.Errorf("the Tailscale Service %q is not hosted", door.Service)
+}
+
 // visitAt is [Authenticator.Visit] at one of the site's nodes.
 func (a *Authenticator) visitAt(ctx context.Context, node *tailnet.Node, visitor Visitor, door Door) (*Welcome, error) {
-	local, ip6 := node.Addrs()
-	if visitor.Address.Is6() {
-		local = ip6
+	local, ok, err := dialled(ctx, node, visitor, door)
+	if !ok || err != nil {
+		return nil, err
 	}
 	owner, err := a.nodes.Accepting(local)
 	switch {
@@ -109,7 +141,12 @@ func (a *Authenticator) visitAt(ctx context.Context, node *tailnet.Node, visitor
 	}
 	host := door.Host
 	if host == "" {
-		if host, err = node.FQDN(ctx); host == "" || err != nil {
+		if door.Service != "" {
+			host, err = node.ServiceFQDN(ctx, door.Service)
+		} else {
+			host, err = node.FQDN(ctx)
+		}
+		if host == "" || err != nil {
 			return nil, err
 		}
 	}

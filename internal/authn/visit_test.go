@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net/http"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -46,6 +47,84 @@ func visitorFrom(t *testing.T, key tskey.NodePublic) Visitor {
 		t.Fatal(err)
 	}
 	return visitor
+}
+
+// hosted is a service of a node.
+type hosted struct {
+	name  string
+	addrs []netip.AddrPort
+}
+
+func (h hosted) Service() (string, []netip.AddrPort) { return h.name, h.addrs }
+
+func (h hosted) Had(addr netip.Addr) bool {
+	return slices.ContainsFunc(h.addrs, func(a netip.AddrPort) bool { return a.Addr() == addr })
+}
+
+func (hosted) Drain(context.Context) error { return nil }
+
+// At a service, a visitor is who the node says that it is there, under the service's name.
+func TestVisit_AtService(t *testing.T) {
+	const at = "100.100.7.7:8443"
+	key := tskey.NewNode().Public()
+	api := hosted{name: "k8s-api", addrs: []netip.AddrPort{netip.MustParseAddrPort("[fd7a:115c:a1e0::7]:8443"), netip.MustParseAddrPort(at)}}
+	node := func(services ...tailnet.Service) *tailnet.Node {
+		node := otherNode(nil, nil)
+		node.Services = services
+		node.Ask = func(_ context.Context, _, local netip.Addr) (*apitype.WhoIsResponse, error) {
+			if local == netip.MustParseAddrPort(at).Addr() {
+				return onDevice(key, proxytest.Readers), nil
+			}
+			return onDevice(key), nil
+		}
+		return node
+	}
+	nameless := node(api)
+	nameless.DNSName = func(context.Context) (string, error) { return "", errors.New("gone") }
+	for _, tt := range []struct {
+		name    string
+		nodes   tailnet.Nodes
+		door    Door
+		want    string // the host
+		unknown bool
+	}{
+		{name: "named after the service", nodes: tailnet.Nodes{node(api)}, want: "k8s-api.example.ts.net"},
+		{name: "the service's name", nodes: tailnet.Nodes{node(api)}, door: Door{Host: "k8s-api.example.ts.net"}, want: "k8s-api.example.ts.net"},
+		{name: "a name of another DNS", nodes: tailnet.Nodes{node(api)}, door: Door{Host: "k8s.example.com", TLS: true}, want: "k8s.example.com"},
+		{name: "the node's name", nodes: tailnet.Nodes{node(api)}, door: Door{Host: "other.example.ts.net", TLS: true}},
+		{name: "another service's name", nodes: tailnet.Nodes{node(api, hosted{name: "web"})}, door: Door{Host: "web.example.ts.net", TLS: true}},
+		{name: "another node's service", nodes: tailnet.Nodes{node(hosted{name: "web"})}},
+		{name: "one of two nodes", nodes: tailnet.Nodes{proxytest.NewNode(nil, nil), node(api)}, want: "k8s-api.example.ts.net"},
+		{name: "two hosts", nodes: tailnet.Nodes{node(api), node(api)}},
+		{name: "not hosted", nodes: tailnet.Nodes{node(hosted{name: "k8s-api"})}, unknown: true},
+		{name: "hosted on another port", nodes: tailnet.Nodes{node(hosted{name: "k8s-api", addrs: []netip.AddrPort{netip.MustParseAddrPort("100.100.7.7:443")}})}, unknown: true},
+		{name: "hosted on IPv6 only", nodes: tailnet.Nodes{node(hosted{name: "k8s-api", addrs: api.addrs[:1]})}, unknown: true},
+		{name: "a node without a name", nodes: tailnet.Nodes{nameless}, unknown: true},
+		{name: "a node without a name, and a site with one", nodes: tailnet.Nodes{nameless}, door: Door{Host: "k8s.example.com", TLS: true}, unknown: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			tt.door.Port, tt.door.Service = 8443, "k8s-api"
+			// Only the service has grants.
+			welcome, err := newServer(t, Options{Limits: impersonate.Limits{RequireGroups: true}}, tt.nodes...).Visit(t.Context(), visitorFrom(t, key), tt.door)
+			got := ""
+			if welcome != nil {
+				got = welcome.Host
+				if welcome.Facts.Service != "k8s-api" || welcome.Local.String() != at {
+					t.Errorf("got %+v", welcome)
+				}
+			}
+			if got != tt.want || (err != nil) != tt.unknown {
+				t.Errorf("got host %q and error %v; want %q, and an error: %t", got, err, tt.want, tt.unknown)
+			}
+		})
+	}
+	// The node's own address is another door, to which the service's name does not lead.
+	for host, want := range map[string]bool{"": true, "other.example.ts.net": true, "k8s-api.example.ts.net": false} {
+		welcome, err := newServer(t, Options{}, node(api)).Visit(t.Context(), visitorFrom(t, key), Door{Host: host, Port: 8443, TLS: true})
+		if err != nil || (welcome != nil) != want || welcome != nil && welcome.Facts.Service != "" {
+			t.Errorf("at the node, as %q: got %+v, %v; want the visitor to be known: %t", host, welcome, err, want)
+		}
+	}
 }
 
 func TestVisit_OnlyWhoHasAnIdentityThere(t *testing.T) {

@@ -83,6 +83,19 @@ func parse(host string) (node string, service tailcfg.ServiceName, err error) {
 	return node, service, nil
 }
 
+// Name returns the name of the service that a site with this address listens on, without
+// the prefix, and whether it is one.
+func Name(address caddy.NetworkAddress) (name string, ok bool) {
+	if address.Network != network {
+		return "", false
+	}
+	_, service, err := parse(address.Host)
+	if err != nil {
+		return "", false
+	}
+	return service.WithoutPrefix(), true
+}
+
 // open has Caddy open a listener of caddy-tailscale on node, and returns that and the tsnet
 // server below it. The listener keeps the node running. Nothing accepts what it gets: tsnet
 // picks a free port for it, and closes what connects there.

@@ -45,6 +45,23 @@ func TestParse(t *testing.T) {
 	}
 }
 
+func TestName(t *testing.T) {
+	for address, want := range map[string]string{
+		"tailscale-service/k8s/k8s-api:443": "k8s-api",
+		"tailscale-service/k8s:443":         "",
+		"tailscale/k8s:443":                 "",
+		"k8s/k8s-api:443":                   "",
+	} {
+		parsed, err := caddy.ParseNetworkAddress(address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, ok := Name(parsed); got != want || ok != (want != "") {
+			t.Errorf("%s: got %q, %t; want %q", address, got, ok, want)
+		}
+	}
+}
+
 // What Caddy calls the network with, if a Caddyfile has the prefix.
 func TestParse_PrefixInCaddyfile(t *testing.T) {
 	_, host, _, err := caddy.SplitNetworkAddress("tailscale-service/k8s/svc:k8s-api")

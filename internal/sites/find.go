@@ -14,6 +14,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/rewrite"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/service"
 )
 
 // find returns where the sites are to be found. Their config has been provisioned.
@@ -41,15 +42,12 @@ func find(sites []Site, httpPort int) (places []*place) {
 	return places
 }
 
-// ports returns the ports on which a site listens on its tailnet nodes.
+// ports returns the ports on which a site listens on its tailnet nodes, and on services that
+// they host.
 func ports(site Site, httpPort int) (doors []authn.Door) {
 	for _, listen := range site.Server.Listen {
 		address, err := caddy.ParseNetworkAddress(listen)
 		if err != nil || address.IsUnixNetwork() || address.IsFdNetwork() {
-			continue
-		}
-		// Visit asks about the node's own addresses, and not about that of a service.
-		if address.Network == "tailscale-service" {
 			continue
 		}
 		// A plain socket is of the host, and not of a node, unless the host is the node.
@@ -58,7 +56,8 @@ func ports(site Site, httpPort int) (doors []authn.Door) {
 		}
 		port := uint16(address.StartPort) //nolint:gosec // it was parsed as such
 		tls := len(site.Server.TLSConnPolicies) > 0 && int(port) != httpPort
-		if d := (authn.Door{Port: port, TLS: tls}); !slices.Contains(doors, d) {
+		name, _ := service.Name(address)
+		if d := (authn.Door{Port: port, TLS: tls, Service: name}); !slices.Contains(doors, d) {
 			doors = append(doors, d)
 		}
 	}

@@ -83,9 +83,10 @@ type door struct {
 }
 
 // For returns the sites that a visitor may use, except for the one of the handler that it
-// visits, by their URLs. The list is incomplete if it is unknown of another site whether the
+// visits at the URL here, by their URLs. Of sites with the same URL, which are replicas of
+// one, there is the first in the config that lets the visitor in. The list is incomplete if it is unknown of another site whether the
 // visitor may use it. d may be nil.
-func (d *Directory) For(ctx context.Context, visitor authn.Visitor, visited caddyhttp.MiddlewareHandler) (list []whoami.Site, incomplete bool) {
+func (d *Directory) For(ctx context.Context, visitor authn.Visitor, visited caddyhttp.MiddlewareHandler, here string) (list []whoami.Site, incomplete bool) {
 	if d == nil {
 		return nil, false
 	}
@@ -112,8 +113,10 @@ func (d *Directory) For(ctx context.Context, visitor authn.Visitor, visited cadd
 		})
 	}
 	_ = all.Wait() // there are no errors
+	known := map[string]bool{here: true}
 	for _, site := range found {
-		if site != nil {
+		if site != nil && !known[site.Server] {
+			known[site.Server] = true
 			list = append(list, *site)
 		}
 	}

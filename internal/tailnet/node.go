@@ -71,14 +71,14 @@ type Node struct {
 	// has none.
 	DNSName func(ctx context.Context) (string, error)
 
+	// Services are the listeners of the server for Tailscale Services on the node.
+	Services []Service
+
 	// Status returns how the node is connected to its tailnet.
 	Status func(ctx context.Context) (Status, error)
 
 	// DialPeer connects to an address of the tailnet, as the node. Use [Node.Dial].
 	DialPeer func(ctx context.Context, network, address string) (net.Conn, error)
-
-	// services are the Tailscale Services that the server hosts on the node.
-	services []Service
 
 	// lastName is the last result of DNSName.
 	lastName atomic.Pointer[nodeName]

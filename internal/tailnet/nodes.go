@@ -26,7 +26,7 @@ func FromListeners(listeners []net.Listener) Nodes {
 		}
 		seen[s] = true
 		n := FromServer(s)
-		n.services = servicesOf(s, listeners)
+		n.Services = servicesOf(s, listeners)
 		nodes = append(nodes, n)
 	}
 	return nodes
@@ -71,7 +71,7 @@ func (nodes Nodes) Own(addr netip.Addr) bool {
 // ServiceAddrs returns the addresses and ports of the services that the nodes host.
 func (nodes Nodes) ServiceAddrs() (all []netip.AddrPort) {
 	for _, n := range nodes {
-		for _, s := range n.services {
+		for _, s := range n.Services {
 			_, addrs := s.Service()
 			all = append(all, addrs...)
 		}

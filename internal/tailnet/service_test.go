@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 
 	"tailscale.com/client/tailscale/apitype"
@@ -48,7 +49,7 @@ func (s *hosted) Drain(context.Context) error {
 // hosting returns a node that hosts services.
 func hosting(name string, ip4 netip.Addr, services ...Service) *Node {
 	n := owning(name, ip4, netip.Addr{})
-	n.services = services
+	n.Services = services
 	n.DNSName = func(context.Context) (string, error) { return name + ".example.ts.net", nil }
 	return n
 }
@@ -87,7 +88,7 @@ func TestAccepting_Services(t *testing.T) {
 	if got, err := nodes.Accepting(service4); err == nil {
 		t.Errorf("an address that the service had is one of node %q", got.Name)
 	}
-	if (&Node{Addrs: one.Addrs, services: []Service{&hosted{addrs: []netip.Addr{{}}}}}).Is(netip.Addr{}) {
+	if (&Node{Addrs: one.Addrs, Services: []Service{&hosted{addrs: []netip.Addr{{}}}}}).Is(netip.Addr{}) {
 		t.Error("no address is the node's")
 	}
 }
@@ -124,6 +125,70 @@ func TestOwns_Services(t *testing.T) {
 	n.DNSName = func(context.Context) (string, error) { return "", nil }
 	if got, _ := n.Owns(t.Context(), "k8s-api"); got {
 		t.Error("a node without a name has services with names")
+	}
+}
+
+func TestHosts_ServiceOnPort(t *testing.T) {
+	n := hosting("k8s", node4, &hosted{name: "web", addrs: []netip.Addr{peer4}}, &hosted{name: "k8s-api", addrs: []netip.Addr{service4, service6}}, &hosted{name: "lost", lost: []netip.Addr{service4}})
+	for _, tt := range []struct {
+		service string
+		port    uint16
+		want    []netip.Addr
+		ok      bool
+	}{
+		{"k8s-api", 443, []netip.Addr{service4, service6}, true},
+		{"k8s-api", 80, nil, true}, // another listener may be for that
+		{"lost", 443, nil, true},
+		{"other", 443, nil, false},
+		{"", 443, nil, false},
+	} {
+		if got, ok := n.Hosts(tt.service, tt.port); !slices.Equal(got, tt.want) || ok != tt.ok {
+			t.Errorf("%q, port %d: got %v, %t; want %v, %t", tt.service, tt.port, got, ok, tt.want, tt.ok)
+		}
+	}
+}
+
+// A name of the tailnet leads to what has it, and any other may lead to either.
+func TestLeadsTo_ServiceOrNode(t *testing.T) {
+	n := hosting("k8s", node4, &hosted{name: "web", addrs: []netip.Addr{peer4}}, &hosted{name: "k8s-api", addrs: []netip.Addr{service4}})
+	for host, want := range map[string]string{ // to where
+		"k8s": "node", "k8s.example.ts.net": "node", "100.64.0.1": "node",
+		"k8s-api": "k8s-api", "K8S-API.example.ts.net": "k8s-api", "100.100.7.7": "k8s-api",
+		"web.example.ts.net": "web",
+		"k8s.example.com":    "node k8s-api web", "k8s-api.other.ts.net": "node k8s-api web",
+	} {
+		for service, to := range map[string]string{"": "node", "k8s-api": "k8s-api", "web": "web"} {
+			if got, err := n.LeadsTo(t.Context(), host, service); got != strings.Contains(want, to) || err != nil {
+				t.Errorf("%s leads to %s: got %t (%v); want %t", host, to, got, err, !got)
+			}
+		}
+	}
+	n.lastName.Store(nil)
+	n.DNSName = func(context.Context) (string, error) { return "", errors.New("gone") }
+	if _, err := n.LeadsTo(t.Context(), "k8s", ""); err == nil {
+		t.Error("no error from a node that does not know its name")
+	}
+	// A node without services need not be asked.
+	n.Services = nil
+	if got, err := n.LeadsTo(t.Context(), "web", ""); !got || err != nil {
+		t.Errorf("without services, a name leads to the node: got %t (%v)", got, err)
+	}
+	if got, err := n.LeadsTo(t.Context(), "web", "web"); got || err != nil {
+		t.Errorf("without services, a name leads to one: got %t (%v)", got, err)
+	}
+}
+
+func TestServiceFQDN(t *testing.T) {
+	n := hosting("k8s", node4)
+	if got, err := n.ServiceFQDN(t.Context(), "k8s-api"); got != "k8s-api.example.ts.net" || err != nil {
+		t.Errorf("got %q (%v)", got, err)
+	}
+	for name, failure := range map[string]error{"": nil, "k8s": nil, "k8s.example.ts.net": errors.New("gone")} {
+		n.lastName.Store(nil)
+		n.DNSName = func(context.Context) (string, error) { return name, failure }
+		if got, err := n.ServiceFQDN(t.Context(), "k8s-api"); got != "" || (err != nil) != (failure != nil) {
+			t.Errorf("of node %q: got %q (%v); want no name, and an error: %t", name, got, err, failure != nil)
+		}
 	}
 }
 

@@ -21,6 +21,9 @@ type Site struct {
 	Name   string `json:"name"`
 	Server string `json:"server"`
 
+	// Service is the name of the Tailscale Service that Server stands for, if it is one.
+	Service string `json:"service,omitempty"`
+
 	// User and Groups are the Kubernetes user and groups of the caller there, HeldBack the
 	// groups that requests use only if they ask for them, and ReadOnly the group for
 	// reading only.
@@ -39,7 +42,7 @@ type Site struct {
 // NewSite returns the site at the URL server, which says f about the caller, and whose
 // certificate is from ca.
 func NewSite(server string, ca *x509.Certificate, f *Facts) Site {
-	s := Site{Server: server, CA: ca, User: f.User, ReadOnly: f.ReadOnly, Groups: names(f.Groups), HeldBack: names(f.HeldBack)}
+	s := Site{Server: server, CA: ca, Service: f.Service, User: f.User, ReadOnly: f.ReadOnly, Groups: names(f.Groups), HeldBack: names(f.HeldBack)}
 	if ca != nil {
 		s.CertificateAuthority = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Raw}))
 	}

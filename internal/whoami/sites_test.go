@@ -25,7 +25,7 @@ func withSites(f *whoami.Facts) (_ *whoami.Facts, ca *x509.Certificate) {
 	elsewhere := &whoami.Facts{User: "alice", Groups: []whoami.Group{{Name: "readers"}}, HeldBack: []whoami.Group{{Name: "admins"}, {Name: "readers"}}, ReadOnly: "readers"}
 	f.Sites = []whoami.Site{
 		whoami.NewSite("https://a.example.ts.net/x%20y", ca, elsewhere),
-		whoami.NewSite("https://b.example.ts.net:8443", nil, &whoami.Facts{User: "alice@b"}),
+		whoami.NewSite("https://b.example.ts.net:8443", nil, &whoami.Facts{User: "alice@b", Service: "k8s-api"}),
 	}
 	return f, ca
 }
@@ -35,7 +35,7 @@ func TestPage_ListsSites(t *testing.T) {
 		f, _ := withSites(f)
 		_, body := get(t, f, "GET", "/whoami", browser)
 		for _, want := range []string{
-			"a.example.ts.net/x%20y", `href="?kubeconfig&amp;site=a.example.ts.net%2fx%2520y"`, "as alice;", "b.example.ts.net:8443", "as alice@b;",
+			"a.example.ts.net/x%20y", `href="?kubeconfig&amp;site=a.example.ts.net%2fx%2520y"`, "as alice;", "b.example.ts.net:8443", "as alice@b, by the Tailscale Service k8s-api;",
 			"server: https://a.example.ts.net/x%20y", "server: https://b.example.ts.net:8443",
 		} {
 			if !strings.Contains(body, want) {

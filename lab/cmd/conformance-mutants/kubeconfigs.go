@@ -28,6 +28,7 @@ var kubeconfigs = []file{
 		{name: "an address of two nodes leads to neither", old: "\tcase err != nil || owner != node:", new: "\tcase err == nil && owner != node:"},
 		{name: "a visitor is who it was when it connected", old: "visitor.Address, at}, visitor.since)", new: "visitor.Address, at}, time.Time{})"},
 		{name: "a site over plain HTTP has the node's names", old: "\tif !door.TLS && !slices.Contains(", new: "\tif false && !slices.Contains("},
+		{name: "at a service, a visitor has what it is granted there", old: "\taddrs, ok := node.Hosts(door.Service, door.Port)\n", new: "\tip4, _ := node.Addrs()\n\taddrs, ok := []netip.Addr{ip4}, true\n"},
 	}},
 	{"internal/sites/find.go", ".", []mutant{
 		{name: "a site behind other matchers is left out", old: "\t\tdefault:\n\t\t\treturn at, false\n", new: ""},
