@@ -124,8 +124,11 @@ node-note:
 assets-note:
 	@$(if $(ASSETS_NOTE),echo "==> $(ASSETS_NOTE)",:)
 
-demo: assets-note $(DEMO_PARTS) ## start the lab and show who may do what; ONCE=1 stops after the table
-	cd lab && go run ./cmd/demo $(if $(filter-out 0,$(ONCE)),-once)
+# One name in front of two replicas needs a machine that is on the tailnet.
+REPLICAS ?= 1
+
+demo: assets-note $(DEMO_PARTS) $(if $(filter-out 1,$(REPLICAS)),$(BIN)/tailscaled) ## start the lab and show who may do what; ONCE=1 stops after the table; REPLICAS=2: one name, one replica killed, kubectl going on (needs root)
+	cd lab && go run ./cmd/demo $(if $(filter-out 0,$(ONCE)),-once) $(if $(filter-out 1,$(REPLICAS)),-replicas $(REPLICAS))
 
 # A first run mostly compiles. Debug information and vet take a good part of that and
 # are not needed here: make lint vets.

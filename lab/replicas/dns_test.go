@@ -34,24 +34,15 @@ func TestDNS_ServesWithoutOneReplica(t *testing.T) {
 
 func serveWithoutOne(t *testing.T) {
 	w := startCluster(t)
-	if err := w.lab.Headscale.CreateUser(t.Context(), "alice@example.com"); err != nil {
-		t.Fatal(err)
-	}
-	tn := tailnet{w.lab.Headscale.URL(), func(replica bool) string {
-		if replica {
-			return w.lab.ProxyKey()
-		}
-		key, err := w.lab.Headscale.UserKey(t.Context(), "alice@example.com")
-		if err != nil {
-			t.Fatal(err)
-		}
-		return key
-	}}
+	tn, err := w.Headscale(t.Context(), "alice@example.com")
+	w.check(err)
 	w.startReplicas(tn, family+", https://"+all, func(node string) string { return "tailscale/" + node })
 	machine := w.joinMachine(tn)
-	first, _ := w.addresses(machine, w.replicas[0].name)
-	second, second6 := w.addresses(machine, w.replicas[1].name)
-	if err := w.lab.Headscale.SetRecords(
+	first, _, err := machine.Addresses(t.Context(), w.Replicas[0].Name)
+	w.check(err)
+	second, second6, err := machine.Addresses(t.Context(), w.Replicas[1].Name)
+	w.check(err)
+	if err := w.Lab.Headscale.SetRecords(
 		tailcfg.DNSRecord{Name: family, Type: "A", Value: first.String()},
 		tailcfg.DNSRecord{Name: family, Type: "AAAA", Value: second6.String()},
 	); err != nil {
@@ -75,9 +66,9 @@ func serveWithoutOne(t *testing.T) {
 		name        string
 		begin, undo func()
 	}{
-		{"restarts", func() { w.replicas[0].terminate() }, func() { w.replicas[0].start() }},
+		{"restarts", func() { w.check(w.Replicas[0].Terminate()) }, func() { w.check(w.Replicas[0].Start()) }},
 		{"hangs", func() { w.signal(0, syscall.SIGSTOP) }, func() { w.signal(0, syscall.SIGCONT) }},
-		{"is killed", func() { w.replicas[0].Kill() }, func() { w.replicas[0].start() }},
+		{"is killed", func() { w.Replicas[0].Kill() }, func() { w.check(w.Replicas[0].Start()) }},
 	} {
 		loads := make(map[string]*load)
 		for name, kubeconfig := range configs {
@@ -115,14 +106,14 @@ func serveWithoutOne(t *testing.T) {
 		w.untilServed(0, first.String())
 	}
 	// Go tries IPv4 first, other clients IPv6.
-	w.replicas[1].Kill()
+	w.Replicas[1].Kill()
 	w.tryOthers("without the second replica", map[string]string{family: configs[family]})
 }
 
 // signal sends a signal to replica i.
 func (w *world) signal(i int, sig syscall.Signal) {
 	w.Helper()
-	if err := w.replicas[i].Signal(sig); err != nil {
+	if err := w.Replicas[i].Signal(sig); err != nil {
 		w.Fatal(err)
 	}
 }
@@ -130,7 +121,7 @@ func (w *world) signal(i int, sig syscall.Signal) {
 // untilServed waits until replica i takes connections at its address.
 func (w *world) untilServed(i int, address string) {
 	w.Helper()
-	w.until(w.replicas[i].name+" is back", func() error {
+	w.until(w.Replicas[i].Name+" is back", func() error {
 		ctx, cancel := context.WithTimeout(w.Context(), 5*time.Second)
 		defer cancel()
 		out, err := exec.CommandContext(ctx, "bash", "-c", ": </dev/tcp/"+address+"/443").CombinedOutput()
@@ -192,15 +183,15 @@ func (w *world) tryOthers(when string, configs map[string]string) {
 		}
 		try("kubectl exec", kubectl)
 		if withPython {
-			try("Python with a timeout of 5 s", exec.CommandContext(ctx, interpreter, "-c", python, "https://"+name, w.authority(), "5"))
-			try("Python", exec.CommandContext(ctx, interpreter, "-c", python, "https://"+name, w.authority(), "0"))
+			try("Python with a timeout of 5 s", exec.CommandContext(ctx, interpreter, "-c", python, "https://"+name, w.Authority(), "5"))
+			try("Python", exec.CommandContext(ctx, interpreter, "-c", python, "https://"+name, w.Authority(), "0"))
 		}
 		if withNode {
 			cmd := exec.CommandContext(ctx, "node", "--input-type=module", "-e", javascript, kubeconfig)
 			cmd.Dir = node
 			try("JavaScript", cmd)
 		}
-		try("curl", exec.CommandContext(ctx, "curl", "--silent", "--show-error", "--fail", "--cacert", w.authority(), "https://"+name+"/api/v1/namespaces/default"))
+		try("curl", exec.CommandContext(ctx, "curl", "--silent", "--show-error", "--fail", "--cacert", w.Authority(), "https://"+name+"/api/v1/namespaces/default"))
 	}
 }
 

@@ -5,13 +5,10 @@ package replicas
 import (
 	"bytes"
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -19,39 +16,25 @@ import (
 	"testing"
 	"time"
 
-	caddycmd "github.com/caddyserver/caddy/v2/cmd"
-	"k8s.io/client-go/tools/clientcmd"
-	"k8s.io/client-go/tools/clientcmd/api"
-	"tailscale.com/client/local"
-	"tailscale.com/ipn"
-
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/netns"
-	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/process"
 )
-
-// ownCaddy is the environment variable that makes the test's binary a Caddy.
-const ownCaddy = "LAB_REPLICAS_CADDY"
 
 var long = flag.Bool("long", false, "run the tests, which take minutes")
 
 func TestMain(m *testing.M) {
-	if os.Getenv(ownCaddy) != "" {
-		caddycmd.Main()
+	if BeCaddy() {
 		return
 	}
 	flag.Parse()
 	os.Exit(m.Run())
 }
 
-// inNamespace runs test in a network namespace of its own, with an /etc of its own:
-// tailscaled writes the DNS settings of the machine.
+// inNamespace runs test in namespaces of its own.
 func inNamespace(t *testing.T, test func(t *testing.T)) {
 	t.Helper()
-	if netns.Inside() {
+	if Inside() {
 		dir := t.TempDir()
-		if err := setUp(dir); err != nil {
+		if err := SetUp(dir); err != nil {
 			t.Fatal(err)
 		}
 		// The mount on /etc keeps what it needs of it.
@@ -62,20 +45,10 @@ func inNamespace(t *testing.T, test func(t *testing.T)) {
 	if !*long {
 		t.Skip("takes minutes: run with -long")
 	}
-	tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
-	if err != nil {
-		t.Skipf("tailscaled needs a network interface: %v", err)
+	if err := Unavailable("-test.run=^$"); err != nil {
+		t.Skip(err)
 	}
-	_ = tun.Close()
-	command := func(args ...string) *exec.Cmd {
-		cmd := netns.Command(args...)
-		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWNS
-		return cmd
-	}
-	if err := command("-test.run=^$").Run(); err != nil {
-		t.Skipf("cannot create namespaces: %v", err)
-	}
-	cmd := command("-test.run=^"+t.Name()+"$", "-test.v", "-long")
+	cmd := Command("-test.run=^"+t.Name()+"$", "-test.v", "-long")
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = io.MultiWriter(&out, os.Stdout), io.MultiWriter(&out, os.Stderr)
 	if err := cmd.Run(); err != nil || !strings.Contains(out.String(), "--- PASS: "+t.Name()) {
@@ -83,253 +56,67 @@ func inNamespace(t *testing.T, test func(t *testing.T)) {
 	}
 }
 
-// setUp sets up the namespaces.
-func setUp(dir string) error {
-	if err := os.Setenv("TS_NO_LOGS_NO_SUPPORT", "true"); err != nil { // before the first node
-		return err
-	}
-	if err := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("keeping mounts to the namespace: %w", err)
-	}
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
-		return fmt.Errorf("mounting a tmpfs: %w", err)
-	}
-	upper, work := filepath.Join(dir, "upper"), filepath.Join(dir, "work")
-	for _, d := range []string{upper, work} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			return err
-		}
-	}
-	if err := syscall.Mount("overlay", "/etc", "overlay", 0, "lowerdir=/etc,upperdir="+upper+",workdir="+work); err != nil {
-		return fmt.Errorf("mounting an /etc of its own: %w", err)
-	}
-	return netns.SetUp()
-}
-
-// tailnet is the control server of a test.
-type tailnet struct {
-	url string
-	// key returns an auth key for the replicas, or for the clients' machine.
-	key func(replica bool) string
-}
-
 // world is a cluster, two replicas in front of it, and a machine that is on the tailnet.
 type world struct {
 	*testing.T
-	lab      *lab.Lab
-	dir      string
-	replicas [2]*replica
+	*World
 }
 
 // startCluster starts a cluster, and a Headscale, which a test need not use.
 func startCluster(t *testing.T) *world {
 	t.Helper()
-	root, err := lab.Root()
+	started, err := Start(t.Context(), t.TempDir(), os.Stderr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{T: t, dir: t.TempDir()}
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
-	defer cancel()
-	if w.lab, err = lab.Start(ctx, lab.Config{Dir: w.dir, Examples: filepath.Join(root, "examples"), Progress: os.Stderr}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := w.lab.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
+	w := &world{t, started}
+	t.Cleanup(func() { w.check(w.Stop()) })
 	return w
 }
 
-// replica is a Caddy in a process of its own.
-type replica struct {
-	w         *world
-	name      string // of its node, and in messages
-	caddyfile string // its path
-	*process.Process
-}
-
-// startReplicas starts two replicas of a site. Each binds what bind says about its node. They
-// have one storage, and so one authority and one certificate.
-func (w *world) startReplicas(tn tailnet, site string, bind func(node string) string) {
+// check ends the test if err is not nil.
+func (w *world) check(err error) {
 	w.Helper()
-	for i := range w.replicas {
-		r := &replica{w: w, name: fmt.Sprint("k8s-", i), caddyfile: filepath.Join(w.dir, fmt.Sprintf("replica%d.caddyfile", i))}
-		w.replicas[i] = r
-		if err := os.WriteFile(r.caddyfile, fmt.Appendf(nil, `{
-	admin off
-	persist_config off
-	skip_install_trust
-	auto_https disable_redirects
-	storage file_system %s
-	log {
-		output file %s
-		format json
-	}
-	grace_period 10s
-	shutdown_delay 4s
-	tailscale {
-		control_url %s
-		auth_key %s
-		state_dir %s
-	}
-	servers {
-		protocols h1 h2
-	}
-}
-https://%s {
-	bind %s
-	tls internal
-	tailscale_kubernetes {
-		kubeconfig %s
-		whoami
-	}
-}
-`, w.storage(), r.log(), tn.url, tn.key(true), filepath.Join(w.dir, "nodes-"+r.name), site, bind(r.name), w.lab.Kubeconfig()), 0o600); err != nil {
-			w.Fatal(err)
-		}
-		r.start()
-		// The first one makes the authority.
-		w.until(r.name+" has the authority", func() error { _, err := os.Stat(w.authority()); return err })
-	}
-}
-
-func (w *world) storage() string { return filepath.Join(w.dir, "caddy") }
-
-func (w *world) authority() string {
-	return filepath.Join(w.storage(), "pki", "authorities", "local", "root.crt")
-}
-
-func (r *replica) log() string { return filepath.Join(r.w.dir, r.name+".log") }
-
-// start starts the replica, or starts it again.
-func (r *replica) start() {
-	r.w.Helper()
-	self, err := os.Executable()
 	if err != nil {
-		r.w.Fatal(err)
+		w.Fatal(err)
 	}
-	cmd := exec.Command(self, "run", "--config", r.caddyfile, "--adapter", "caddyfile")
-	cmd.Env = append(os.Environ(), ownCaddy+"=yes")
-	if r.Process, err = process.Start(cmd); err != nil {
-		r.w.Fatal(err)
-	}
-	own := r.Process
-	r.w.Cleanup(func() {
-		own.Kill()
-		if r.w.Failed() {
-			said, err := os.ReadFile(r.log())
-			r.w.Logf("%s's log (%v):\n%s", r.name, err, said)
+}
+
+// startReplicas starts the replicas of a site. Each binds what bind says about its node.
+func (w *world) startReplicas(tn Tailnet, site string, bind func(node string) string) {
+	w.Helper()
+	w.Cleanup(func() {
+		w.KillReplicas()
+		for _, r := range w.Replicas {
+			if w.Failed() && r != nil {
+				said, err := os.ReadFile(r.Log)
+				w.Logf("%s's log (%v):\n%s", r.Name, err, said)
+			}
 		}
 	})
+	w.check(w.StartReplicas(w.Context(), tn, site, bind))
 }
 
-// terminate sends SIGTERM and waits for the end.
-func (r *replica) terminate() {
-	r.w.Helper()
-	if err := r.Signal(syscall.SIGTERM); err != nil {
-		r.w.Fatal(err)
-	}
-	select {
-	case <-r.Done():
-	case <-time.After(time.Minute):
-		r.w.Fatalf("%s still runs a minute after SIGTERM", r.name)
-	}
-}
-
-// joinMachine puts the machine on the tailnet, with its interface, routes and DNS. It returns
-// the client of its tailscaled.
-func (w *world) joinMachine(tn tailnet) *local.Client {
+// joinMachine puts the machine on the tailnet.
+func (w *world) joinMachine(tn Tailnet) *Machine {
 	w.Helper()
-	path, err := components.Path("tailscaled")
-	if err != nil {
-		w.Fatal(err)
-	}
-	dir := w.TempDir()
-	log, err := os.Create(filepath.Join(dir, "log"))
-	if err != nil {
-		w.Fatal(err)
-	}
-	client := &local.Client{Socket: filepath.Join(dir, "socket"), UseSocketOnly: true}
-	cmd := exec.Command(path, "--statedir="+dir, "--socket="+client.Socket, "--tun=tailscale0", "--port=0")
-	cmd.Env = append(os.Environ(), "TS_LOGS_DIR="+dir)
-	cmd.Stdout, cmd.Stderr = log, log
-	daemon, err := process.Start(cmd)
-	if err != nil {
-		w.Fatal(err)
-	}
+	machine, err := Join(w.Context(), tn, w.TempDir())
+	w.check(err)
 	w.Cleanup(func() {
-		daemon.Kill()
-		_ = log.Close()
+		machine.Leave()
 		if w.Failed() {
-			said, err := os.ReadFile(log.Name())
+			said, err := os.ReadFile(machine.Log)
 			w.Logf("tailscaled's log (%v):\n%s", err, said[max(0, len(said)-20000):])
 		}
 	})
-	w.until("tailscaled answers", func() error { _, err := client.StatusWithoutPeers(w.Context()); return err })
-	prefs := ipn.NewPrefs()
-	prefs.ControlURL, prefs.Hostname, prefs.WantRunning = tn.url, "laptop", true
-	if err := client.Start(w.Context(), ipn.Options{AuthKey: tn.key(false), UpdatePrefs: prefs}); err != nil {
-		w.Fatal(err)
-	}
-	if err := client.StartLoginInteractive(w.Context()); err != nil {
-		w.Fatal(err)
-	}
-	w.until("the machine is on the tailnet", func() error {
-		status, err := client.StatusWithoutPeers(w.Context())
-		if err == nil && status.BackendState != ipn.Running.String() {
-			err = errors.New(status.BackendState)
-		}
-		return err
-	})
-	return client
-}
-
-// addresses returns the tailnet addresses of the node of that name, as the machine knows them.
-func (w *world) addresses(machine *local.Client, name string) (ip4, ip6 netip.Addr) {
-	w.Helper()
-	w.until("the machine knows "+name, func() error {
-		status, err := machine.Status(w.Context())
-		if err != nil {
-			return err
-		}
-		for _, peer := range status.Peer {
-			if peer.HostName != name {
-				continue
-			}
-			for _, ip := range peer.TailscaleIPs {
-				if ip.Is4() {
-					ip4 = ip
-				} else {
-					ip6 = ip
-				}
-			}
-		}
-		if !ip4.IsValid() || !ip6.IsValid() {
-			return fmt.Errorf("it knows %v and %v", ip4, ip6)
-		}
-		return nil
-	})
-	return ip4, ip6
+	return machine
 }
 
 // kubeconfig writes a kubeconfig for the site at host, and returns its path.
 func (w *world) kubeconfig(host string) string {
 	w.Helper()
-	authority, err := os.ReadFile(w.authority())
-	if err != nil {
-		w.Fatal(err)
-	}
 	path := filepath.Join(w.TempDir(), host)
-	if err := clientcmd.WriteToFile(api.Config{
-		Clusters:       map[string]*api.Cluster{"lab": {Server: "https://" + host, CertificateAuthorityData: authority}},
-		AuthInfos:      map[string]*api.AuthInfo{"me": {Token: "unused"}},
-		Contexts:       map[string]*api.Context{"lab": {Cluster: "lab", AuthInfo: "me"}},
-		CurrentContext: "lab",
-	}, path); err != nil {
-		w.Fatal(err)
-	}
+	w.check(w.WriteKubeconfig(path, host))
 	return path
 }
 
@@ -520,13 +307,5 @@ func lastLine(s string) string {
 // until waits until f returns nil, for two minutes at most.
 func (w *world) until(what string, f func() error) {
 	w.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
-		err := f()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			w.Fatalf("it is not so that %s: %v", what, err)
-		}
-	}
+	w.check(Until(w.Context(), what, f))
 }

@@ -50,18 +50,18 @@ func serveService(t *testing.T) {
 
 	for _, fault := range []struct {
 		name        string
-		begin, undo func(*replica)
+		begin, undo func(*Replica)
 		// keeps is whether no request may be lost.
 		keeps bool
 	}{
-		{"restarts", func(r *replica) { r.terminate(); r.start() }, func(*replica) {}, true},
-		{"restarts", func(r *replica) { r.terminate(); r.start() }, func(*replica) {}, true},
-		{"hangs", func(r *replica) { s.signal(r, syscall.SIGSTOP) }, func(r *replica) { s.signal(r, syscall.SIGCONT) }, false},
-		{"is killed", func(r *replica) { r.Kill() }, func(r *replica) { r.start() }, false},
+		{"restarts", func(r *Replica) { w.check(r.Terminate()); w.check(r.Start()) }, func(*Replica) {}, true},
+		{"restarts", func(r *Replica) { w.check(r.Terminate()); w.check(r.Start()) }, func(*Replica) {}, true},
+		{"hangs", func(r *Replica) { s.signal(r, syscall.SIGSTOP) }, func(r *Replica) { s.signal(r, syscall.SIGCONT) }, false},
+		{"is killed", func(r *Replica) { r.Kill() }, func(r *Replica) { w.check(r.Start()) }, false},
 	} {
 		serving := s.serving()
 		l := w.get(kubeconfig)
-		streams := w.openStreams("before "+serving.name+" "+fault.name, kubeconfig)
+		streams := w.openStreams("before "+serving.Name+" "+fault.name, kubeconfig)
 		w.until("kubectl has got several answers", func() error {
 			if n := len(l.since(time.Time{})); n < 3 {
 				return fmt.Errorf("%d", n)
@@ -70,7 +70,7 @@ func serveService(t *testing.T) {
 		})
 		began := time.Now()
 		fault.begin(serving)
-		for _, stream := range w.openStreams("while "+serving.name+" "+fault.name, kubeconfig) {
+		for _, stream := range w.openStreams("while "+serving.Name+" "+fault.name, kubeconfig) {
 			stream.kill()
 		}
 		down := time.Now()
@@ -81,14 +81,14 @@ func serveService(t *testing.T) {
 			return nil
 		})
 		if now := s.serving(); now == serving {
-			t.Errorf("%s still serves", now.name)
+			t.Errorf("%s still serves", now.Name)
 		}
-		w.logEnds(streams, serving.name+" "+fault.name, began)
+		w.logEnds(streams, serving.Name+" "+fault.name, began)
 		fault.undo(serving)
 		made, lost, later, longest, last := l.outcome(began)
-		t.Logf("through the service, while %s %s: %d requests made, %d lost, longest wait %.1f s", serving.name, fault.name, made, lost, longest.Seconds())
+		t.Logf("through the service, while %s %s: %d requests made, %d lost, longest wait %.1f s", serving.Name, fault.name, made, lost, longest.Seconds())
 		if later > 0 || fault.keeps && lost > 0 {
-			t.Errorf("while %s %s: %d requests failed, %d of them begun later; the last: %v", serving.name, fault.name, lost, later, last)
+			t.Errorf("while %s %s: %d requests failed, %d of them begun later; the last: %v", serving.Name, fault.name, lost, later, last)
 		}
 		s.bothActive()
 	}
@@ -115,8 +115,8 @@ func startServices(w *world) *services {
 	return &services{w: w, control: control, active: make(map[string]bool)}
 }
 
-func (s *services) tailnet() tailnet {
-	return tailnet{s.control.HTTPTestServer.URL, func(bool) string { return "unused" }}
+func (s *services) tailnet() Tailnet {
+	return Tailnet{s.control.HTTPTestServer.URL, func(bool) (string, error) { return "unused", nil }}
 }
 
 // node returns the node of that hostname.
@@ -136,7 +136,7 @@ func (s *services) allow() {
 	if err != nil {
 		s.w.Fatal(err)
 	}
-	for name, tag := range map[string]string{"laptop": "tag:laptop", s.w.replicas[0].name: "tag:k8s", s.w.replicas[1].name: "tag:k8s"} {
+	for name, tag := range map[string]string{"laptop": "tag:laptop", s.w.Replicas[0].Name: "tag:k8s", s.w.Replicas[1].Name: "tag:k8s"} {
 		var n *tailcfg.Node
 		s.w.until(name+" is on the tailnet", func() error {
 			if n = s.node(name); n == nil {
@@ -160,14 +160,14 @@ const asking = time.Second
 func (s *services) direct(ctx context.Context) {
 	for ; ctx.Err() == nil; time.Sleep(100 * time.Millisecond) {
 		var offering []string
-		for _, r := range s.w.replicas {
-			n := s.node(r.name)
+		for _, r := range s.w.Replicas {
+			n := s.node(r.Name)
 			active := n != nil && s.offers(ctx, n.Key)
 			s.mu.Lock()
-			s.active[r.name] = active
+			s.active[r.Name] = active
 			s.mu.Unlock()
 			if active {
-				offering = append(offering, r.name)
+				offering = append(offering, r.Name)
 			}
 		}
 		s.mu.Lock()
@@ -207,11 +207,11 @@ func (s *services) offers(ctx context.Context, node key.NodePublic) bool {
 }
 
 // serving returns the replica that gets the traffic.
-func (s *services) serving() *replica {
+func (s *services) serving() *Replica {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, r := range s.w.replicas {
-		if r.name == s.route {
+	for _, r := range s.w.Replicas {
+		if r.Name == s.route {
 			return r
 		}
 	}
@@ -225,16 +225,16 @@ func (s *services) bothActive() {
 	s.w.until("both replicas offer themselves", func() error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		for _, r := range s.w.replicas {
-			if !s.active[r.name] {
-				return fmt.Errorf("%s does not", r.name)
+		for _, r := range s.w.Replicas {
+			if !s.active[r.Name] {
+				return fmt.Errorf("%s does not", r.Name)
 			}
 		}
 		return nil
 	})
 }
 
-func (s *services) signal(r *replica, sig syscall.Signal) {
+func (s *services) signal(r *Replica, sig syscall.Signal) {
 	s.w.Helper()
 	if err := r.Signal(sig); err != nil {
 		s.w.Fatal(err)

@@ -39,31 +39,60 @@ var callers = []struct {
 }
 
 func main() {
+	if becameReplica() {
+		return
+	}
 	once := flag.Bool("once", false, "stop after the table; exit with status 1 if a cell contradicts the policy")
+	count := flag.Int("replicas", 1, "2 for two replicas behind one name, one of which is killed")
+	nothing := flag.Bool("nothing", false, "do nothing, to see whether the program can be started")
 	dir := flag.String("dir", "", "folder for logs and kubeconfig files (default: .run/demo in the lab's folder)")
 	flag.Parse()
+	if *nothing {
+		return
+	}
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *dir, *once); err != nil {
+	if err := choose(ctx, *count, *dir, *once); err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, dir string, once bool) (err error) {
-	root, err := lab.Root()
+// choose runs the demo of one or of two replicas.
+func choose(ctx context.Context, count int, dir string, once bool) error {
+	switch {
+	case count != 1 && count != 2:
+		return fmt.Errorf("there are demos with 1 and with 2 replicas, and not with %d", count)
+	case count == 2:
+		return startReplicas(ctx, dir, once)
+	}
+	dir, err := folder(dir)
 	if err != nil {
 		return err
+	}
+	return run(ctx, dir, once)
+}
+
+// folder returns an empty folder for the demo's files: dir, if that is given.
+func folder(dir string) (string, error) {
+	root, err := lab.Root()
+	if err != nil {
+		return "", err
 	}
 	if dir == "" {
 		dir = filepath.Join(root, "lab", ".run", "demo")
 	}
 	// Remove the files of an earlier run: its addresses and keys are no longer valid.
 	if err := os.RemoveAll(dir); err != nil {
-		return err
+		return "", err
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	return dir, os.MkdirAll(dir, 0o700)
+}
+
+func run(ctx context.Context, dir string, once bool) (err error) {
+	root, err := lab.Root()
+	if err != nil {
 		return err
 	}
 
