@@ -480,10 +480,12 @@ type serviceLab struct {
 	from     int // where in the log awaitLog looks
 }
 
-func newServiceLab(t *testing.T) *serviceLab {
+// newServiceLab returns one whose nodes may ask for certificates for these domains, and for
+// their own.
+func newServiceLab(t *testing.T, certDomains ...string) *serviceLab {
 	t.Helper()
 	t.Setenv("TS_NO_LOGS_NO_SUPPORT", "true")
-	control := &tailscalecontrol.Server{DERPMap: derptest.Start(t), DNSConfig: &tailcfg.DNSConfig{Proxied: true}, MagicDNSDomain: domain, Logf: logger.Discard}
+	control := &tailscalecontrol.Server{DERPMap: derptest.Start(t), DNSConfig: &tailcfg.DNSConfig{Proxied: true, CertDomains: certDomains}, MagicDNSDomain: domain, Logf: logger.Discard}
 	control.HTTPTestServer = httptest.NewServer(control)
 	t.Cleanup(control.HTTPTestServer.Close)
 	control.SetGlobalAppCaps(tailcfg.PeerCapMap{})
