@@ -16,6 +16,16 @@
 // It comes as one to the node's own address does, from the peer's tailnet address, and
 // nothing in between can have changed it.
 //
+// A later "bind tailscale/<node>+<service>" of caddy-tailscale could take the place of this
+// package. Only internal/sites knows the network by its name, to tell the URLs of sites. All
+// else asks a listener, whatever opened it: tailnet.FromListeners looks below the layers of
+// Caddy for one that has the methods of tailnet.Service, and Server of tsnet's listeners. That
+// plugin's would have to have them: without the addresses of the service, requests are
+// refused, as no node owns the address that the caller dialled. Its connections would have to
+// come from the caller's own address, and not through a socket of the host or with a PROXY
+// header, which are refused as well. And it must not take back what a config that replaces
+// another still needs.
+//
 // What the node may host is up to the control server, which can change it at any time. So a
 // listener opens at once, with or without an address, and [hosting] follows what the node
 // is told.
