@@ -25,6 +25,7 @@ import (
 	"tailscale.com/types/logger"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/whoami"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 )
 
 // ownCaddy is the environment variable that makes the test's binary a Caddy.
@@ -135,7 +136,7 @@ func (l *serviceLab) command(kubeconfig string, args ...string) (output string, 
 	}
 	defer ln.Close()
 	proxy := &socks5.Server{Logf: logger.Discard, Dialer: func(ctx context.Context, network, address string) (net.Conn, error) {
-		return l.caller.Dial(ctx, network, address)
+		return lab.Dial(ctx, l.caller, network, address)
 	}}
 	go func() { _ = proxy.Serve(ln) }() // until the listener is closed
 	self, err := os.Executable()
