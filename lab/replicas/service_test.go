@@ -108,9 +108,16 @@ type services struct {
 func startServices(w *world) *services {
 	w.Helper()
 	control := &testcontrol.Server{DERPMap: derptest.Start(w), DNSConfig: &tailcfg.DNSConfig{Proxied: true}, MagicDNSDomain: domain, Logf: logger.Discard}
+	// As a grant with the service as its destination, and with no node.
+	control.ModifyFirstMapResponse = func(r *tailcfg.MapResponse, _ *tailcfg.MapRequest) {
+		r.PacketFilters = map[string][]tailcfg.FilterRule{"service": {{SrcIPs: []string{"*"}, CapGrant: []tailcfg.CapGrant{{
+			Dsts:   []netip.Prefix{netip.PrefixFrom(serviceAddr, serviceAddr.BitLen())},
+			CapMap: tailcfg.PeerCapMap{tailcfg.PeerCapabilityKubernetes: {`{"impersonate":{"groups":["system:masters"]}}`}},
+		}}}}}
+	}
 	control.HTTPTestServer = httptest.NewServer(control)
 	w.Cleanup(control.HTTPTestServer.Close)
-	control.SetGlobalAppCaps(tailcfg.PeerCapMap{tailcfg.PeerCapabilityKubernetes: {`{"impersonate":{"groups":["system:masters"]}}`}})
+	control.SetGlobalAppCaps(tailcfg.PeerCapMap{})
 	control.AddDNSRecords(tailcfg.DNSRecord{Name: serviceHost, Value: serviceAddr.String()})
 	return &services{w: w, control: control, active: make(map[string]bool)}
 }
