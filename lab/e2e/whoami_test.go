@@ -83,9 +83,9 @@ func TestWhoami_BrowserShowsUser(t *testing.T) {
 		screenshot
 		want color.NRGBA
 	}{
-		{screenshot{"whoami-light", image.Pt(900, 1630), nil}, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
-		{screenshot{"whoami-dark", image.Pt(900, 1630), []string{"--blink-settings=preferredColorScheme=0"}}, color.NRGBA{0x11, 0x14, 0x1b, 0xff}},
-		{screenshot{"whoami-phone", image.Pt(390, 1840), nil}, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
+		{screenshot{"whoami-light", image.Pt(900, 1690), nil}, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
+		{screenshot{"whoami-dark", image.Pt(900, 1690), []string{"--blink-settings=preferredColorScheme=0"}}, color.NRGBA{0x11, 0x14, 0x1b, 0xff}},
+		{screenshot{"whoami-phone", image.Pt(390, 2050), nil}, color.NRGBA{0xf5, 0xf6, 0xf8, 0xff}},
 	} {
 		picture := b.shoot(t, whoamiURL, tt.screenshot)
 		for _, corner := range []image.Point{{1, 1}, {tt.size.X - 2, tt.size.Y / 2}} {
@@ -104,7 +104,7 @@ func TestWhoami_BrowserShowsRefusal(t *testing.T) {
 			t.Errorf("the page does not say %q", want)
 		}
 	}
-	b.shoot(t, whoamiNarrowURL, screenshot{name: "whoami-refused", size: image.Pt(900, 990)})
+	b.shoot(t, whoamiNarrowURL, screenshot{name: "whoami-refused", size: image.Pt(900, 1540)})
 }
 
 // kubectl works with the kubeconfig of the page.
