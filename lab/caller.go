@@ -28,7 +28,7 @@ type Caller struct {
 	// Server is its tailnet node.
 	Server *tsnet.Server
 	// Kubeconfig is the path of a kubeconfig file with which kubectl acts as this
-	// caller. It is empty in a lab without Caddy. Its token means nothing, as being
+	// caller. It is empty in a lab without Caddy (see TrustKubeconfig). Its token means nothing, as being
 	// on the tailnet is the credential. What matters is its SOCKS proxy on loopback,
 	// which leads into this tailnet node and whose password is in the file.
 	Kubeconfig string
@@ -219,12 +219,19 @@ func (c *Caller) REST() (*rest.Config, error) {
 // WriteKubeconfig writes a kubeconfig to path with which kubectl calls the proxy at
 // server as this caller.
 func (c *Caller) WriteKubeconfig(path, server string) error {
-	cluster := &api.Cluster{Server: server, ProxyURL: c.proxy.String()}
+	var ca []byte
 	if u, err := url.Parse(server); err == nil && u.Scheme == "https" {
-		if cluster.CertificateAuthorityData, err = c.lab.Caddy.CA(); err != nil {
+		if ca, err = c.lab.Caddy.CA(); err != nil {
 			return err
 		}
 	}
+	return c.TrustKubeconfig(path, server, ca)
+}
+
+// TrustKubeconfig is like WriteKubeconfig, for a proxy that is not the lab's Caddy and
+// whose certificate is one of ca.
+func (c *Caller) TrustKubeconfig(path, server string, ca []byte) error {
+	cluster := &api.Cluster{Server: server, ProxyURL: c.proxy.String(), CertificateAuthorityData: ca}
 	return clientcmd.WriteToFile(api.Config{
 		Clusters: map[string]*api.Cluster{"lab": cluster},
 		// Without any credentials, kubectl would ask for a user name. The proxy

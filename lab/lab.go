@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -71,6 +72,9 @@ type Config struct {
 	// RealNode asks for a real node, with kubelet and containerd, rather than pods that
 	// are processes of this machine. See [node.Unavailable] for where it cannot run.
 	RealNode bool
+	// PodsJoin lets pods on the real node join the tailnet: its control server and its
+	// relay listen where they reach them.
+	PodsJoin bool
 	// Shared is a folder of this machine that the lab's pods see too, under the same
 	// path.
 	Shared string
@@ -123,10 +127,7 @@ func Start(ctx context.Context, cfg Config) (_ *Lab, err error) {
 			return nil, fmt.Errorf("changing the policy file: %w", err)
 		}
 	}
-	if err := together(
-		func() error { return l.startHeadscale(ctx) },
-		func() error { return l.startCluster(ctx, cfg) },
-	); err != nil {
+	if err := l.startBoth(ctx, cfg); err != nil {
 		return nil, err
 	}
 	if cfg.Caddyfile != nil {
@@ -171,12 +172,32 @@ func (l *Lab) Stop() error {
 // Log returns the path of the log of the component of that name.
 func (l *Lab) Log(part string) string { return filepath.Join(l.Dir, part+".log") }
 
-func (l *Lab) startHeadscale(ctx context.Context) error {
+// startBoth starts the tailnet and the cluster.
+func (l *Lab) startBoth(ctx context.Context, cfg Config) error {
+	if !cfg.PodsJoin {
+		return together(
+			func() error { return l.startHeadscale(ctx, netip.Addr{}) },
+			func() error { return l.startCluster(ctx, cfg) },
+		)
+	}
+	if !cfg.RealNode {
+		return errors.New("pods that are processes cannot join the tailnet: PodsJoin needs RealNode")
+	}
+	// This machine has the address that pods reach it at once the node is there.
+	if err := l.startCluster(ctx, cfg); err != nil {
+		return err
+	}
+	return l.startHeadscale(ctx, l.Cluster.Node().Host())
+}
+
+// startHeadscale starts the tailnet, whose servers listen on host.
+func (l *Lab) startHeadscale(ctx context.Context, host netip.Addr) error {
 	return l.step("Headscale and a DERP relay", func() (err error) {
 		l.Headscale, err = headscale.Start(ctx, headscale.Config{
 			Dir:        filepath.Join(l.Dir, "headscale"),
 			Policy:     l.Policy,
 			BaseDomain: Domain,
+			Host:       host,
 		})
 		if err != nil {
 			return err

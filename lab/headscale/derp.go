@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 
 	"tailscale.com/derp/derpserver"
 	"tailscale.com/tailcfg"
@@ -17,7 +18,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/pki"
 )
 
-// derp is a DERP relay on loopback. Nodes need one even if they can reach each other
+// derp is a DERP relay. Nodes need one even if they can reach each other
 // directly, as the first packets go through it.
 type derp struct {
 	relay *derpserver.Server
@@ -26,8 +27,8 @@ type derp struct {
 	done  chan struct{} // closed when http no longer accepts connections
 }
 
-// startDERP starts a relay on a free port.
-func startDERP(logf logger.Logf) (*derp, error) {
+// startDERP starts a relay on a free port of host.
+func startDERP(host netip.Addr, logf logger.Logf) (*derp, error) {
 	ca, err := pki.NewCA("lab DERP")
 	if err != nil {
 		return nil, err
@@ -36,7 +37,7 @@ func startDERP(logf logger.Logf) (*derp, error) {
 	if err != nil {
 		return nil, err
 	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ln, err := net.Listen("tcp", netip.AddrPortFrom(host, 0).String())
 	if err != nil {
 		return nil, err
 	}
@@ -80,15 +81,15 @@ func (s *Server) DERPMap() *tailcfg.DERPMap {
 	return &tailcfg.DERPMap{Regions: map[int]*tailcfg.DERPRegion{900: {
 		RegionID: 900, RegionCode: "lab", RegionName: "Lab",
 		Nodes: []*tailcfg.DERPNode{{
-			Name: "900a", RegionID: 900, HostName: "127.0.0.1", IPv4: "127.0.0.1", IPv6: "none",
+			Name: "900a", RegionID: 900, HostName: s.host.String(), IPv4: s.host.String(), IPv6: "none",
 			DERPPort: s.derp.port, STUNPort: s.stun.port(), InsecureForTests: true,
 		}},
 	}}}
 }
 
-// derpMap returns the DERP map, as YAML, of a relay and a STUN server on loopback.
+// derpMap returns the DERP map, as YAML, of a relay and a STUN server on host.
 // Nodes cannot verify the relay's certificate (insecurefortests).
-func derpMap(derpPort, stunPort int) []byte {
+func derpMap(host netip.Addr, derpPort, stunPort int) []byte {
 	return fmt.Appendf(nil, `regions:
   900:
     regionid: 900
@@ -97,11 +98,11 @@ func derpMap(derpPort, stunPort int) []byte {
     nodes:
       - name: 900a
         regionid: 900
-        hostname: 127.0.0.1
-        ipv4: 127.0.0.1
+        hostname: %[1]s
+        ipv4: %[1]s
         ipv6: none
-        derpport: %d
-        stunport: %d
+        derpport: %[2]d
+        stunport: %[3]d
         insecurefortests: true
-`, derpPort, stunPort)
+`, host, derpPort, stunPort)
 }

@@ -10,6 +10,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -65,12 +66,17 @@ type Config struct {
 
 	// BaseDomain is the domain of the nodes' names. Default: tailnet.example.
 	BaseDomain string
+
+	// Host is the address of this machine that Headscale, the relay and the STUN server
+	// listen on. Nodes have to reach it. Default: 127.0.0.1.
+	Host netip.Addr
 }
 
 // Server is a running Headscale with its DERP relay and STUN server.
 type Server struct {
 	dir     string
 	binary  string
+	host    netip.Addr
 	url     string
 	apiKey  string
 	http    *http.Client
@@ -93,12 +99,16 @@ func Start(ctx context.Context, cfg Config) (_ *Server, err error) {
 			return nil, err
 		}
 	}
+	if !cfg.Host.IsValid() {
+		cfg.Host = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	}
 	if cfg.Dir, err = filepath.Abs(cfg.Dir); err != nil {
 		return nil, fmt.Errorf("start headscale: %w", err)
 	}
 	s := &Server{
 		dir:    cfg.Dir,
 		binary: cfg.Binary,
+		host:   cfg.Host,
 		http:   &http.Client{Transport: &http.Transport{}, Timeout: time.Minute},
 	}
 	if err := s.start(ctx, cfg); err != nil {
@@ -116,13 +126,13 @@ func (s *Server) start(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	logf := log.New(s.log, "", log.LstdFlags).Printf
-	if s.derp, err = startDERP(logger.WithPrefix(logf, "derp: ")); err != nil {
+	if s.derp, err = startDERP(s.host, logger.WithPrefix(logf, "derp: ")); err != nil {
 		return fmt.Errorf("derp: %w", err)
 	}
-	if s.stun, err = startSTUN(logger.WithPrefix(logf, "stun: ")); err != nil {
+	if s.stun, err = startSTUN(s.host, logger.WithPrefix(logf, "stun: ")); err != nil {
 		return fmt.Errorf("stun: %w", err)
 	}
-	if err := os.WriteFile(filepath.Join(s.dir, derpFile), derpMap(s.derp.port, s.stun.port()), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(s.dir, derpFile), derpMap(s.host, s.derp.port, s.stun.port()), 0o600); err != nil {
 		return err
 	}
 	if err := s.writePolicy(cfg.Policy); err != nil {
@@ -146,7 +156,7 @@ func (s *Server) start(ctx context.Context, cfg Config) (err error) {
 
 // startProcess starts Headscale on a free port and waits until it answers.
 func (s *Server) startProcess(ctx context.Context, cfg Config) error {
-	addr, err := freeAddr()
+	addr, err := freeAddr(s.host)
 	if err != nil {
 		return err
 	}
@@ -342,9 +352,9 @@ func (s *Server) Stop() error {
 	return errors.Join(errs...)
 }
 
-// freeAddr returns a free address on loopback. Another process may take it.
-func freeAddr() (string, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+// freeAddr returns a free address on host. Another process may take it.
+func freeAddr(host netip.Addr) (string, error) {
+	ln, err := net.Listen("tcp", netip.AddrPortFrom(host, 0).String())
 	if err != nil {
 		return "", fmt.Errorf("find a free port: %w", err)
 	}

@@ -19,9 +19,9 @@ type stunServer struct {
 	done chan struct{} // closed when it no longer answers
 }
 
-// startSTUN starts a STUN server on a free port.
-func startSTUN(logf logger.Logf) (*stunServer, error) {
-	conn, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+// startSTUN starts a STUN server on a free port of host.
+func startSTUN(host netip.Addr, logf logger.Logf) (*stunServer, error) {
+	conn, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(host, 0)))
 	if err != nil {
 		return nil, err
 	}
