@@ -35,6 +35,10 @@ const (
 	standIn    = "stand-in"
 	unreleased = "unreleased"
 
+	// localRegistry comes before the name of an image where containerd imports it, as with
+	// other programs that build images. Kubelet cannot run one whose name has no registry.
+	localRegistry = "localhost/"
+
 	// The annotation that the layout's version is in.
 	refName = "org.opencontainers.image.ref.name"
 )
@@ -185,7 +189,7 @@ func write(dir string, index v1.ImageIndex, what description) error {
 	// containerd imports it.
 	if err := oci.AppendIndex(index, layout.WithAnnotations(map[string]string{
 		refName:                    what.version,
-		"io.containerd.image.name": what.reference(),
+		"io.containerd.image.name": localRegistry + what.reference(),
 	})); err != nil {
 		return err
 	}

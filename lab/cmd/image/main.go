@@ -12,6 +12,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"maps"
@@ -36,12 +37,13 @@ import (
 // options are the command's flags.
 type options struct {
 	out, version, push string
+	architectures      []string
 	caddies            map[string]string // by architecture
 	twice              bool
 }
 
 func main() {
-	o := options{caddies: make(map[string]string)}
+	o := options{architectures: architectures, caddies: make(map[string]string)}
 	flag.StringVar(&o.out, "out", "", "folder for the result, which is removed first (default: .bin/image in the lab's folder)")
 	flag.Func("caddy", "an architecture and the path of a static Caddy for it, such as amd64=caddy-amd64; for each architecture, or for none", func(value string) error {
 		arch, path, _ := strings.Cut(value, "=")
@@ -49,6 +51,13 @@ func main() {
 			return fmt.Errorf("want <architecture>=<path>, with an architecture of %v", architectures)
 		}
 		o.caddies[arch] = path
+		return nil
+	})
+	flag.Func("arch", "build only for this architecture, which is enough for a test: only without -caddy", func(value string) error {
+		if !slices.Contains(architectures, value) {
+			return fmt.Errorf("want one of %v", architectures)
+		}
+		o.architectures = []string{value}
 		return nil
 	})
 	flag.StringVar(&o.version, "version", "", "the release that the image is, such as v1.2.3; only with -caddy")
@@ -75,6 +84,9 @@ func run(ctx context.Context, o options) error {
 	}
 	if n := len(o.caddies); n > 0 && n < len(architectures) {
 		return fmt.Errorf("-caddy is given for %v; want it for each of %v, or for none", slices.Sorted(maps.Keys(o.caddies)), architectures)
+	}
+	if len(o.caddies) > 0 && len(o.architectures) < len(architectures) {
+		return errors.New("-arch and -caddy are both given: an image of one architecture is only for tests, and has the stand-in")
 	}
 	if o.out == "" {
 		o.out = filepath.Join(root, "lab", ".bin", "image")
@@ -110,7 +122,7 @@ func build(ctx context.Context, root string, o options, src source) (v1.Hash, er
 		return v1.Hash{}, err
 	}
 	var caddies []caddy
-	for _, arch := range architectures {
+	for _, arch := range o.architectures {
 		path := o.caddies[arch]
 		if path == "" {
 			path = filepath.Join(o.out, "caddy-linux-"+arch)
