@@ -31,7 +31,6 @@ const namespace = "tailscale-impersonate"
 var (
 	root       string // of the project
 	kubeconfig string // of the administrator
-	home       string // of Helm
 )
 
 func TestMain(m *testing.M) {
@@ -77,7 +76,7 @@ func start(ctx context.Context, dir string) (c *cluster.Cluster, err error) {
 	if root, err = lab.Root(); err != nil {
 		return nil, err
 	}
-	home, kubeconfig = filepath.Join(dir, "helm"), filepath.Join(dir, "kubeconfig")
+	kubeconfig = filepath.Join(dir, "kubeconfig")
 	manifests, err := os.ReadFile(filepath.Join(root, "examples", "kubernetes", "00-namespace.yaml"))
 	if err != nil {
 		return nil, err
@@ -134,21 +133,13 @@ func kubectl(t *testing.T, input string, args ...string) (stdout, stderr string)
 	return stdout, stderr
 }
 
-// tryHelm runs Helm as the administrator, without what the user who runs the tests has
-// configured.
+// tryHelm runs Helm as the administrator.
 func tryHelm(t *testing.T, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
-	path, err := components.Path("helm")
+	cmd, err := lab.Helm(t.Context(), kubeconfig, args...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), path, args...)
-	for _, variable := range os.Environ() {
-		if !strings.HasPrefix(variable, "HELM_") {
-			cmd.Env = append(cmd.Env, variable)
-		}
-	}
-	cmd.Env = append(cmd.Env, "KUBECONFIG="+kubeconfig, "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home)
 	return output(cmd, "")
 }
 
