@@ -22,7 +22,7 @@ KUBERNETES_PARTS := etcd kube-apiserver kubectl
 # processes of this machine, and the tests that need it are skipped.
 DEBIAN_PACKAGES := $(strip $(file < lab/node/packages.txt))
 NODE_PARTS      := kubernetes-node pause debian/.unpacked
-NODE_REASON     := $(if $(filter-out Linux,$(shell uname -s)),this is not Linux,$(if $(filter-out 0,$(shell id -u)),you are not root,$(if $(shell command -v apt-get),$(if $(shell command -v dpkg),,there is no dpkg),there is no apt-get)))
+NODE_REASON     := $(if $(filter-out Linux,$(shell uname -s)),this is not Linux,$(if $(filter-out 0,$(shell id -u)),you are not root,$(if $(shell command -v apt-get),$(if $(shell command -v dpkg),$(if $(shell grep -sw memory /proc/self/cgroup),,its control groups are not of version 1),there is no dpkg),there is no apt-get)))
 
 MODULES_WANTED   := tailscale_impersonate admin.api.tailscale_impersonate http.handlers.tailscale_impersonate http.reverse_proxy.transport.kubernetes http.matchers.kubernetes http.matchers.tailnet_up tailscale_impersonate.recordings.directory tailscale_impersonate.recordings.s3
 
@@ -127,7 +127,7 @@ assets-note:
 # One name in front of two replicas needs a machine that is on the tailnet.
 REPLICAS ?= 1
 
-demo: assets-note $(DEMO_PARTS) $(if $(filter-out 1,$(REPLICAS)),$(BIN)/tailscaled) ## start the lab and show who may do what; ONCE=1 stops after the table; REPLICAS=2: one name, one replica killed, kubectl going on (needs root)
+demo: assets-note $(DEMO_PARTS) $(if $(NODE_REASON),,node) $(if $(filter-out 1,$(REPLICAS)),$(BIN)/tailscaled) ## start the lab and show who may do what; ONCE=1 stops after the table; REPLICAS=2: one name, one replica killed, kubectl going on (needs root)
 	cd lab && go run ./cmd/demo $(if $(filter-out 0,$(ONCE)),-once) $(if $(filter-out 1,$(REPLICAS)),-replicas $(REPLICAS))
 
 # A first run mostly compiles. Debug information and vet take a good part of that and

@@ -16,6 +16,7 @@ import (
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/components"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/node"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/recorder"
 )
 
@@ -104,6 +105,11 @@ func run(ctx context.Context, dir string, once bool) (err error) {
 		Policy:    recorder.Admit,
 		Progress:  os.Stdout,
 	}
+	if err := node.Unavailable(); err != nil {
+		fmt.Printf("Pods are processes of this machine: %v\n", err)
+	} else {
+		cfg.RealNode = true
+	}
 	for _, c := range callers {
 		cfg.Callers = append(cfg.Callers, c.CallerSpec)
 	}
@@ -179,9 +185,17 @@ func printUsage(l *lab.Lab) {
 	fmt.Printf(`
 	kubectl auth whoami
 	kubectl get pods
-	kubectl exec -it %s -- sh     # a shell on this machine, in an empty folder: pods are not real here
+	kubectl exec -it %s -- sh     # %s
 	kubectl logs -f %s
 
 The Caddyfile that serves them: %s
-`, lab.Pod, lab.Pod, filepath.Join(l.Dir, "Caddyfile"))
+`, lab.Pod, place(l), lab.Pod, filepath.Join(l.Dir, "Caddyfile"))
+}
+
+// place says where a shell of the pod is.
+func place(l *lab.Lab) string {
+	if l.Cluster.Node() == nil {
+		return "a shell on this machine, in an empty folder: pods are not real here"
+	}
+	return "a shell in the pod's container"
 }
