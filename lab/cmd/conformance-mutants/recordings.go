@@ -40,6 +40,9 @@ var recordings = []file{
 		{name: "headers are found in any spelling", old: "\t\tif strings.EqualFold(key, name) {\n\t\t\tall", new: "\t\tif key == name {\n\t\t\tall"},
 		{name: "headers are removed in any spelling", old: "\t\tif strings.EqualFold(key, name) {\n\t\t\tdelete", new: "\t\tif key == name {\n\t\t\tdelete"},
 	}},
+	{"recordings/recordings.go", "./internal/sessionrecording", []mutant{
+		{name: "names of recordings are matched in full", old: "(\\.partial)?$`", new: "(\\.partial)?`"},
+	}},
 	{"internal/sessionrecording/dir.go", "./internal/sessionrecording", []mutant{
 		{name: "no other user lists recordings", old: "0o700", new: "0o777"},
 		{name: "a recording takes the place of no other", old: "|os.O_EXCL", new: ""},
@@ -49,11 +52,11 @@ var recordings = []file{
 		{name: "what is on the disk counts", old: "\tif err := d.listOnce(); err != nil {\n\t\treturn nil, err\n\t}\n", new: ""},
 		{name: "handlers with one directory count together", old: "\tif d.all[path] == nil {", new: "\tif true {"},
 		{name: "a recording that is discarded does not count", old: "\t\td.used -= size\n", new: ""},
-		{name: "only recordings are deleted", old: "name == nil || !entry.Type().IsRegular()", new: "!entry.Type().IsRegular()"},
-		{name: "links are left alone", old: "name == nil || !entry.Type().IsRegular()", new: "name == nil"},
-		{name: "names of recordings are matched in full", old: "(\\.partial)?$`", new: "(\\.partial)?`"},
+		{name: "only recordings are deleted", old: "!ok || !entry.Type().IsRegular()", new: "!ok && false || !entry.Type().IsRegular()"},
+		{name: "links are left alone", old: "!ok || !entry.Type().IsRegular()", new: "!ok"},
 		{name: "recent recordings are kept", old: "time.Since(info.ModTime()) > retention && ", new: ""},
-		{name: "what is written is not deleted", old: " && !d.writes(id) {", new: " {"},
+		{name: "what is written is not deleted", old: " && !d.writes(id) && stored", new: " && stored"},
+		{name: "what waits for a storage is not deleted", old: " && stored(entry.Name()) {", new: " && (stored(entry.Name()) || true) {"},
 		{name: "what is written is not deleted by another process", old: "\t\t_ = os.Chtimes(", new: "\t\t_ = func(string, time.Time, time.Time) error { return nil }("},
 	}},
 	{"internal/sessionrecording/file.go", "./internal/sessionrecording .", []mutant{

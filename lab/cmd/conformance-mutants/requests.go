@@ -620,7 +620,7 @@ var requests = []file{
 		{name: "a check is begun", old: "\ttime.AfterFunc(t.policies[0].Interval, t.check)\n", new: "\t_ = time.AfterFunc\n"},
 	}},
 	{"internal/app/stop.go", "./internal/app", []mutant{
-		{name: "streams end before the nodes close", old: "\tlogEnded(s.logger, revocation.Exiting, s.requests.Stop(streamsTimeout))\n\ts.closeNodes()\n", new: "\ts.closeNodes()\n\tlogEnded(s.logger, revocation.Exiting, s.requests.Stop(streamsTimeout))\n"},
+		{name: "streams end before the nodes close", old: "\tlogEnded(s.logger, revocation.Exiting, s.requests.Stop(streamsTimeout))\n", new: "\ts.closeNodes()\n\tlogEnded(s.logger, revocation.Exiting, s.requests.Stop(streamsTimeout))\n"},
 		{name: "streams go on while probes find out that Caddy exits", old: "s.delay-streamsTimeout, s.leave", new: "0, s.leave"},
 		{name: "Caddy is left no listener that hangs", old: "\t\t\ta.retireListeners(closeTimeout)\n", new: ""},
 		{name: "what Caddy waits for is reported", old: "\t\t\ts.logger.Warn(\"Caddy has not exited yet\", s.waitsFor()...)\n", new: ""},
