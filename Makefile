@@ -172,8 +172,8 @@ test: components $(RACE)/overlay.json ## run every test with the race detector
 # is off here: one of the long tests would hit another race of Caddy's.
 test-long: components ## run the end-to-end tests under constrained impersonation, with those that take minutes
 	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 45m -v ./e2e -long -constrained
-	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 20m -v ./replicas -long
-	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 20m -v ./install -long
+	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 45m -v ./replicas -long
+	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 45m -v ./install -long
 
 # What the chart's tests run, which are a part of make test and make test-long. Without a
 # real node, no pod of it runs.
@@ -184,7 +184,7 @@ endif
 
 chart-test: assets-note node-note $(CHART_PARTS) ## test the Helm chart with Helm and the API server, and on a real node, as root
 	cd lab && go test -count=1 $(TEST_FLAGS) ./chart
-	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 20m -v ./install -long
+	cd lab && go test -count=1 $(TEST_FLAGS) -timeout 45m -v ./install -long
 
 conformance: $(DEMO_PARTS) ## attack the plugin, also in the ways in which other such proxies have failed
 	cd lab && go run ./cmd/conformance

@@ -97,6 +97,9 @@ func dialled(ctx context.Context, node *tailnet.Node, visitor Visitor, door Door
 		}
 	}
 	if door.Service == "" {
+		if node.ServicesOnly {
+			return netip.Addr{}, false, nil
+		}
 		ip4, ip6 := node.Addrs()
 		if visitor.Address.Is6() {
 			return ip6, true, nil
@@ -112,9 +115,9 @@ func dialled(ctx context.Context, node *tailnet.Node, visitor Visitor, door Door
 			return addr, true, nil
 		}
 	}
-	// Another host may well serve it, but what the visitor is granted there is said for
-	// the address alone.
-	return netip.Addr{}, false, fmt.Errorf("the Tailscale Service %q is not hosted", door.Service)
+	// Another node may host it. But this node tells grants by the service's address, which
+	// it does not have.
+	return netip.Addr{}, false, fmt.Errorf("the Tailscale Service %q has no address here that the visitor could dial", door.Service)
 }
 
 // visitAt is [Authenticator.Visit] at one of the site's nodes.

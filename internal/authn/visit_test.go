@@ -201,6 +201,26 @@ func TestVisit_AsksTheNodeOfTheName(t *testing.T) {
 	}
 }
 
+// A site does not listen on the own addresses of a node that it has for a service alone.
+func TestVisit_NotAtNodeOfServices(t *testing.T) {
+	key := tskey.NewNode().Public()
+	node := otherNode(onDevice(key, proxytest.Readers), nil)
+	visit := func() *Welcome {
+		welcome, err := newServer(t, Options{}, node).Visit(t.Context(), visitorFrom(t, key), Door{Port: 443, TLS: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return welcome
+	}
+	if visit() == nil {
+		t.Error("a site on the node's own addresses is not found")
+	}
+	node.ServicesOnly = true
+	if welcome := visit(); welcome != nil {
+		t.Errorf("got %+v; want no site", welcome)
+	}
+}
+
 // A visitor costs other sites no more than its own requests would.
 func TestVisit_IsCached(t *testing.T) {
 	key := tskey.NewNode().Public()

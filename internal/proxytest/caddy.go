@@ -8,10 +8,10 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -203,12 +203,17 @@ func WriteFile(t testing.TB, path, content string) {
 // FreePort returns a TCP port of the host that nothing listens on.
 func FreePort(t testing.TB) uint16 {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		// Below the ports that the kernel gives to others, so that nothing takes it
+		// before it is used.
+		port := uint16(20000 + rand.IntN(12000)) //nolint:gosec // it is no secret
+		if ln, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
+			_ = ln.Close()
+			return port
+		}
 	}
-	defer ln.Close()
-	return netip.MustParseAddrPort(ln.Addr().String()).Port()
+	t.Fatal("none of 100 ports is free")
+	return 0
 }
 
 // provideNodes is a handler that passes every request on. When its config starts, it

@@ -84,8 +84,8 @@ type door struct {
 
 // For returns the sites that a visitor may use, except for the one of the handler that it
 // visits at the URL here, by their URLs. Of sites with the same URL, which are replicas of
-// one, there is the first in the config that lets the visitor in. The list is incomplete if it is unknown of another site whether the
-// visitor may use it. d may be nil.
+// one, it returns the first in the config that lets the visitor in. The list is incomplete
+// if it is not known of some site whether the visitor may use it. d may be nil.
 func (d *Directory) For(ctx context.Context, visitor authn.Visitor, visited caddyhttp.MiddlewareHandler, here string) (list []whoami.Site, incomplete bool) {
 	if d == nil {
 		return nil, false

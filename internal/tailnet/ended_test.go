@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -61,30 +62,32 @@ func TestAddrPort_WithoutAddressIsAnError(t *testing.T) {
 
 // Both listeners of a node have to close before it is not waited for any longer.
 func TestRetireListeners_NamesNodesThatHang(t *testing.T) {
-	node, other := &tsnet.Server{Hostname: "hanging"}, &tsnet.Server{Hostname: "other"}
-	plain, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer plain.Close()
-	release := make(chan struct{})
-	defer close(release)
-	closed := false
-	listeners := []net.Listener{
-		&handle{Listener: nodeListener{plain, node}, close: func() error { <-release; return nil }},
-		&handle{Listener: nodeListener{plain, node}},
-		&handle{Listener: nodeListener{plain, other}, close: func() error {
-			time.Sleep(50 * time.Millisecond)
-			closed = true
-			return nil
-		}},
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-	defer cancel()
-	if diff := cmp.Diff([]string{"hanging"}, RetireListeners(ctx, listeners)); diff != "" {
-		t.Errorf("nodes that hang (-want +got):\n%s", diff)
-	}
-	if !closed {
-		t.Error("a node that takes its time is not waited for")
-	}
+	synctest.Test(t, func(t *testing.T) {
+		node, other := &tsnet.Server{Hostname: "hanging"}, &tsnet.Server{Hostname: "other"}
+		plain, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer plain.Close()
+		release := make(chan struct{})
+		defer close(release)
+		closed := false
+		listeners := []net.Listener{
+			&handle{Listener: nodeListener{plain, node}, close: func() error { <-release; return nil }},
+			&handle{Listener: nodeListener{plain, node}},
+			&handle{Listener: nodeListener{plain, other}, close: func() error {
+				time.Sleep(50 * time.Millisecond)
+				closed = true
+				return nil
+			}},
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if diff := cmp.Diff([]string{"hanging"}, RetireListeners(ctx, listeners)); diff != "" {
+			t.Errorf("nodes that hang (-want +got):\n%s", diff)
+		}
+		if !closed {
+			t.Error("a node that takes its time is not waited for")
+		}
+	})
 }

@@ -73,6 +73,8 @@ type Node struct {
 
 	// Services are the listeners of the server for Tailscale Services on the node.
 	Services []Service
+	// ServicesOnly is whether the server has no listener on the node's own addresses.
+	ServicesOnly bool
 
 	// Status returns how the node is connected to its tailnet.
 	Status func(ctx context.Context) (Status, error)

@@ -26,7 +26,7 @@ func FromListeners(listeners []net.Listener) Nodes {
 		}
 		seen[s] = true
 		n := FromServer(s)
-		n.Services = servicesOf(s, listeners)
+		n.Services, n.ServicesOnly = servicesOf(s, listeners)
 		nodes = append(nodes, n)
 	}
 	return nodes

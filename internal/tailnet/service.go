@@ -45,15 +45,22 @@ func (nodes Nodes) Drain(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// servicesOf returns those of listeners that listen on node for a service.
-func servicesOf(node *tsnet.Server, listeners []net.Listener) (services []Service) {
+// servicesOf returns those of listeners that listen on node for a service, and whether none
+// listens on the node's own addresses.
+func servicesOf(node *tsnet.Server, listeners []net.Listener) (services []Service, only bool) {
+	only = true
 	for _, ln := range listeners {
 		layer := bottom(ln)
-		if s, ok := layer.(Service); ok && layer.Server() == node {
+		if layer == nil || layer.Server() != node {
+			continue
+		}
+		if s, ok := layer.(Service); ok {
 			services = append(services, s)
+		} else {
+			only = false
 		}
 	}
-	return services
+	return services, only
 }
 
 // hosts reports whether addr is that of a service that the server hosts on the node.

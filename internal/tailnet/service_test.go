@@ -214,6 +214,9 @@ func TestFromListeners_Services(t *testing.T) {
 	if len(nodes) != 2 {
 		t.Fatalf("got %d nodes; want 2", len(nodes))
 	}
+	if nodes[0].ServicesOnly || !nodes[1].ServicesOnly {
+		t.Error("it is not the second node alone that has services only")
+	}
 	for _, addr := range []netip.Addr{service4, service6} {
 		if !nodes[0].Is(addr) || nodes[1].Is(addr) {
 			t.Errorf("%v is not the address of the node that hosts its service, and of no other", addr)

@@ -5,6 +5,7 @@ package install
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -19,6 +20,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/internal/tempdir"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/node"
 )
 
@@ -73,12 +75,12 @@ func start(t *testing.T) *installation {
 		t.Fatal(err)
 	}
 	i := &installation{T: t, root: root}
-	dir := t.TempDir()
+	dir := tempdir.New(t)
 	// With an empty build cache, this takes minutes.
 	if err := buildImage(t.Context(), root, filepath.Join(dir, "image")); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	cfg := lab.Config{Dir: dir, Examples: filepath.Join(root, "examples"), RealNode: true, PodsJoin: true, Progress: os.Stderr}
 	for _, c := range callers {
@@ -155,8 +157,9 @@ spec:
 		}
 	}
 	i.until("the namespace has its first objects", func() error {
-		_, err := i.admin.CoreV1().ConfigMaps(namespace).Get(ctx, "kube-root-ca.crt", metav1.GetOptions{})
-		return err
+		_, ca := i.admin.CoreV1().ConfigMaps(namespace).Get(ctx, "kube-root-ca.crt", metav1.GetOptions{})
+		_, account := i.admin.CoreV1().ServiceAccounts(namespace).Get(ctx, "default", metav1.GetOptions{})
+		return errors.Join(ca, account)
 	})
 }
 
@@ -197,7 +200,7 @@ func (i *installation) run(cmd *exec.Cmd, err error) string {
 // kubectl runs kubectl as the administrator, directly.
 func (i *installation) kubectl(args ...string) string {
 	i.Helper()
-	ctx, cancel := context.WithTimeout(i.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(i.Context(), 7*time.Minute)
 	defer cancel()
 	return i.run(lab.Kubectl(ctx, i.lab.AdminKubeconfig(), args...))
 }
@@ -205,7 +208,7 @@ func (i *installation) kubectl(args ...string) string {
 // helm runs Helm as the administrator.
 func (i *installation) helm(args ...string) string {
 	i.Helper()
-	ctx, cancel := context.WithTimeout(i.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(i.Context(), 7*time.Minute)
 	defer cancel()
 	return i.run(lab.Helm(ctx, i.lab.AdminKubeconfig(), args...))
 }
@@ -213,7 +216,7 @@ func (i *installation) helm(args ...string) string {
 // rollout waits until every replica runs what the StatefulSet says, and is ready.
 func (i *installation) rollout() {
 	i.Helper()
-	i.kubectl("--namespace", namespace, "rollout", "status", "statefulset/"+release, "--timeout=2m")
+	i.kubectl("--namespace", namespace, "rollout", "status", "statefulset/"+release, "--timeout=6m")
 }
 
 // ca returns the root certificate of a replica, from its volume.
@@ -285,15 +288,18 @@ func (i *installation) objects() map[string]bool {
 	found := make(map[string]bool)
 	for line := range strings.Lines(i.kubectl("get", strings.Join(kinds, ","), "--all-namespaces", "--ignore-not-found",
 		`--output=jsonpath={range .items[*]}{.kind} {.metadata.namespace}/{.metadata.name}{"\n"}{end}`)) {
-		found[strings.TrimSpace(line)] = true
+		// Controllers make accounts of their own there, as they start.
+		if object := strings.TrimSpace(line); !strings.HasPrefix(object, "ServiceAccount kube-system/") {
+			found[object] = true
+		}
 	}
 	return found
 }
 
-// until waits until f returns nil, for a minute at most.
+// until waits until f returns nil, for three minutes at most.
 func (i *installation) until(what string, f func() error) {
 	i.Helper()
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(3 * time.Minute); ; time.Sleep(250 * time.Millisecond) {
 		err := f()
 		if err == nil {
 			return

@@ -231,7 +231,11 @@ func (c *count) request(ctx context.Context) {
 		}
 		var errs []error
 		for _, client := range []kubernetes.Interface{c.first, c.second} {
-			limited, cancel := context.WithTimeout(ctx, 5*time.Second)
+			limit := 5 * time.Second
+			if client == c.second {
+				limit = 30 * time.Second // nobody else is left, and it may have just restarted
+			}
+			limited, cancel := context.WithTimeout(ctx, limit)
 			_, err := client.CoreV1().ConfigMaps("default").Get(limited, counter, metav1.GetOptions{})
 			cancel()
 			if err == nil {

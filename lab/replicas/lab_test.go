@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -51,6 +52,8 @@ func inNamespace(t *testing.T, test func(t *testing.T)) {
 	cmd := Command("-test.run=^"+t.Name()+"$", "-test.v", "-long")
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = io.MultiWriter(&out, os.Stdout), io.MultiWriter(&out, os.Stderr)
+	runtime.LockOSThread() // the namespaces end with the thread that started them
+	defer runtime.UnlockOSThread()
 	if err := cmd.Run(); err != nil || !strings.Contains(out.String(), "--- PASS: "+t.Name()) {
 		t.Errorf("in the namespace: %v", err)
 	}
