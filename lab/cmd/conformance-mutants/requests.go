@@ -301,7 +301,7 @@ var requests = []file{
 		{name: "a node that hangs delays nothing", old: "\tcase <-ctx.Done():\n", new: "\tcase <-context.Background().Done():\n"},
 	}},
 	{"internal/tailnet/service.go", "./internal/tailnet", []mutant{
-		{name: "a service is its own node's only", old: "ok && layer.Server() == node {", new: "ok {"},
+		{name: "a service is its own node's only", old: "layer == nil || layer.Server() != node {", new: "layer == nil {"},
 		{name: "only addresses that a service has now are the node's", old: "return a.Addr() == addr", new: "return true"},
 		{name: "no address is that of no service", old: "addr != netip.Addr{} && slices", new: "slices"},
 		{name: "a service is named in its node's domain", old: `names(name+"."+domain, host)`, new: `strings.HasPrefix(host, name)`},
