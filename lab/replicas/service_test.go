@@ -169,8 +169,10 @@ func (s *services) direct(ctx context.Context) {
 		var offering []string
 		for _, r := range s.w.Replicas {
 			n := s.node(r.Name)
-			// A node on a busy machine may be slow once.
-			active := n != nil && (s.offers(ctx, n.Key) || s.offers(ctx, n.Key))
+			active := n != nil && s.offers(ctx, n.Key)
+			if n != nil && !active { // a node on a busy machine may be slow once
+				active = s.offers(ctx, n.Key)
+			}
 			s.mu.Lock()
 			s.active[r.Name] = active
 			s.mu.Unlock()
