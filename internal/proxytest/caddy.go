@@ -206,7 +206,7 @@ func FreePort(t testing.TB) uint16 {
 	for range 100 {
 		// Below the ports that the kernel gives to others, so that nothing takes it
 		// before it is used.
-		port := uint16(20000 + rand.IntN(12000)) //nolint:gosec // it is no secret
+		port := uint16(20000 + rand.IntN(12000))
 		if ln, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil {
 			_ = ln.Close()
 			return port
