@@ -25,16 +25,13 @@ import (
 // that it may: from an ACME server, with a DNS record that the control server sets. The ACME
 // server is Caddy's.
 func TestCertificates_HostGetsOneForTheService(t *testing.T) {
-	// Nodes clone it when they connect, so it is set before the first of them starts. The
-	// test verifies the certificate itself.
 	transport := http.DefaultTransport
-	t.Cleanup(func() { http.DefaultTransport = transport })
-	http.DefaultTransport = &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
+	t.Cleanup(func() { http.DefaultTransport = transport }) // once all nodes have ended
 	l := newServiceLab(t, serviceHost)
 	records := new(txtRecords)
 	l.control.OnSetDNS = func(r *tailcfg.SetDNSRequest) error { records.set(r.Name, r.Value); return nil }
 	acme := proxytest.FreePort(t)
-	l.load(fmt.Sprintf(`
+	issuer := fmt.Sprintf(`
 https://localhost:%d {
 	bind 127.0.0.1
 	tls internal
@@ -43,7 +40,8 @@ https://localhost:%d {
 		resolvers %s
 	}
 }
-`, acme, records.serve(t)) + l.site("http://", "tailscale-service/k8s/k8s-api"))
+`, acme, records.serve(t))
+	l.load(issuer)
 	root, err := os.ReadFile(filepath.Join(l.dir, "caddy", "pki", "authorities", "local", "root.crt"))
 	if err != nil {
 		t.Fatal(err)
@@ -52,6 +50,8 @@ https://localhost:%d {
 	roots.AppendCertsFromPEM(root)
 	// The nodes use these.
 	t.Setenv("TS_DEBUG_ACME_DIRECTORY_URL", fmt.Sprintf("https://localhost:%d/acme/local/directory", acme))
+	http.DefaultTransport = &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}
+	l.load(issuer + l.site("http://", "tailscale-service/k8s/k8s-api"))
 
 	node := l.node("k8s")
 	l.allowHost(node, serviceAddr)
