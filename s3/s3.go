@@ -210,12 +210,12 @@ func (s *Storage) check() (*url.URL, error) {
 	}
 	endpoint, err := url.Parse(s.Endpoint)
 	if err != nil {
-		return nil, fmt.Errorf("endpoint %q: %w", s.Endpoint, err)
+		return nil, errors.New("endpoint: is not a URL") // the error has its text, and maybe a password
 	}
 	endpoint.Path = strings.TrimSuffix(endpoint.Path, "/")
 	switch {
 	case endpoint.Scheme != "http" && endpoint.Scheme != "https", endpoint.Host == "", endpoint.Path != "", endpoint.RawQuery != "", endpoint.User != nil:
-		return nil, fmt.Errorf("endpoint %q: must be a URL without a path, such as https://minio.example.com:9000", s.Endpoint)
+		return nil, fmt.Errorf("endpoint %q: must be a URL without a user and a path, such as https://minio.example.com:9000", redacted(endpoint))
 	case endpoint.Scheme == "http" && !s.InsecureHTTP:
 		return nil, fmt.Errorf("endpoint %q: recordings would be sent without encryption; use https, or say insecure_http", s.Endpoint)
 	}
@@ -235,6 +235,15 @@ func (s *Storage) check() (*url.URL, error) {
 		return nil, fmt.Errorf("object_lock %s: needs a duration, such as 90d", s.ObjectLock)
 	}
 	return endpoint, nil
+}
+
+// redacted returns the text of u without a password and without a query.
+func redacted(u *url.URL) string {
+	shown := *u
+	if shown.RawQuery != "" {
+		shown.RawQuery = "..."
+	}
+	return shown.Redacted()
 }
 
 // mode returns the mode of the lock, empty if there is none.
@@ -353,14 +362,12 @@ func (s *Storage) explain(err error) error {
 
 // List implements [recordings.Reader].
 func (s *Storage) List(ctx context.Context, after string, n int) ([]recordings.Entry, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel() // ends the listing
 	options := minio.ListObjectsOptions{Prefix: s.Prefix}
 	if after != "" {
 		options.StartAfter = s.Prefix + after + recordings.Ext + recordings.Partial
 	}
 	var entries []recordings.Entry
-	for object := range s.client.ListObjects(ctx, s.Bucket, options) {
+	for object := range s.client.ListObjectsIter(ctx, s.Bucket, options) {
 		if object.Err != nil {
 			return nil, s.explain(object.Err)
 		}
@@ -373,6 +380,10 @@ func (s *Storage) List(ctx context.Context, after string, n int) ([]recordings.E
 			break
 		}
 		entries = append(entries, recordings.Entry{ID: id, Size: object.Size, Modified: object.LastModified, Complete: complete})
+	}
+	// Between two pages, the client ends without an error: what follows would seem gone.
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
 	}
 	return entries, nil
 }

@@ -14,6 +14,8 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -104,8 +106,11 @@ func TestProvision_Errors(t *testing.T) {
 		{`{"bucket": "{env.S3_TEST_NONE}"}`, "bucket: "},
 		{`{"bucket": "abc"}`, "region: missing"},
 		{`{"bucket": "abc", "endpoint": "minio.example.com"}`, `endpoint "minio.example.com": must be a URL`},
-		{`{"bucket": "abc", "endpoint": "https://example.com/path"}`, `endpoint "https://example.com/path": must be a URL without a path`},
+		{`{"bucket": "abc", "endpoint": "https://example.com/path"}`, `endpoint "https://example.com/path": must be a URL without a user and a path`},
 		{`{"bucket": "abc", "endpoint": "https://user@example.com"}`, `endpoint "https://user@example.com": must be a URL`},
+		{`{"bucket": "abc", "endpoint": "https://user:password@example.com"}`, `endpoint "https://user:xxxxx@example.com": must be a URL`},
+		{`{"bucket": "abc", "endpoint": "https://user:password@example.com:x%"}`, "endpoint: is not a URL"},
+		{`{"bucket": "abc", "endpoint": "https://example.com?key=password"}`, `endpoint "https://example.com?...": must be a URL`},
 		{`{"bucket": "abc", "endpoint": "http://example.com"}`, `endpoint "http://example.com": recordings would be sent without encryption`},
 		{`{"bucket": "abc", "region": "r", "prefix": "/a"}`, `prefix "/a": `},
 		{`{"bucket": "abc", "region": "r", "prefix": "a//"}`, `prefix "a//": `},
@@ -123,7 +128,7 @@ func TestProvision_Errors(t *testing.T) {
 		if err := json.Unmarshal([]byte(tt.text), s); err != nil {
 			t.Fatal(err)
 		}
-		if err := s.Provision(caddy.Context{}); err == nil || !strings.HasPrefix(err.Error(), tt.want) {
+		if err := s.Provision(caddy.Context{}); err == nil || !strings.HasPrefix(err.Error(), tt.want) || strings.Contains(err.Error(), "password") {
 			t.Errorf("%s: got %v; want %s", tt.text, err, tt.want)
 		}
 	}
@@ -372,5 +377,70 @@ func TestOpen_EndsWithContext(t *testing.T) {
 	time.AfterFunc(50*time.Millisecond, func() { cancel(ended) })
 	if _, err := r.Read(make([]byte, 5)); !errors.Is(err, ended) {
 		t.Errorf("got %v; want %v", err, ended)
+	}
+}
+
+// listing is a server with n recordings, which answers with some of them at a time. before is
+// called before each answer, and may be nil.
+func listing(t *testing.T, n, page int, before func()) *Storage {
+	t.Helper()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if before != nil {
+			before()
+		}
+		from, _ := strconv.Atoi(r.URL.Query().Get("continuation-token"))
+		to := min(n, from+page)
+		_, _ = fmt.Fprintf(w, "<ListBucketResult><Name>recordings</Name><IsTruncated>%v</IsTruncated><NextContinuationToken>%d</NextContinuationToken>", to < n, to)
+		for i := from; i < to; i++ {
+			_, _ = fmt.Fprintf(w, "<Contents><Key>%s.cast</Key><LastModified>2026-11-30T12:00:00Z</LastModified><Size>1</Size></Contents>", nth(i))
+		}
+		_, _ = io.WriteString(w, "</ListBucketResult>")
+	}))
+	t.Cleanup(server.Close)
+	s := &Storage{Bucket: "recordings", Endpoint: server.URL, InsecureHTTP: true, AccessKeyID: "id", SecretAccessKey: "secret"}
+	if err := s.Provision(caddy.Context{}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Cleanup() })
+	return s
+}
+
+// nth returns the ID of the nth recording.
+func nth(n int) string {
+	return fmt.Sprintf("20261130T1200%02dZ-%s", n, strings.Repeat("a", 26))
+}
+
+// A list that stops early leaves nothing behind.
+func TestList_LeavesNoGoroutines(t *testing.T) {
+	s := listing(t, 10, 10, nil)
+	before := runtime.NumGoroutine()
+	const lists = 100
+	for range lists {
+		entries, err := s.List(t.Context(), "", 1)
+		if err != nil || len(entries) != 1 || entries[0].ID != nth(0) {
+			t.Fatalf("got %+v, %v", entries, err)
+		}
+	}
+	// A few are those of the connection.
+	for deadline := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before+lists/2; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d goroutines after %d lists; want about the %d of before", runtime.NumGoroutine(), lists, before)
+		}
+	}
+}
+
+// A list that could not go on is no short list: what it lacks would count as gone.
+func TestList_EndsWithContext(t *testing.T) {
+	ended := errors.New("the list takes too long")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	pages := 0
+	s := listing(t, 10, 2, func() { pages++ })
+	entries, err := s.List(ctx, "", 100)
+	if err != nil || len(entries) != 10 || pages != 5 {
+		t.Fatalf("got %d entries in %d pages, %v", len(entries), pages, err)
+	}
+	cancel(ended)
+	if entries, err := s.List(ctx, "", 100); !errors.Is(err, ended) {
+		t.Errorf("got %+v, %v; want %v", entries, err, ended)
 	}
 }
