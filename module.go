@@ -123,7 +123,6 @@ type Handler struct {
 	site       *siteca.Site
 	sites      *sites.Directory       // of the config
 	recordings *sessionrecording.Dirs // of the process
-	storage    storage.Storage        // nil without record_to
 	reading    *recordings.Site       // nil without the option
 	// release ends the use of the index of recordings. It is set when h has started.
 	release func()
@@ -169,7 +168,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		h.sites.Add(sites.Site{Handler: h, Server: server, Whoami: h.Whoami, Auth: h.auth, CA: h.site, Logger: ctx.Logger()})
 	}
 	a.OnStarted(h.auth, func() {
-		h.readFrom(a.Indexes())
+		h.readFrom(a)
 		go h.sessions.Maintain(ctx)
 		if h.Tailscaled != "" {
 			h.auth.Start(tailnet.Nodes{tailnet.FromDaemon(h.DaemonSocket())})
@@ -248,16 +247,16 @@ func (h *Handler) setUp(generation *revocation.Generation, logger *zap.Logger, l
 }
 
 // readFrom makes h's page of recordings read those of its directory.
-func (h *Handler) readFrom(indexes *recordings.Indexes) {
+func (h *Handler) readFrom(a *app.App) {
 	if h.reading == nil {
 		return
 	}
 	dir := h.sessions.Dir.Path()
 	from := recstore.Dir(dir)
-	if h.storage != nil {
-		from = recstore.Union(from, recstore.Storage(h.storage))
+	if to := a.StorageOf(h.sessions.Dir); to != nil { // maybe that of another handler
+		from = recstore.Union(from, recstore.Storage(to))
 	}
-	h.reading.Index, h.release = indexes.Use(dir, from, h.logger)
+	h.reading.Index, h.release = a.Indexes().Use(dir, from, h.logger)
 }
 
 // keep sets up where recordings are kept.
@@ -265,20 +264,20 @@ func (h *Handler) keep(ctx caddy.Context, a *app.App) error {
 	if h.sessions.Dir == nil {
 		return nil
 	}
-	var err error
-	if h.storage, err = h.loadStorage(ctx); err != nil {
+	to, err := h.loadStorage(ctx)
+	if err != nil {
 		return fmt.Errorf("record_to: %w", err)
 	}
 	err = a.KeepRecordings(app.Kept{
 		Dir:     h.sessions.Dir,
-		Store:   outbox.Settings{Storage: h.storage, Remove: h.RecordRemoveStored, Logger: h.logger},
+		Store:   outbox.Settings{Storage: to, Config: string(h.RecordToRaw), Remove: h.RecordRemoveStored, Logger: h.logger},
 		Readers: h.RecordingsReaders,
 		Page:    h.Recordings != "",
 	})
 	if err != nil {
 		return err
 	}
-	if h.storage != nil {
+	if to != nil {
 		h.sessions.Waits, h.sessions.StoreWithin = a.Outbox(h.sessions.Dir).Oldest, h.StoreWithin()
 	}
 	return nil

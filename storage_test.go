@@ -19,17 +19,23 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
+// waitUntil waits until what holds. After failures, a storage is tried again within a minute.
+func waitUntil(t *testing.T, message string, what func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(2 * time.Minute); !what(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal(message)
+		}
+	}
+}
+
 // waitForFile waits until a file is there.
 func waitForFile(t *testing.T, path string) {
 	t.Helper()
-	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		if _, err := os.Stat(path); err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("there is no %s", path)
-		}
-	}
+	waitUntil(t, "there is no "+path, func() bool {
+		_, err := os.Stat(path)
+		return err == nil
+	})
 }
 
 // A session goes into the directory while it lasts, and to the storage when it is over.
@@ -77,11 +83,7 @@ func TestStorage_Away(t *testing.T) {
 	since := proxytest.CountsSince(t, "recordings_stored_total")
 	s := startRecordingSite(t, proxytest.NewPods(t), dir, proxytest.AliceNode(),
 		"record_to directory "+archive, "record_required", "record_retention 1h", "record_store_within 1h")
-	for deadline := time.Now().Add(15 * time.Second); since()["recordings_stored_total failed"] == 0; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("nothing is tried")
-		}
-	}
+	waitUntil(t, "nothing is tried", func() bool { return since()["recordings_stored_total failed"] > 0 })
 	sh, resp := proxytest.OpenWebSocket(t, s, proxytest.ExecTarget)
 	if sh != nil {
 		t.Fatal("the session begins")
@@ -96,15 +98,11 @@ func TestStorage_Away(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitForFile(t, filepath.Join(archive, old))
-	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		if sh, _ = proxytest.OpenWebSocket(t, s, proxytest.ExecTarget); sh != nil {
-			sh.Leave()
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("no session begins once all is stored")
-		}
-	}
+	waitUntil(t, "no session begins once all is stored", func() bool {
+		sh, _ = proxytest.OpenWebSocket(t, s, proxytest.ExecTarget)
+		return sh != nil
+	})
+	sh.Leave()
 }
 
 // notStorage is a module in the namespace of storages that is none.
@@ -122,6 +120,7 @@ func init() { caddy.RegisterModule(notStorage{}) }
 
 // What cannot work is an error of the config.
 func TestStorage_InvalidConfigs(t *testing.T) {
+	t.Setenv("STORAGE_TEST_X", "/x")
 	for _, tt := range []struct{ name, text, want string }{
 		{
 			"two storages for a directory",
@@ -131,7 +130,12 @@ func TestStorage_InvalidConfigs(t *testing.T) {
 		{
 			"removed for one site, and kept for another",
 			":1 {\nhandle /a* {\ntailscale_impersonate {\nrecord /r\nrecord_to directory /x\n}\n}\nhandle {\ntailscale_impersonate {\nrecord /r\nrecord_to directory /x\nrecord_remove_stored\n}\n}\n}",
-			"differs in record_remove_stored",
+			"differs in options of record_to or in record_remove_stored",
+		},
+		{
+			"other options of a storage",
+			":1 {\nhandle /a* {\ntailscale_impersonate {\nrecord /r\nrecord_to directory /x\n}\n}\nhandle {\ntailscale_impersonate {\nrecord /r\nrecord_to directory {env.STORAGE_TEST_X}\n}\n}\n}",
+			"differs in options of record_to",
 		},
 		{"a path that is relative", ":1 {\ntailscale_impersonate {\nrecord /r\nrecord_to directory x\n}\n}", `path "x": must be an absolute path`},
 		{"a module that is no storage", ":1 {\ntailscale_impersonate {\nrecord /r\nrecord_to not_a_storage\n}\n}", "is not a storage of recordings"},
@@ -156,6 +160,29 @@ func TestStorage_InvalidConfigs(t *testing.T) {
 				t.Errorf("got %v; want %s", err, tt.want)
 			}
 		})
+	}
+}
+
+// Two handlers share a directory, and one names the storage: both pages list what is there,
+// whichever starts last.
+func TestStorage_OfDirectoryIsForAllHandlers(t *testing.T) {
+	const name = "20261128T093000Z-4jkq2rxcvb7mzhn5tw3dlfg6ye"
+	for _, first := range []bool{true, false} {
+		dir, archive := t.TempDir(), t.TempDir()
+		proxytest.WriteFile(t, filepath.Join(archive, name+".cast"), "{}\n")
+		options := map[bool]string{true: "record_to directory " + archive}
+		handler := func(stores bool) string {
+			return "tailscale_impersonate {\nrecord " + dir + "\n" + options[stores] + "\n" + showing + "\n}\nreverse_proxy https://$UPSTREAM {\n$HTTP\n}"
+		}
+		s := proxytest.Config{
+			API: proxytest.NewPods(t), Nodes: []*tailnet.Node{newReader().Node},
+			Body: "handle_path /two/* {\n" + handler(first) + "\n}\nhandle {\n" + handler(!first) + "\n}",
+		}.Start(t)
+		for _, at := range []string{"", "/two"} {
+			waitUntil(t, at+"/recordings does not list what is in the storage", func() bool {
+				return strings.Contains(body(t, s.Get(t, at+"/recordings", ""), http.StatusOK), at+"/recordings/"+name)
+			})
+		}
 	}
 }
 
@@ -185,11 +212,9 @@ func TestStorage_ReplicasShareOneList(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, at := range []string{"", "/two"} {
-		for deadline := time.Now().Add(20 * time.Second); !strings.Contains(body(t, s.Get(t, at+"/recordings?text=HELLO", ""), http.StatusOK), at+"/recordings/"+id); time.Sleep(10 * time.Millisecond) {
-			if time.Now().After(deadline) {
-				t.Fatalf("%s/recordings does not list the session", at)
-			}
-		}
+		waitUntil(t, at+"/recordings does not list the session", func() bool {
+			return strings.Contains(body(t, s.Get(t, at+"/recordings?text=HELLO", ""), http.StatusOK), at+"/recordings/"+id)
+		})
 		if got := body(t, s.Get(t, at+"/recordings/"+id+".cast", ""), http.StatusOK); got != string(file) {
 			t.Errorf("%s/recordings has %q; want what is in the storage", at, got)
 		}

@@ -11,6 +11,7 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/directory"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/outbox"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/sessionrecording"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recordings"
 )
 
 // Kept is what a handler does with recordings.
@@ -62,7 +63,7 @@ type keeping struct {
 func (a *App) KeepRecordings(k Kept) error {
 	if k.Store.Storage != nil {
 		if other, ok := a.kept.stores[k.Dir]; ok && !k.Store.Same(other) {
-			return fmt.Errorf("record_to: another handler stores the recordings in %s in %s, or differs in record_remove_stored: use one storage for a directory, or two directories", k.Dir.Path(), other.Storage)
+			return fmt.Errorf("record_to: another handler stores the recordings in %s in %s, or differs in options of record_to or in record_remove_stored: use one storage for a directory, or two directories", k.Dir.Path(), other.Storage)
 		}
 	}
 	k.Readers = slices.Compact(slices.Sorted(slices.Values(k.Readers)))
@@ -82,6 +83,12 @@ func (a *App) KeepRecordings(k Kept) error {
 	}
 	a.kept.stores[k.Dir] = k.Store
 	return nil
+}
+
+// StorageOf returns the storage that gets the recordings in dir, nil if none does. All handlers
+// of the config have to be provisioned: one of them may name it for the others.
+func (a *App) StorageOf(dir *sessionrecording.Dir) recordings.Storage {
+	return a.kept.stores[dir].Storage
 }
 
 // Outbox returns what sends the recordings in dir to a storage.

@@ -36,6 +36,8 @@ func TestKeepRecordings_HandlersAgree(t *testing.T) {
 	const readers, storage, written = "recordings_readers", "use one storage", "sessions are recorded to that directory"
 	removed := kept("/d", "/s", true, "a", "b")
 	removed.Store.Remove = true
+	locked := kept("/d", "/s", true, "a", "b")
+	locked.Store.Config = `{"storage":"directory","path":"/s","object_lock":"governance"}`
 	for _, tt := range []struct {
 		name  string
 		other app.Kept
@@ -51,6 +53,7 @@ func TestKeepRecordings_HandlersAgree(t *testing.T) {
 		{"no page for the storage", kept("/e", "/s", false), readers},
 		{"another storage", kept("/d", "/t", true, "a", "b"), storage},
 		{"removed, and not", removed, storage},
+		{"the same storage with another option", locked, "options of record_to"},
 		{"another name of the directory", kept(links+"/link/new", "", true, "c"), readers},
 		{"another name of the directory, for a storage", kept("/e", links+"/link/new", true, "a", "b"), written},
 		{"recorded to the storage", kept("/s", "", true, "a", "b"), written},
@@ -63,6 +66,13 @@ func TestKeepRecordings_HandlersAgree(t *testing.T) {
 				if err := a.KeepRecordings(k); err != nil {
 					t.Fatal(err)
 				}
+			}
+			// A handler without a storage does not change where the others' recordings go.
+			if s := a.StorageOf(dirs.At("/d")); s == nil || s.String() != "directory /s" {
+				t.Errorf("the storage of the directory is %v", s)
+			}
+			if s := a.StorageOf(dirs.At(target + "/new")); s != nil {
+				t.Errorf("the storage of another directory is %v", s)
 			}
 			err := a.KeepRecordings(tt.other)
 			if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {

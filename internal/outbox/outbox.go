@@ -120,6 +120,8 @@ type item struct {
 // Settings say where recordings go.
 type Settings struct {
 	Storage recordings.Storage
+	// Config is the text of record_to in the config, with all options of the storage.
+	Config string
 	// Remove says that a recording is removed from the directory once it is stored.
 	Remove bool
 	Logger *zap.Logger
@@ -127,7 +129,7 @@ type Settings struct {
 
 // Same reports whether s and other do the same to a directory.
 func (s Settings) Same(other Settings) bool {
-	return s.Storage.String() == other.Storage.String() && s.Remove == other.Remove
+	return s.Storage.String() == other.Storage.String() && s.Config == other.Config && s.Remove == other.Remove
 }
 
 // Oldest returns how long the recording has waited that waits longest, 0 if none waits.
