@@ -155,7 +155,7 @@ func (b *Outbox) Start(ctx context.Context, s Settings) {
 		b.dir.Feed(r.mark, b.add)
 	}
 	go func() {
-		defer b.leave()
+		defer b.leave(s.Logger)
 		select {
 		case b.turn <- struct{}{}:
 		case <-ctx.Done():
@@ -168,10 +168,13 @@ func (b *Outbox) Start(ctx context.Context, s Settings) {
 }
 
 // leave forgets what waits if nothing is left that could send it.
-func (b *Outbox) leave() {
+func (b *Outbox) leave(logger *zap.Logger) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.runs--; b.runs == 0 {
+		if len(b.waiting) > 0 {
+			logger.Warn("recordings wait that nothing stores any more", zap.String("directory", b.dir.Path()), zap.Int("recordings", len(b.waiting)))
+		}
 		clear(b.waiting)
 		b.queue, b.failing = nil, false
 		b.dir.Feed("", nil)

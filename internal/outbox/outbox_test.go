@@ -319,6 +319,53 @@ func TestOutbox_Reload(t *testing.T) {
 	})
 }
 
+// A config that stores nothing, or that records elsewhere, leaves behind what waits. The log
+// says how much, and nothing if nothing is left behind.
+func TestOutbox_TellsWhatIsLeftBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path, s := t.TempDir(), newStorage("memory")
+		s.fail(func(n string) error {
+			if n == name(1) {
+				return nil
+			}
+			return errors.New("away")
+		})
+		all, dirs := new(Outboxes), new(sessionrecording.Dirs)
+		for n := range 3 {
+			write(t, path, name(n+1), time.Hour)
+		}
+		b := start(t, all, dirs, path, Settings{Storage: s})
+		time.Sleep(time.Minute)
+		next := start(t, all, dirs, path, Settings{Storage: s})
+		synctest.Wait()
+		left := func(b box) []observer.LoggedEntry {
+			return b.logs.FilterMessage("recordings wait that nothing stores any more").AllUntimed()
+		}
+		b.stop()
+		synctest.Wait()
+		if len(left(b)) != 0 {
+			t.Errorf("the log says %v, and the next config stores them", left(b))
+		}
+		next.stop()
+		synctest.Wait()
+		got := left(next)
+		if len(got) != 1 {
+			t.Fatalf("the log says %v; want once what is left", got)
+		}
+		if diff := cmp.Diff(map[string]any{"directory": path, "recordings": int64(2)}, got[0].ContextMap()); diff != "" {
+			t.Errorf("the log (-want +got):\n%s", diff)
+		}
+		s.fail(nil)
+		b = start(t, all, dirs, path, Settings{Storage: s})
+		time.Sleep(time.Minute)
+		b.stop()
+		synctest.Wait()
+		if len(left(b)) != 0 {
+			t.Errorf("the log says %v, and all is stored", left(b))
+		}
+	})
+}
+
 // What was kept when it was stored is removed once the config says so.
 func TestOutbox_RemoveLater(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
