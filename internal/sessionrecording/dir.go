@@ -68,6 +68,8 @@ type Dir struct {
 	// open is what the recordings take that this process writes, by ID, and closed those
 	// that it has closed since the directory was last listed.
 	open, closed map[string]int64
+	// announcing is how many recordings are complete, and not announced yet.
+	announcing int
 	// mark and complete are those of Feed, empty and nil if no storage is fed.
 	mark     string
 	complete func(name string)

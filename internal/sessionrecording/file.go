@@ -62,11 +62,13 @@ func (f *file) write(p []byte) (int, error) {
 // Without an error, the recording is kept: it is on the disk with its name.
 func (f *file) complete(err error) error {
 	err = f.finish(err)
-	f.dir.release(f.id, true)
-	if err == nil {
-		f.dir.announce(filepath.Base(f.path))
+	release := func() { f.dir.release(f.id, true) }
+	if err != nil {
+		release()
+		return err
 	}
-	return err
+	f.dir.announce(filepath.Base(f.path), release)
+	return nil
 }
 
 func (f *file) finish(err error) error {

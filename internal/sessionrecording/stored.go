@@ -50,15 +50,25 @@ func (d *Dir) Feed(mark string, complete func(name string)) {
 // Open opens the recording with the given name.
 func (d *Dir) Open(name string) (*os.File, error) { return os.Open(filepath.Join(d.path, name)) }
 
-// Writing reports whether this process writes a recording.
+// Writing reports whether this process writes a recording, or has written one that Feed's
+// function is not told of yet.
 func (d *Dir) Writing() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return len(d.open) > 0
+	return len(d.open)+d.announcing > 0
 }
 
-// announce calls what Feed was given.
-func (d *Dir) announce(name string) {
+// announce calls release, and then what Feed was given.
+func (d *Dir) announce(name string, release func()) {
+	d.mu.Lock()
+	d.announcing++
+	d.mu.Unlock()
+	defer func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.announcing--
+	}()
+	release()
 	d.mu.Lock()
 	complete := d.complete
 	d.mu.Unlock()

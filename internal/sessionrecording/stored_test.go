@@ -137,6 +137,38 @@ func TestDir_AnnouncesWhatIsComplete(t *testing.T) {
 	}
 }
 
+// An exit waits for a recording until it waits for the storage: in between, there is no moment
+// at which it seems that nothing is to be done.
+func TestDir_WritesUntilAnnounced(t *testing.T) {
+	d := newDir(t.TempDir())
+	announced := ""
+	d.Feed(mark, func(name string) {
+		announced = name
+		if !d.Writing() {
+			t.Error("nothing is written, and the recording does not wait yet")
+		}
+		if d.writes(id(1)) {
+			t.Error("the file is written that is announced")
+		}
+	})
+	f, err := d.create(id(1), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.complete(nil); err != nil {
+		t.Fatal(err)
+	}
+	if announced != id(1)+".cast" || d.Writing() {
+		t.Errorf("%q is announced, and something is written: %v", announced, d.Writing())
+	}
+	if f, err = d.create(id(2), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.complete(errStalled); err == nil || d.Writing() {
+		t.Errorf("got %v, and something is written: %v", err, d.Writing())
+	}
+}
+
 // Sessions that have to be recorded do not begin while recordings wait for too long.
 func TestRecorder_StoreWithin(t *testing.T) {
 	for _, tt := range []struct {
