@@ -389,8 +389,13 @@ func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) 
 	if from > 0 {
 		after = known[from-1].ID
 	}
+	byID := make(map[string]*Recording, len(known)-from)
+	for _, r := range known[from:] {
+		byID[r.ID] = r
+	}
 	var entries []recstore.Entry
 	var away error
+	left := 0 // how many older ones are not listed
 	for began := time.Now(); ; {
 		some, err := x.Store().List(ctx, after, listed)
 		if isAway(err) {
@@ -399,6 +404,12 @@ func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) 
 			return false, err
 		}
 		entries = append(entries, some...)
+		// A bucket may have many more than are kept in memory.
+		for _, e := range entries[:max(0, len(entries)-maxRecordings)] {
+			delete(byID, e.ID)
+			left++
+		}
+		entries = slices.Delete(entries, 0, max(0, len(entries)-maxRecordings))
 		if len(some) < listed {
 			if whole {
 				x.wholeAt = time.Now().Add(wholeShare * time.Since(began))
@@ -409,10 +420,6 @@ func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) 
 	}
 	all := slices.Clone(known[:from])
 	var changed []*Recording
-	byID := make(map[string]*Recording, len(known)-from)
-	for _, r := range known[from:] {
-		byID[r.ID] = r
-	}
 	for _, e := range entries {
 		r := byID[e.ID]
 		delete(byID, e.ID)
@@ -429,8 +436,8 @@ func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) 
 		clear(byID) // whether they are gone is not known
 		slices.SortFunc(all, func(a, b *Recording) int { return strings.Compare(a.ID, b.ID) })
 	}
-	left := max(0, len(all)-maxRecordings)
-	all = all[left:]
+	old := max(0, len(all)-maxRecordings)
+	left, all = left+old, all[old:]
 	changed = slices.DeleteFunc(changed, func(r *Recording) bool { return len(all) > 0 && r.ID < all[0].ID })
 	x.mu.Lock()
 	x.all, x.waiting, x.away = all, len(changed), away

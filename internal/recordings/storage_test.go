@@ -5,10 +5,13 @@ package recordings
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -50,6 +53,59 @@ func eventually(t *testing.T, message string, what func() bool) {
 	for deadline := time.Now().Add(time.Minute); !what(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal(message)
+		}
+	}
+}
+
+// endless is a store with more recordings than an index keeps. None can be opened.
+type endless struct {
+	recstore.Store
+	n int
+}
+
+func (e *endless) List(_ context.Context, after string, n int) (entries []recstore.Entry, err error) {
+	first := 0
+	if after != "" {
+		if first, err = strconv.Atoi(after[2:8]); err != nil {
+			return nil, err
+		}
+		first++
+	}
+	for i := first; i < min(e.n, first+n); i++ {
+		entries = append(entries, recstore.Entry{ID: e.id(i), Size: 1, Complete: true})
+	}
+	return entries, nil
+}
+
+func (*endless) id(n int) string { return fmt.Sprintf("20%06d", n) }
+
+func (*endless) Open(context.Context, string) (io.ReadCloser, recstore.Entry, error) {
+	return nil, recstore.Entry{}, fs.ErrNotExist
+}
+
+// Of a store with more recordings than the index keeps, it has the newest, and knows how many
+// it leaves out, also of those that it knew.
+func TestIndex_KeepsNewest(t *testing.T) {
+	const more = 3*listed + 5
+	store := &endless{n: 10}
+	x := NewIndex(store, t.TempDir(), zap.NewNop())
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	if _, err := x.refresh(ctx, true); err != nil {
+		t.Fatal(err)
+	}
+	store.n = maxRecordings + more
+	// Reading them all takes long, and has nothing to do with the list.
+	cancel()
+	for range 2 {
+		if _, err := x.refresh(ctx, true); !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		x.mu.RLock()
+		all, left := x.all, x.left
+		x.mu.RUnlock()
+		if len(all) != maxRecordings || left != more || all[0].ID != store.id(more) || all[len(all)-1].ID != store.id(store.n-1) {
+			t.Errorf("the list has %d recordings from %s to %s, and leaves out %d; want the newest %d and %d", len(all), all[0].ID, all[len(all)-1].ID, left, maxRecordings, more)
 		}
 	}
 }
