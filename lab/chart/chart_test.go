@@ -181,6 +181,7 @@ func TestChart_OptionsReachTheHandler(t *testing.T) {
 		"record_to": map[string]any{
 			"storage": "s3", "bucket": "recordings", "endpoint": "https://minio.example.com:9000", "prefix": "prod/",
 			"object_lock": "governance", "object_lock_for": 90.0 * 86400 * second, "path_style": true,
+			"access_key_id": "id", "secret_access_key": "{env.S3_KEY}",
 		},
 		"record_remove_stored": true, "record_store_within": 3600.0 * second,
 		"record_required": true, "record_input": "all", "enforced_sessions": []any{"exec", "attach"},

@@ -277,6 +277,7 @@ func TestChart_RefusesWrongValues(t *testing.T) {
 		{"options.record=/recordings,options.record_remove_stored=true", "options.record_remove_stored: needs options.record_to.storage"},
 		{"options.record=/recordings,options.record_store_within=1h", "options.record_store_within: needs options.record_to.storage"},
 		{"options.record=/recordings,options.record_to.options.bucket=a", "options.record_to: needs storage"},
+		{"options.record=/recordings,options.record_to.storage=s3,options.record_to.options.secret_access_key=literal", "at '/options/record_to/options/secret_access_key': 'literal' does not match pattern"},
 		{"options.record_to.storage=S3", "at '/options/record_to/storage': 'S3' does not match pattern"},
 		{"options.record_to.options.bucket=a}", "at '/options/record_to/options/bucket': 'a}' does not match pattern"},
 		{"options.record_to.options.a-b=c", "invalid propertyName 'a-b'"},
