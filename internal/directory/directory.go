@@ -11,7 +11,10 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
+	"sync"
 	"syscall"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -20,14 +23,21 @@ import (
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/recordings"
 )
 
+// abandoned is the time after which no process is sending what it has not stored.
+const abandoned = 24 * time.Hour
+
 func init() { caddy.RegisterModule(new(Storage)) }
 
 // Storage stores recordings in a directory other than that of `record`, such as one of a
 // file server, which replicas share.
 type Storage struct {
-	// The path of the directory. It has to exist: where a file server is not mounted,
-	// the recordings must not go to the disk below.
+	// The path of the directory. It has to exist. Name one below the mount point of a file
+	// server, such as `/archive/recordings` of `/archive`: the mount point itself exists also
+	// when nothing is mounted there, and the recordings would go to the disk below.
 	Path string `json:"path,omitempty"`
+
+	mu      sync.Mutex
+	removed time.Time // when removeTemporary last looked
 }
 
 // CaddyModule returns the Caddy module information.
@@ -77,6 +87,7 @@ func Place(path string) string { return "directory " + path }
 // Put implements [recordings.Storage]. A recording gets its name when all of it is on the
 // disk.
 func (s *Storage) Put(ctx context.Context, name string, content *io.SectionReader) (err error) {
+	s.removeTemporary()
 	f, err := os.CreateTemp(s.Path, "."+name+".*")
 	if err != nil {
 		return err
@@ -97,6 +108,37 @@ func (s *Storage) Put(ctx context.Context, name string, content *io.SectionReade
 	}
 	return errors.Join(f.Close(), syncDir(s.Path))
 }
+
+// removeTemporary removes what processes that were killed have left, now and then: a file
+// server takes long to list many recordings. Another process may be sending what is recent.
+// What cannot be removed takes room, and stops no recording.
+func (s *Storage) removeTemporary() {
+	s.mu.Lock()
+	due := time.Since(s.removed) > abandoned
+	if due {
+		s.removed = time.Now()
+	}
+	s.mu.Unlock()
+	if !due {
+		return
+	}
+	entries, _ := os.ReadDir(s.Path) // Put says if there is no directory
+	for _, entry := range entries {
+		match := temporary.FindStringSubmatch(entry.Name())
+		if match == nil || !entry.Type().IsRegular() {
+			continue
+		}
+		if _, _, ok := recordings.ParseName(match[1]); !ok {
+			continue
+		}
+		if info, err := entry.Info(); err == nil && time.Since(info.ModTime()) > abandoned {
+			_ = os.Remove(filepath.Join(s.Path, entry.Name()))
+		}
+	}
+}
+
+// temporary matches the names of recordings while they are stored.
+var temporary = regexp.MustCompile(`^\.(.+)\.[0-9]+$`)
 
 // reader reads until ctx is done.
 type reader struct {

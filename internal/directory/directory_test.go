@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 )
@@ -88,5 +89,41 @@ func TestPut_FailsWhole(t *testing.T) {
 	s.Path = filepath.Join(s.Path, "not mounted")
 	if err := s.Put(t.Context(), id(1)+".cast", section("x")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("got %v; want that there is no directory", err)
+	}
+}
+
+// What a process that was killed has left is removed, and nothing that another process may be
+// sending.
+func TestPut_RemovesWhatIsLeft(t *testing.T) {
+	s := &Storage{Path: t.TempDir()}
+	name := id(1) + ".cast"
+	for left, age := range map[string]time.Duration{
+		"." + name + ".123":         abandoned + time.Minute,
+		"." + name + ".456":         abandoned - time.Minute,
+		"." + id(2) + ".cast.123":   abandoned + time.Minute,
+		"." + name + ".partial.1":   abandoned + time.Minute,
+		"." + name + "x":            abandoned + time.Minute,
+		".notes.cast.123":           abandoned + time.Minute,
+		name + ".stored-0123456789": abandoned + time.Minute,
+	} {
+		path := filepath.Join(s.Path, left)
+		at := time.Now().Add(-age)
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chtimes(path, at, at)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Put(t.Context(), name, section("x")); err != nil {
+		t.Fatal(err)
+	}
+	entries, err := os.ReadDir(s.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, entry := range entries {
+		got = append(got, entry.Name())
+	}
+	if want := []string{"." + name + ".456", "." + name + "x", ".notes.cast.123", name, name + ".stored-0123456789"}; !slices.Equal(got, want) {
+		t.Errorf("the directory has %q; want %q", got, want)
 	}
 }
