@@ -265,7 +265,7 @@ release-caddy: $(BIN)/xcaddy ## build Caddy with caddy-tailscale and the plugin 
 		GOOS=linux GOARCH=$$arch CGO_ENABLED=0 $(BIN)/xcaddy build $(CADDY_VERSION) \
 			--with $(CADDY_TAILSCALE)@$(CADDY_TAILSCALE_VERSION) \
 			--with $(MODULE)@$(if $(VERSION),$(VERSION),v0.0.0=$(CURDIR)) \
-			$(if $(WITH_S3),--with $(MODULE)/s3@$(if $(VERSION),$(VERSION),v0.0.0=$(CURDIR)/s3)) \
+			$(if $(filter-out 0,$(WITH_S3)),--with $(MODULE)/s3@$(if $(VERSION),$(VERSION),v0.0.0=$(CURDIR)/s3)) \
 			--output $(BIN)/release/caddy-linux-$$arch || exit 1; \
 	done
 

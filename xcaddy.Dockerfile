@@ -15,7 +15,7 @@ ARG CADDY_VERSION=v2.11.9
 # github.com/tailscale/caddy-tailscale has no releases; this is commit 413764819c5e.
 ARG CADDY_TAILSCALE_VERSION=v0.0.0-20251225051618-413764819c5e
 
-# Not empty: with the storage of recordings in S3.
+# 1: with the storage of recordings in S3. Empty or 0: without.
 ARG WITH_S3=
 
 ENV CGO_ENABLED=0 GOTOOLCHAIN=local
@@ -24,7 +24,8 @@ COPY lab/tools/xcaddy /tools/xcaddy
 RUN cd /tools/xcaddy && go build -o /usr/local/bin/xcaddy github.com/caddyserver/xcaddy/cmd/xcaddy
 
 COPY . /src
-RUN xcaddy build ${CADDY_VERSION} \
+RUN if [ "${WITH_S3}" = 0 ]; then WITH_S3=; fi \
+	&& xcaddy build ${CADDY_VERSION} \
 	--with github.com/tailscale/caddy-tailscale@${CADDY_TAILSCALE_VERSION} \
 	--with github.com/tailscale-impersonate/caddy-tailscale-impersonate@v0.0.0=/src \
 	${WITH_S3:+--with github.com/tailscale-impersonate/caddy-tailscale-impersonate/s3@v0.0.0=/src/s3} \
@@ -33,7 +34,8 @@ RUN xcaddy build ${CADDY_VERSION} \
 RUN /out/usr/bin/caddy list-modules > /tmp/modules \
 	&& grep -qx http.handlers.tailscale_impersonate /tmp/modules \
 	&& grep -qx http.reverse_proxy.transport.kubernetes /tmp/modules \
-	&& grep -qx tailscale /tmp/modules
+	&& grep -qx tailscale /tmp/modules \
+	&& case "${WITH_S3}" in ""|0) ;; *) grep -qx tailscale_impersonate.recordings.s3 /tmp/modules ;; esac
 RUN mkdir -p /out/etc/caddy /out/data/config
 
 # Only Caddy: no shell and no user database that an attacker could use. Caddy has the
