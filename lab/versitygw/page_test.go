@@ -147,7 +147,7 @@ func TestS3_ReplicasShareOneList(t *testing.T) {
 	if err := s.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	wait(t, time.Minute, "the recording is not stored", isEmpty(t, two.dir))
+	wait(t, 2*time.Minute, "the recording is not stored", isEmpty(t, two.dir)) // more than the longest pause
 	one.waitFor(t, "?text=banana", b)
 	wait(t, time.Minute, "the list says that the storage does not answer", func() bool {
 		_, list := one.get(t, "")
