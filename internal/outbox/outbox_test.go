@@ -319,6 +319,26 @@ func TestOutbox_Reload(t *testing.T) {
 	})
 }
 
+// What is being sent when its config ends is sent by the next one.
+func TestOutbox_ReloadWhileSending(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path, before, after := t.TempDir(), &hanging{newStorage("memory")}, newStorage("memory")
+		all, dirs := new(Outboxes), new(sessionrecording.Dirs)
+		write(t, path, name(1), time.Hour)
+		old := start(t, all, dirs, path, Settings{Storage: before})
+		synctest.Wait()
+		current := start(t, all, dirs, path, Settings{Storage: after})
+		synctest.Wait()
+		old.stop()
+		time.Sleep(time.Minute)
+		if want := []string{name(1)}; !slices.Equal(after.names(), want) {
+			t.Errorf("the next config has stored %q; want %q", after.names(), want)
+		}
+		current.stop()
+		synctest.Wait()
+	})
+}
+
 // A config that stores nothing, or that records elsewhere, leaves behind what waits. The log
 // says how much, and nothing if nothing is left behind.
 func TestOutbox_TellsWhatIsLeftBehind(t *testing.T) {

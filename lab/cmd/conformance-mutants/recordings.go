@@ -65,6 +65,23 @@ var recordings = []file{
 		{name: "a recording that could not be written is not complete", old: "errors.Join(err, f.Sync(), f.Close())", new: "errors.Join(f.Sync(), f.Close())"},
 		{name: "a recording that is not on disk is not complete", old: "errors.Join(err, f.Sync(), f.Close()); err != nil", new: "errors.Join(err, f.Sync(), f.Close()); false"},
 	}},
+	{"internal/sessionrecording/stored.go", "./internal/sessionrecording", []mutant{
+		{name: "a recording is written until it waits for the storage", old: "\td.announcing++\n", new: "\t_ = d.announcing\n"},
+		{name: "what has the mark of another storage waits", old: "has || m == mark", new: "has || m != \"\"", by: "./internal/outbox"},
+		{name: "what another process writes is not stored", old: " || time.Since(info.ModTime()) < abandoned)", new: ")"},
+	}},
+	{"internal/outbox/outbox.go", "./internal/outbox", []mutant{
+		{name: "what the storage does not confirm is not stored", old: "info.Size())); err != nil {", new: "info.Size())); false {"},
+		{name: "what cannot be stored waits again", old: "zap.Error(o.err))\n\t\tr.putBack(o.item)\n", new: "zap.Error(o.err))\n"},
+		{name: "what an end interrupts waits again", old: "\tcase ctx.Err() != nil:\n\t\tr.putBack(o.item)\n", new: "\tcase ctx.Err() != nil:\n"},
+		{name: "what is stored is only removed if the config says so", old: "\tvar err error\n\tif r.Remove {\n", new: "\tvar err error\n\tif true {\n"},
+		{name: "what is left behind is told", old: "\t\tif len(b.waiting) > 0 {\n", new: "\t\tif false {\n"},
+		{name: "handlers that store differently do not store together", old: " && s.Config == other.Config", new: "", by: "./internal/app"},
+	}},
+	{"internal/directory/directory.go", "./internal/directory", []mutant{
+		{name: "what was not sent in full has no name", old: "reader{ctx, content}); err != nil {", new: "reader{ctx, content}); false {"},
+		{name: "what another process is sending is not removed", old: "time.Since(info.ModTime()) > abandoned {", new: "!info.ModTime().IsZero() {"},
+	}},
 	{"internal/sessionrecording/forward.go", "./internal/sessionrecording .", []mutant{
 		{name: "the ports of the query are noted where they count", old: "\t\t\tf.note(port)\n", new: "\t\t\t_ = port\n"},
 		{name: "what is no port is not noted", old: "\tcase len(port) > len(\"65535\"):", new: "\tcase false:", by: "./internal/sessionrecording"},
