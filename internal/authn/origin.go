@@ -58,7 +58,8 @@ import (
 // (2) A program can act as the user of its device without our help, so this row is about
 // browsers that call themselves something else. They too say what page sends a request.
 // (3) Not the script of a service worker. It would see what its user opens by hand.
-// (4) The other page can neither read nor frame it, and an app has to expect it.
+// (4) The other page can neither read nor frame it, and an app has to expect it. Not if it
+// only makes the browser fetch the page ahead.
 
 // appCheck reports whether a request is for something that web pages of this site are
 // made for.
@@ -153,9 +154,10 @@ func namesServer(origin string, r *http.Request) bool {
 	return name != "" && name == tailnet.Hostname(r.Host) || name == "localhost" || err == nil && addr.IsLoopback()
 }
 
-// isNavigation reports whether a browser sent r to open a page in a window of its own.
+// isNavigation reports whether a browser sent r to open a page in a window of its own. One
+// that it fetches ahead, as another page tells it to, may never be opened.
 func isNavigation(r *http.Request) bool {
-	return r.Method == http.MethodGet && r.Header["Origin"] == nil &&
+	return r.Method == http.MethodGet && r.Header["Origin"] == nil && r.Header["Sec-Purpose"] == nil &&
 		r.Header.Get("Sec-Fetch-Mode") == "navigate" && r.Header.Get("Sec-Fetch-Dest") == "document"
 }
 

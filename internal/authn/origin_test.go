@@ -139,6 +139,7 @@ func TestCheckOrigin(t *testing.T) {
 		{"second site", "", browser("Sec-Fetch-Site", "none", "Sec-Fetch-Site", "cross-site"), none, none},
 		{"cross-site, another User-Agent", "", []string{"User-Agent", "kubectl/v1.37.2", "Sec-Fetch-Site", "cross-site"}, none, none},
 		{"link on another site", "", browser("Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "document"), none, "GET WS"},
+		{"link on another site, fetched ahead", "", browser("Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "document", "Sec-Purpose", "prefetch;prerender"), none, none},
 		{"form on another site", "", browser("Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "document", "Origin", evil), none, none},
 		{"frame on another site", "", browser("Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate", "Sec-Fetch-Dest", "iframe"), none, none},
 		{"image on another site", "", browser("Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "no-cors", "Sec-Fetch-Dest", "image"), none, none},
