@@ -65,3 +65,27 @@ func TestReading_EndsWithRightToRead(t *testing.T) {
 		})
 	}
 }
+
+// A reader who asks for an optional group reads on while it is granted, though it is held
+// back from those who do not ask.
+func TestReading_GoesOnWithGroupThatWasAskedFor(t *testing.T) {
+	inBubble(t, func(t *testing.T, registry *Registry) {
+		n := newNetwork()
+		granted := &impersonate.Identity{User: alice.User, Groups: []string{"b"}, HeldBack: []string{"a"}}
+		n.knows(aliceAddr, granted)
+		policy := n.policy()
+		policy.MayRead = readersAre("a")
+		first := registry.NewGeneration()
+		tracker := first.NewTracker([]string{"l"}, 1, policy)
+		first.Run()
+		reader := connect(t, aliceAddr)
+		asking := &impersonate.Identity{User: alice.User, Groups: []string{"a"}, HeldBack: []string{"b"}, Chosen: true}
+		request := tracker.TrackReader(httptest.NewRequestWithContext(reader.ctx, "GET", "/recordings", nil), caller(reader, asking, time.Now()))
+		defer request.Close()
+		time.Sleep(time.Minute)
+		reader.wantOpen(t)
+		n.knows(aliceAddr, &impersonate.Identity{User: alice.User, Groups: []string{"b"}})
+		time.Sleep(time.Minute)
+		reader.wantEnded(t, LostGroup)
+	})
+}

@@ -306,7 +306,8 @@ func (v verdict) on(r *Request, now time.Time) (sure bool, reason Reason, detail
 			reason, detail = Enforced, fmt.Sprintf("recording is now enforced for %s, and this session is not recorded", r.ID.User)
 		}
 		if reason == "" && r.reads {
-			reason, detail = v.policy.lostReading(v.id)
+			// What r asks for may be held back from others, and lost has found it granted.
+			reason, detail = v.policy.lostReading(r.ID)
 		}
 		return true, reason, detail
 	case apierrors.IsForbidden(v.err):
@@ -319,11 +320,11 @@ func (v verdict) on(r *Request, now time.Time) (sure bool, reason Reason, detail
 
 // lostReading returns why a caller may no longer read recordings, with an empty reason if it
 // may.
-func (p *Policy) lostReading(now *impersonate.Identity) (Reason, string) {
+func (p *Policy) lostReading(caller *impersonate.Identity) (Reason, string) {
 	if p.MayRead == nil {
 		return Refused, "recordings are no longer shown"
 	}
-	if err := p.MayRead(now); err != nil {
+	if err := p.MayRead(caller); err != nil {
 		return Refused, err.Error()
 	}
 	return "", ""
