@@ -56,7 +56,12 @@ type Recording struct {
 	Unreadable bool `json:"unreadable,omitempty"`
 
 	unread bool // since it has changed
+	known  bool // it was read once
 }
+
+// waits reports whether r counts as one that has not been read. Of a running session there
+// is always more to come.
+func (r *Recording) waits() bool { return !r.known || !r.Running() }
 
 // Running reports whether the session goes on.
 func (r *Recording) Running() bool { return running(r.entry()) }
@@ -90,6 +95,9 @@ const (
 	// lately is how far back the store is listed in between. What another replica has
 	// recorded is in the store when its session is over, behind others that began later.
 	lately = 24 * time.Hour
+	// maxFile is how many bytes the file of the index takes. Texts that have no room in it
+	// are not searched.
+	maxFile = 1 << 30
 	// relistAfter is how long recordings are read before new ones are looked for.
 	relistAfter = 10 * time.Second
 	// freshness is how old the list may be that a reader gets, and patience how long a
@@ -111,12 +119,18 @@ const indexName = ".recordings-index.db"
 // The index is a cache. All of it is read from the recordings again if it is lost, and a
 // recording that has changed is read again. A reader sees until then how many are missing.
 type Index struct {
-	dir    string
-	logger *zap.Logger
-	kick   chan struct{} // capacity 1: list again
+	dir     string
+	maxFile int64
+	logger  *zap.Logger
+	kick    chan struct{} // capacity 1: list again
 
 	mu    sync.RWMutex
 	store recstore.Store
+	// place is where the store has its recordings. moves counts its changes, and moved says
+	// that the file is of another one.
+	place string
+	moves int
+	moved bool
 	// all are the recordings, sorted by ID.
 	all []*Recording
 	// listedAt is when the store was last listed, and fresh is closed when it is listed
@@ -136,16 +150,19 @@ type Index struct {
 	own, damaged bool
 }
 
-// The buckets of the index: what is known about each recording, by ID, and its text.
+// The buckets of the index: what is known about each recording, by ID, and its text. The
+// third has the place that they are of.
 var (
-	metaBucket = []byte("recordings 1")
-	textBucket = []byte("texts 1")
+	metaBucket  = []byte("recordings 1")
+	textBucket  = []byte("texts 1")
+	placeBucket = []byte("place 1")
+	placeKey    = []byte("place")
 )
 
 // NewIndex returns an index of a store, which has its file in dir. Run keeps it up to date.
 func NewIndex(store recstore.Store, dir string, logger *zap.Logger) *Index {
 	return &Index{
-		store: store, dir: dir, logger: logger,
+		store: store, place: recstore.Place(store), dir: dir, logger: logger, maxFile: maxFile,
 		kick: make(chan struct{}, 1), fresh: make(chan struct{}), strings: make(map[string]string),
 	}
 }
@@ -157,10 +174,57 @@ func (x *Index) Store() recstore.Store {
 	return x.store
 }
 
+// setStore changes the store. What is known of another place is forgotten at once: those who
+// read this one may have no right to see it.
 func (x *Index) setStore(store recstore.Store) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.store = store
+	if place := recstore.Place(store); place != x.place {
+		x.place, x.moved = place, true
+		x.moves++
+		x.all, x.waiting, x.left, x.away, x.listedAt = nil, 0, 0, nil, time.Time{}
+	}
+}
+
+// move starts anew if the store has moved to another place.
+func (x *Index) move() {
+	x.mu.Lock()
+	moved, db, place := x.moved, x.db, x.place
+	x.moved = false
+	x.mu.Unlock()
+	if !moved {
+		return
+	}
+	x.wholeAt = time.Time{}
+	if db == nil {
+		return
+	}
+	if err := x.update(db, func(tx *bolt.Tx) error { return begin(tx, place) }); err != nil {
+		x.logger.Error("the index of recordings cannot be written", zap.Error(err))
+		// Nothing of the other place may be found.
+		_ = x.failed(db, errDamaged)
+	}
+}
+
+// begin makes the index one of a place of which nothing is known.
+func begin(tx *bolt.Tx, place string) error {
+	for _, name := range [][]byte{metaBucket, textBucket} {
+		if err := tx.DeleteBucket(name); err != nil {
+			return err
+		}
+		if _, err := tx.CreateBucket(name); err != nil {
+			return err
+		}
+	}
+	return tx.Bucket(placeBucket).Put(placeKey, []byte(place))
+}
+
+// hasMoved reports whether the store has moved since moves were counted.
+func (x *Index) hasMoved(moves int) bool {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return x.moves != moves
 }
 
 // Run keeps the index up to date until ctx is done.
@@ -175,6 +239,7 @@ func (x *Index) Run(ctx context.Context) {
 			x.open()
 			due, x.wholeAt = true, time.Time{}
 		}
+		x.move()
 		more, err := x.refresh(ctx, due && !time.Now().Before(x.wholeAt))
 		if err != nil && due && ctx.Err() == nil {
 			x.logger.Error("the recordings cannot be listed", zap.Error(err))
@@ -206,35 +271,48 @@ func (x *Index) open() {
 			return
 		}
 	}
-	all, err := x.load(db)
+	x.mu.RLock()
+	place := x.place
+	x.mu.RUnlock()
+	all, other, err := x.load(db, place)
 	if err != nil {
 		x.logger.Error("the index of recordings cannot be read, and is made anew", zap.Error(err))
 		if db, err = anew(db.Path()); err != nil {
 			x.logger.Error("there is no file for the index of recordings, and no search for text", zap.Error(err))
 		}
-		all = nil
+		all, other = nil, true
 	}
 	x.mu.Lock()
-	defer x.mu.Unlock()
+	if x.moved = x.moved || other; x.moved {
+		all = nil
+	}
 	x.db, x.all, x.own, x.damaged = db, all, own, false
+	x.mu.Unlock()
+	x.move()
 }
 
-// load returns what the file of the index knows.
-func (x *Index) load(db *bolt.DB) (all []*Recording, err error) {
+// load returns what the file of the index knows of a place, and whether it is one of another
+// place.
+func (x *Index) load(db *bolt.DB, place string) (all []*Recording, other bool, err error) {
 	err = safely(func() error {
 		return db.View(func(tx *bolt.Tx) error {
+			if of := tx.Bucket(placeBucket).Get(placeKey); of == nil || string(of) != place {
+				other = true
+				return nil
+			}
 			return tx.Bucket(metaBucket).ForEach(func(id, value []byte) error {
 				r := &Recording{ID: string(id)}
 				if err := json.Unmarshal(value, r); err != nil {
 					return nil //nolint:nilerr // it is read again
 				}
 				x.share(r)
+				r.known = true
 				all = append(all, r)
 				return nil
 			})
 		})
 	})
-	return all, err
+	return all, other, err
 }
 
 // errDamaged says that a file is no index, or no longer.
@@ -254,13 +332,15 @@ func safely(f func() error) (err error) {
 	return f()
 }
 
-// failed notes that the file of the index is damaged, if err says so.
-func (x *Index) failed(err error) error {
+// failed notes that db is damaged, if err says so.
+func (x *Index) failed(db *bolt.DB, err error) error {
 	if errors.Is(err, errDamaged) {
 		x.mu.Lock()
 		defer x.mu.Unlock()
-		// It is not closed: that waits for what has panicked.
-		x.damaged, x.db = true, nil
+		if x.db == db { // and not made anew already
+			// It is not closed: that waits for what has panicked.
+			x.damaged, x.db = true, nil
+		}
 	}
 	return err
 }
@@ -275,6 +355,13 @@ func (x *Index) discard() {
 	if err := os.Remove(filepath.Join(x.dir, indexName)); err != nil {
 		x.logger.Error("the index of recordings cannot be written", zap.Error(err))
 	}
+}
+
+// database returns the file of the index, nil if there is none.
+func (x *Index) database() *bolt.DB {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return x.db
 }
 
 func (x *Index) isDamaged() bool {
@@ -317,7 +404,8 @@ func openDB(path string) (*bolt.DB, error) {
 		return db.Update(func(tx *bolt.Tx) error {
 			_, err := tx.CreateBucketIfNotExists(metaBucket)
 			_, err2 := tx.CreateBucketIfNotExists(textBucket)
-			return errors.Join(err, err2)
+			_, err3 := tx.CreateBucketIfNotExists(placeBucket)
+			return errors.Join(err, err2, err3)
 		})
 	})
 	if err != nil && db != nil && !errors.Is(err, errDamaged) {
@@ -344,12 +432,15 @@ func openTemporary() (*bolt.DB, error) {
 
 func (x *Index) close() {
 	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.db != nil {
-		if err := x.db.Close(); err != nil {
-			x.logger.Error("the index of recordings cannot be closed", zap.Error(err))
-		}
-		x.db = nil
+	db := x.db
+	x.db = nil
+	x.mu.Unlock()
+	if db == nil {
+		return
+	}
+	// It waits for searches, which may need the lock.
+	if err := db.Close(); err != nil {
+		x.logger.Error("the index of recordings cannot be closed", zap.Error(err))
 	}
 }
 
@@ -373,8 +464,11 @@ func (x *Index) share(r *Recording) {
 // away, what is known of it stays.
 func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) {
 	x.mu.RLock()
-	known := x.all
+	known, moved, moves := x.all, x.moved, x.moves
 	x.mu.RUnlock()
+	if moved { // and the file is of the other place
+		return true, nil
+	}
 	from := 0 // recordings before this one are not listed
 	if !whole {
 		from = len(known)
@@ -411,7 +505,7 @@ func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) 
 		}
 		entries = slices.Delete(entries, 0, max(0, len(entries)-maxRecordings))
 		if len(some) < listed {
-			if whole {
+			if whole && away == nil {
 				x.wholeAt = time.Now().Add(wholeShare * time.Since(began))
 			}
 			break
@@ -440,7 +534,11 @@ func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) 
 	left, all = left+old, all[old:]
 	changed = slices.DeleteFunc(changed, func(r *Recording) bool { return len(all) > 0 && r.ID < all[0].ID })
 	x.mu.Lock()
-	x.all, x.waiting, x.away = all, len(changed), away
+	if x.moves != moves {
+		x.mu.Unlock()
+		return true, nil
+	}
+	x.all, x.waiting, x.away = all, waiting(changed), away
 	if whole {
 		x.left = left
 	}
@@ -449,7 +547,7 @@ func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) 
 	x.fresh = make(chan struct{})
 	x.mu.Unlock()
 	x.forget(byID)
-	more, err = x.readAll(ctx, changed)
+	more, err = x.readAll(ctx, changed, moves)
 	return more, errors.Join(away, err)
 }
 
@@ -457,6 +555,16 @@ func (x *Index) refresh(ctx context.Context, whole bool) (more bool, err error) 
 func isAway(err error) bool {
 	unavailable := (*recstore.Unavailable)(nil)
 	return errors.As(err, &unavailable)
+}
+
+// waiting returns how many recordings have not been read.
+func waiting(changed []*Recording) (n int) {
+	for _, r := range changed {
+		if r.waits() {
+			n++
+		}
+	}
+	return n
 }
 
 // unread returns a recording that has not been read since it has changed. before is what it
@@ -473,9 +581,7 @@ func (x *Index) unread(e recstore.Entry, before *Recording) *Recording {
 
 // forget removes recordings that are gone from the file of the index.
 func (x *Index) forget(gone map[string]*Recording) {
-	x.mu.RLock()
-	db := x.db
-	x.mu.RUnlock()
+	db := x.database()
 	if db == nil || len(gone) == 0 {
 		return
 	}
@@ -494,7 +600,7 @@ func (x *Index) forget(gone map[string]*Recording) {
 
 // update changes the file of the index.
 func (x *Index) update(db *bolt.DB, f func(tx *bolt.Tx) error) error {
-	return x.failed(safely(func() error { return db.Update(f) }))
+	return x.failed(db, safely(func() error { return db.Update(f) }))
 }
 
 // indexed is a recording that was read, and its text, compressed.
@@ -504,9 +610,10 @@ type indexed struct {
 }
 
 // readAll reads recordings, the newest first, and puts them into the index.
-func (x *Index) readAll(ctx context.Context, changed []*Recording) (more bool, err error) {
+func (x *Index) readAll(ctx context.Context, changed []*Recording, moves int) (more bool, err error) {
 	var done []indexed
-	size, unread, away := 0, 0, false
+	size, away := 0, false
+	left := waiting(changed) // without what is read
 	encoder, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true), zstd.WithEncoderLevel(zstd.SpeedFastest))
 	if err != nil {
 		return false, err
@@ -519,8 +626,13 @@ func (x *Index) readAll(ctx context.Context, changed []*Recording) (more bool, e
 		if ctx.Err() != nil {
 			return false, ctx.Err()
 		}
+		if x.hasMoved(moves) {
+			return true, nil
+		}
+		if err == nil && r.waits() {
+			left--
+		}
 		if err != nil {
-			unread++
 			// A storage that is away is for one line in the log.
 			if !away || !isAway(err) {
 				x.logger.Error("a recording cannot be read for the index, and is tried again", zap.String("session", r.ID), zap.Error(err))
@@ -535,7 +647,7 @@ func (x *Index) readAll(ctx context.Context, changed []*Recording) (more bool, e
 			size += len(entry.text)
 		}
 		if len(done) == batch || size > batchText || i == 0 {
-			x.put(done, unread+i)
+			x.put(done, max(0, left))
 			done, size = nil, 0
 			if i > 0 && time.Since(started) > relistAfter {
 				return true, nil
@@ -553,7 +665,7 @@ func (x *Index) readAll(ctx context.Context, changed []*Recording) (more bool, e
 // complete. The error is that of the store.
 func (x *Index) read(ctx context.Context, r *Recording) (*Recording, []byte, error) {
 	read := *r
-	read.unread = false
+	read.unread, read.known, read.Unreadable = false, true, false
 	file, _, err := x.Store().Open(ctx, r.ID)
 	if errors.Is(err, fs.ErrNotExist) { // and the next list says so
 		read.Unreadable = true
@@ -564,7 +676,8 @@ func (x *Index) read(ctx context.Context, r *Recording) (*Recording, []byte, err
 	}
 	defer file.Close()
 	c, err := openCast(file)
-	if read.Unreadable = errors.Is(err, errNoCast); read.Unreadable || errors.Is(err, io.EOF) {
+	if eof := errors.Is(err, io.EOF); eof || errors.Is(err, errNoCast) {
+		read.Unreadable = !eof || !running(r.entry()) // the header may be still to come
 		return &read, nil, nil
 	}
 	if err != nil {
@@ -608,11 +721,9 @@ const maxTags = 16
 // put puts recordings into the index. waiting are still to be read. What says that a text
 // is in the file is seen only when it is.
 func (x *Index) put(done []indexed, waiting int) {
-	x.mu.RLock()
-	db := x.db
-	x.mu.RUnlock()
+	db := x.database()
 	if db != nil {
-		if err := x.update(db, func(tx *bolt.Tx) error { return write(tx, done) }); err != nil {
+		if err := x.update(db, func(tx *bolt.Tx) error { return x.write(tx, done) }); err != nil {
 			x.logger.Error("the index of recordings cannot be written", zap.Error(err))
 		}
 	}
@@ -629,8 +740,16 @@ func (x *Index) put(done []indexed, waiting int) {
 	x.all, x.waiting = all, waiting
 }
 
-func write(tx *bolt.Tx, done []indexed) error {
+// write writes recordings. Texts are left out if they have no room.
+func (x *Index) write(tx *bolt.Tx, done []indexed) error {
+	stats := tx.DB().Stats()
+	room := x.maxFile - tx.Size() + int64(stats.FreePageN+stats.PendingPageN)*int64(tx.DB().Info().PageSize)
 	for _, r := range done {
+		if size := int64(len(r.text)); size > room {
+			r.text = nil
+		} else {
+			room -= size
+		}
 		meta, err := json.Marshal(r.Recording)
 		if err != nil {
 			return err
@@ -778,14 +897,12 @@ func decodeTranscript(b []byte) []line {
 
 // textOf returns the lines of text that appeared in a recording, as they are in the index.
 func (x *Index) textOf(id string) (lines []line, err error) {
-	x.mu.RLock()
-	db := x.db
-	x.mu.RUnlock()
+	db := x.database()
 	if db == nil {
 		return nil, fs.ErrNotExist
 	}
 	var b []byte
-	err = x.failed(safely(func() error {
+	err = x.failed(db, safely(func() error {
 		return db.View(func(tx *bolt.Tx) error {
 			b = bytes.Clone(tx.Bucket(textBucket).Get([]byte(id)))
 			return nil

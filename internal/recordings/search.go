@@ -104,7 +104,7 @@ func (x *Index) Page(ctx context.Context, f Filter, before string) (Page, error)
 				page.Older, page.Unfinished = all[i+1].ID, true
 				return page, nil
 			}
-			if !r.Text {
+			if !r.Text || !text.knows(r.ID) {
 				page.Unsearched++
 				continue
 			}
@@ -121,6 +121,7 @@ func (x *Index) Page(ctx context.Context, f Filter, before string) (Page, error)
 // search looks for a text in the index.
 type search struct {
 	index   *Index
+	db      *bolt.DB
 	tx      *bolt.Tx // nil if there is no text
 	decoder decoder
 	text    []byte // lower case
@@ -148,7 +149,8 @@ func (x *Index) newSearch(text string) (*search, error) {
 	if x.db == nil {
 		return s, nil
 	}
-	err = safely(func() (err error) { s.tx, err = x.db.Begin(false); return err })
+	s.db = x.db
+	err = safely(func() (err error) { s.tx, err = s.db.Begin(false); return err })
 	return s, err
 }
 
@@ -162,12 +164,24 @@ func (s *search) close() {
 	}
 }
 
+// knows reports whether the text of a recording is in the index.
+func (s *search) knows(id string) (known bool) {
+	if s.tx == nil {
+		return false
+	}
+	_ = s.index.failed(s.db, safely(func() error {
+		known = len(s.tx.Bucket(textBucket).Get([]byte(id))) > 0
+		return nil
+	}))
+	return known
+}
+
 // in returns the first line of a recording that contains the text, and when it appeared.
 func (s *search) in(id string) (found string, at time.Duration, ok bool) {
 	if s.tx == nil {
 		return "", 0, false
 	}
-	err := s.index.failed(safely(func() (err error) {
+	err := s.index.failed(s.db, safely(func() (err error) {
 		s.buffer, err = s.decoder.DecodeAll(s.tx.Bucket(textBucket).Get([]byte(id)), s.buffer[:0])
 		return err
 	}))

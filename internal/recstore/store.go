@@ -51,6 +51,24 @@ func Union(stores ...Store) Store {
 
 type union []Store
 
+// Place says where a store has recordings besides the directory: the String of its storage,
+// empty without one.
+func Place(s Store) string {
+	switch s := s.(type) {
+	case union:
+		var all []string
+		for _, part := range s {
+			if place := Place(part); place != "" {
+				all = append(all, place)
+			}
+		}
+		return strings.Join(all, " ")
+	case *storage:
+		return s.of.String()
+	}
+	return ""
+}
+
 // List implements [Store]. If a store is away, the error is an [Unavailable], and the list
 // has the recordings of the others.
 func (u union) List(ctx context.Context, after string, n int) ([]Entry, error) {
