@@ -10,11 +10,13 @@
   const toggle = $('toggle'), seek = $('seek'), clock = $('clock'), speed = $('speed'), skip = $('skip');
   const MAX_PAUSE = 1; // seconds that a pause lasts if pauses are skipped
   const AHEAD = 400; // frames that are read before they are due
+  const AHEAD_SIZE = 4 << 20; // characters of frames that are read before they are due
   const PALETTE = ['#3b4048', '#e06c75', '#98c379', '#d9b66a', '#61a5ef', '#c678dd', '#56b6c2', '#c8ccd4',
     '#6b7280', '#ff8a92', '#b5e890', '#ffd98a', '#8fc1ff', '#e3a0f5', '#7fdfea', '#ffffff'];
 
   let length = Number(player.dataset.length) / 1000;
   let frames = []; // that are due later
+  let waiting = 0; // characters of them
   let now = 0; // position in the recording, in seconds
   let playing = false, over = false, following = false;
   let request = null; // the running request
@@ -88,15 +90,18 @@
     if (request) request.abort();
     const mine = request = new AbortController();
     frames = [];
+    waiting = 0;
     over = false;
     following = at === 'end';
     let first = true;
     tell('Loading…');
     try {
-      const url = player.dataset.play + '?' + new URLSearchParams({ at, token: player.dataset.token });
+      const url = player.dataset.play + '?' + new URLSearchParams({ at });
+      // Not in the URL, which is in logs.
+      const headers = { Accept: 'application/x-ndjson;token=' + player.dataset.token };
       let answer;
       for (let tries = 0; ; tries++) {
-        answer = await fetch(url, { signal: mine.signal, credentials: 'omit' });
+        answer = await fetch(url, { headers, signal: mine.signal, credentials: 'omit' });
         if (answer.status !== 429 || tries === 5) break;
         await new Promise((resolve) => setTimeout(resolve, 500)); // the last request has not ended yet
         if (mine !== request) return;
@@ -122,11 +127,13 @@
           if (frame.live !== undefined) { tell('Live'); length = Math.max(length, frame.live); update(); continue; }
           if (frame.end !== undefined) { over = true; length = Math.max(frame.end, now); continue; }
           if (first && frame.rows) { first = false; now = frame.t; tell(following ? 'Live' : ''); }
+          frame.length = line.length;
+          waiting += line.length;
           frames.push(frame);
         }
         if (frames.length && (following || !playing)) drain(); // up to the position
         tick();
-        while (frames.length > AHEAD && mine === request) await new Promise((resolve) => { more = resolve; });
+        while (tooMany() && mine === request) await new Promise((resolve) => { more = resolve; });
         if (mine !== request) return;
       }
       if (!over) stopped(mine, '');
@@ -145,15 +152,18 @@
     update();
   }
 
+  const tooMany = () => frames.length > AHEAD || waiting > AHEAD_SIZE && frames.length > 1;
+
   // drain shows all frames that have come.
   function drain() {
     const upTo = following ? Infinity : now;
     while (frames.length && (frames[0].t === undefined || frames[0].t <= upTo)) {
       const frame = frames.shift();
+      waiting -= frame.length;
       if (frame.t !== undefined) now = Math.max(now, frame.t);
       show(frame);
     }
-    if (more && frames.length <= AHEAD) { const go = more; more = null; go(); }
+    if (more && !tooMany()) { const go = more; more = null; go(); }
     update();
   }
 

@@ -23,7 +23,8 @@ const (
 	// maxSequence is the length of the longest control sequence that is looked at.
 	maxSequence = 128
 	// piece is how many bytes are printed before the lines that have scrolled off the
-	// screen are taken away. It has fewer lines than scrolled.
+	// screen are taken away, as is done before each control sequence. It has fewer lines
+	// than scrolled.
 	piece = 256
 	// scrolled is how many lines that have scrolled off the screen are kept.
 	scrolled = 256
@@ -351,6 +352,8 @@ var privateModes = []int{6, 7, 25, 69}
 
 // control handles a control character or sequence.
 func (s *screen) control(sequence []byte) {
+	// It may scroll as many lines as the screen has, or clear those that have scrolled off.
+	s.scroll()
 	first := sequence[0]
 	if len(sequence) == 1 {
 		if bytes.IndexByte([]byte(controls), first) >= 0 {

@@ -17,10 +17,12 @@ import (
 	"io"
 	"io/fs"
 	"math"
+	"mime"
 	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -48,7 +50,6 @@ type Site struct {
 	// Index is set before the first request.
 	Index *Index
 
-	key [32]byte // of tokens
 	// working limits how many searches and transcripts are made at the same time, as they
 	// take a processor each.
 	working chan struct{}
@@ -59,10 +60,16 @@ const maxWorking = 2
 
 // NewSite returns a site without an index.
 func NewSite(path string, readers []string, memory *quota.Budget, logger *zap.Logger) *Site {
-	s := &Site{Path: path, Readers: readers, Memory: memory, Logger: logger, working: make(chan struct{}, maxWorking)}
-	_, _ = rand.Read(s.key[:]) // never fails
-	return s
+	return &Site{Path: path, Readers: readers, Memory: memory, Logger: logger, working: make(chan struct{}, maxWorking)}
 }
+
+// tokenKey is the key of tokens. The process has one, so that a page that is open plays on
+// after a reload.
+var tokenKey = sync.OnceValue(func() []byte {
+	key := make([]byte, 32)
+	_, _ = rand.Read(key) // never fails
+	return key
+})
 
 // Serves reports whether a request for a path is for the page. A nil Site serves none.
 func (s *Site) Serves(path string) bool {
@@ -123,9 +130,13 @@ const tokenLife = 12 * time.Hour
 // the same identity. So scripts get nothing without a token, and only a page that the user
 // opens has one. It has no origin of its own, as its policy makes it a sandbox, so that no
 // other page can look into it.
+//
+// The script sends it in the header Accept. URLs are in logs and events, and whoever reads
+// those would have it. Browsers send other headers from a sandbox only after a request of
+// their own, which has no identity.
 func (s *Site) token(addr, id string, expires int64) string {
-	mac := hmac.New(sha256.New, s.key[:])
-	fmt.Fprintf(mac, "%s %s %d", addr, id, expires)
+	mac := hmac.New(sha256.New, tokenKey())
+	fmt.Fprintf(mac, "%s %s %d %s", addr, id, expires, s.Path)
 	return strconv.FormatInt(expires, 10) + "." + base64.RawURLEncoding.EncodeToString(mac.Sum(nil))
 }
 
@@ -137,7 +148,11 @@ func (s *Site) IsFromPage(r *http.Request) bool {
 	if conn == nil || !ok || asked.part != playback || r.Method != http.MethodGet {
 		return false
 	}
-	token := r.URL.Query().Get("token")
+	_, parameters, err := mime.ParseMediaType(r.Header.Get("Accept"))
+	if err != nil {
+		return false
+	}
+	token := parameters["token"]
 	expires, _, _ := strings.Cut(token, ".")
 	until, err := strconv.ParseInt(expires, 10, 64)
 	if err != nil || time.Now().Unix() > until {
@@ -267,7 +282,7 @@ func render(w http.ResponseWriter, r request, name string, data any) error {
 func (s *Site) work(ctx context.Context) (done func(), err error) {
 	select {
 	case s.working <- struct{}{}:
-		return func() { <-s.working }, nil
+		return sync.OnceFunc(func() { <-s.working }), nil
 	case <-ctx.Done():
 		return nil, apistatus.TryAgain(apistatus.TooMuch, "the proxy searches other recordings; try again later")
 	}
@@ -308,12 +323,12 @@ func (s *Site) serveList(w http.ResponseWriter, r request) error {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), queue)
 	defer cancel()
+	done := func() {}
 	if f != (Filter{}) {
-		done, err := s.work(ctx)
-		if err != nil {
+		if done, err = s.work(ctx); err != nil {
 			return err
 		}
-		defer done()
+		defer done() // if the search fails
 	}
 	if f.Text != "" {
 		release, err := s.hold(r, searchMemory)
@@ -336,11 +351,12 @@ func (s *Site) serveList(w http.ResponseWriter, r request) error {
 		next.Set("before", data.Page.Older)
 		data.Older = "?" + next.Encode()
 	}
+	done() // the client may not read
 	return render(w, r, "list", data)
 }
 
-// searchMemory is what a search or a transcript holds at most, besides a screen: text as it
-// is in the index, as it is searched, and as lines.
+// searchMemory is what a search holds at most, and the text of a recording that comes from
+// the index: text as it is there, as it is searched, and as lines.
 const searchMemory = 6 * maxText
 
 // day parses a day, in which case it returns the start of the day that is so many days
@@ -429,7 +445,7 @@ func (s *Site) look(ctx context.Context, id string) (*Recording, error) {
 		r.setHeader(c)
 	} else if isAway(err) {
 		return nil, storeError(err)
-	} else if !errors.Is(err, io.EOF) {
+	} else if !errors.Is(err, io.EOF) || !r.Running() {
 		r.Unreadable = true
 	}
 	r.Length = max(0, r.Modified.Sub(r.Start))
@@ -478,12 +494,9 @@ func copyWhile(ctx context.Context, w io.Writer, r io.Reader) {
 
 // serveText answers with the text that appeared.
 func (s *Site) serveText(w http.ResponseWriter, r request, id string) error {
-	release, err := s.hold(r, searchMemory)
-	if err != nil {
-		return err
-	}
-	defer release()
-	lines, err := s.lines(r, id)
+	held := holding{memory: s.Memory, ctx: r.Context()}
+	defer held.release()
+	lines, err := s.lines(r, id, &held)
 	if err != nil {
 		return err
 	}
@@ -503,23 +516,22 @@ func (s *Site) serveText(w http.ResponseWriter, r request, id string) error {
 	return nil
 }
 
-// lines returns the text of a recording from the index, or else reads it.
-func (s *Site) lines(r request, id string) ([]line, error) {
+// lines returns the text of a recording from the index, or else reads it. held counts what
+// that takes.
+func (s *Site) lines(r request, id string, held *holding) ([]line, error) {
 	file, entry, err := s.Index.Store().Open(r.Context(), id)
 	if err != nil {
 		return nil, storeError(err)
 	}
 	defer file.Close()
 	if known, ok := s.Index.Lookup(id); ok && known.Text && known.isOf(entry) {
+		if err := held.grow(searchMemory); err != nil {
+			return nil, err
+		}
 		if lines, err := s.Index.textOf(id); err == nil {
 			return lines, nil
 		}
 	}
-	release, err := s.hold(r, screenMemory)
-	if err != nil {
-		return nil, err
-	}
-	defer release()
 	ctx, cancel := context.WithTimeout(r.Context(), queue)
 	defer cancel()
 	done, err := s.work(ctx)
@@ -534,7 +546,10 @@ func (s *Site) lines(r request, id string) ([]line, error) {
 	if err != nil {
 		return nil, nil //nolint:nilerr // it is no recording, or has not begun, and has no text
 	}
-	t, err := transcribe(r.Context(), c)
+	t, err := transcribeFor(r.Context(), c, bounds{maxDrawing, held.grow})
+	if _, refused := apistatus.From(err); refused {
+		return nil, err
+	}
 	if err != nil {
 		return nil, storeError(err)
 	}

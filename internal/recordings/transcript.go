@@ -250,13 +250,29 @@ const maxExamined = 256 << 20
 // transcribe reads the rest of a recording and returns the text that appeared on its
 // screen. Of a long one, and of one that takes long to draw, it is that of the start.
 func transcribe(ctx context.Context, c *cast) (*transcript, error) {
-	return transcribeFor(ctx, c, maxDrawing)
+	return transcribeFor(ctx, c, bounds{maxDrawing, func(int64) error { return nil }})
 }
 
-// transcribeFor is transcribe that draws for at most that long.
-func transcribeFor(ctx context.Context, c *cast, most time.Duration) (*transcript, error) {
+// bounds are those of making a transcript.
+type bounds struct {
+	// most is how long it may draw.
+	most time.Duration
+	// grow counts what it holds, in all. The error ends it.
+	grow func(bytes int64) error
+}
+
+// transcriptMemory is what a transcript holds at most besides its screen and the lines of the
+// recording: its text, and what it has seen already.
+const transcriptMemory = 3 * maxText
+
+// transcribeFor is transcribe within bounds.
+func transcribeFor(ctx context.Context, c *cast, within bounds) (*transcript, error) {
+	screen := memoryOf(c.header.Width, c.header.Height)
+	if err := within.grow(transcriptMemory + screen + c.held()); err != nil {
+		return nil, err
+	}
 	w := newWatcher(c.header.Width, c.header.Height)
-	work := worker{ctx: ctx, most: most}
+	work := worker{ctx: ctx, most: within.most}
 	w.screen.goOn = work.goOn
 	printed, first, slow := 0, true, false
 	for ctx.Err() == nil {
@@ -275,6 +291,12 @@ func transcribeFor(ctx context.Context, c *cast, most time.Duration) (*transcrip
 			w.cut = true
 			w.length = max(w.length, e.at)
 			continue
+		}
+		if width, height, ok := e.size(); ok && e.kind == 'r' {
+			screen = max(screen, memoryOf(width, height))
+		}
+		if err := within.grow(transcriptMemory + screen + c.held()); err != nil {
+			return nil, err
 		}
 		if e.kind == 'o' {
 			printed += len(e.data)

@@ -125,11 +125,26 @@ func TestTranscript_TimeIsBounded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tr, err := transcribeFor(t.Context(), c, 200*time.Millisecond)
+	tr, err := transcribeFor(t.Context(), c, bounds{2 * time.Second, unbounded})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !tr.cut || tr.length != 3*time.Second || strings.Contains(tr.String(), "last") || !strings.Contains(tr.String(), "first") {
 		t.Errorf("got %d lines, cut: %v, of %v", len(tr.lines), tr.cut, tr.length)
+	}
+}
+
+// What scrolls off between two looks is kept, however far and fast, and whether or not the
+// program clears what has scrolled off.
+func TestTranscript_NothingScrollsAwayUnseen(t *testing.T) {
+	size := `[0.5, "r", "80x24"]` + "\n"
+	for name, output := range map[string]string{
+		"scrolled far":        "SECRET\r\n" + strings.Repeat("\x1b[24S", 11),
+		"scrolled and erased": "SECRET" + strings.Repeat("\r\n", 24) + "\x1b[3J",
+		"scrolled and reset":  "SECRET" + strings.Repeat("\r\n", 24) + "\x1bc",
+	} {
+		if got := transcriptOf(t, header+size+printed(1, output)+printed(9, "$ ")).String(); strings.Count(got, "SECRET") != 1 {
+			t.Errorf("%s: got\n%s", name, got)
+		}
 	}
 }
