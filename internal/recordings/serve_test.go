@@ -5,14 +5,17 @@ package recordings
 import (
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/authn"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/recstore"
+	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/internal/tailnet"
 )
 
 // onWrite is an answer that tells when it is written.
@@ -67,6 +70,20 @@ func TestSite_TextCountsItsScreen(t *testing.T) {
 		}
 		if held.bytes < transcriptMemory+tt.least || held.bytes > transcriptMemory+tt.least+1<<20 {
 			t.Errorf("%s: counts %d bytes, with a screen of %d", tt.name, held.bytes, tt.least)
+		}
+	}
+}
+
+// A token has an end, and lasts over a reload, which makes a new site.
+func TestSite_TokensEnd(t *testing.T) {
+	const addr = "100.64.0.1"
+	ctx := tailnet.WithConn(t.Context(), netip.MustParseAddrPort(addr+":1"), netip.MustParseAddr("100.64.0.2"))
+	newSite := func() *Site { return NewSite("/recordings", nil, nil, zap.NewNop()) }
+	for ends, want := range map[time.Duration]bool{time.Hour: true, -time.Minute: false} {
+		r := httptest.NewRequestWithContext(ctx, http.MethodGet, "/recordings/"+testID(1)+"/play", nil)
+		r.Header.Set("Accept", "application/x-ndjson;token="+newSite().token(addr, testID(1), time.Now().Add(ends).Unix()))
+		if got := newSite().IsFromPage(r); got != want {
+			t.Errorf("a token that ends in %v is taken: %v", ends, got)
 		}
 	}
 }

@@ -221,7 +221,7 @@ var requests = []file{
 		{name: "the own origin has a scheme", old: "\tif r.TLS == nil {\n\t\treturn \"http://", new: "\tif false {\n\t\treturn \"http://"},
 		{name: "a page of another site has no origin of its own choice", old: `if site, _ := value(r, "Sec-Fetch-Site"); site != "same-origin" {`, new: "if false {"},
 		{name: "a page opens by GET", old: "return r.Method == http.MethodGet && r", new: "return r"},
-		{name: "a request with an origin opens no page", old: "r.Header[\"Origin\"] == nil &&\n\t\tr", new: "r"},
+		{name: "a request with an origin opens no page", old: "r.Header[\"Origin\"] == nil && r.Header[\"Sec-Purpose\"]", new: "r.Header[\"Sec-Purpose\"]"},
 		{name: "a script opens no page", old: `r.Header.Get("Sec-Fetch-Mode") == "navigate" && `, new: ""},
 		{name: "a frame opens no page", old: ` && r.Header.Get("Sec-Fetch-Dest") == "document"`, new: ""},
 		{name: "what is sent is for the application", old: "pin.On(r).IsApp()", new: "requestinfo.Parse(r).IsApp()"},
