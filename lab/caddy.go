@@ -19,7 +19,7 @@ import (
 	// The plugin under test, with the storage in S3.
 	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate"
 	"github.com/tailscale-impersonate/caddy-tailscale-impersonate/lab/standin"
-	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/s3" // the storage of recordings that sites of tests name
+	_ "github.com/tailscale-impersonate/caddy-tailscale-impersonate/s3" // sites in tests store recordings in S3
 )
 
 // Caddy is the Caddy that runs in this process. A process can have only one.

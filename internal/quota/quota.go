@@ -300,6 +300,19 @@ func (b *Budget) ConnContext(ctx context.Context, c net.Conn) context.Context {
 	return ctx
 }
 
+// accountOf returns the account of the connection with the context ctx. If that is not
+// counted, it is one of its own for the caller, and nil if there is no caller.
+func accountOf(ctx context.Context) *account {
+	if a, counted := ctx.Value(accountKey{}).(*account); counted {
+		return a
+	}
+	conn := tailnet.AnyConnFrom(ctx)
+	if conn == nil {
+		return nil
+	}
+	return &account{caller: conn.Remote.Addr(), conn: conn}
+}
+
 // Connections returns how many connections are open, except for upgraded ones.
 func (b *Budget) Connections() int {
 	b.mu.Lock()
@@ -392,13 +405,9 @@ type Charge struct {
 // A caller with too many refusals loses its connection: even a refusal is held until the
 // client has read it. Admit then panics with [http.ErrAbortHandler].
 func (b *Budget) Admit(w http.ResponseWriter, r *http.Request) (http.ResponseWriter, Charge, error) {
-	a, counted := r.Context().Value(accountKey{}).(*account)
-	if !counted {
-		conn := tailnet.AnyConnFrom(r.Context())
-		if conn == nil {
-			return w, Charge{}, nil // and is refused
-		}
-		a = &account{caller: conn.Remote.Addr(), conn: conn}
+	a := accountOf(r.Context())
+	if a == nil {
+		return w, Charge{}, nil // and is refused
 	}
 	kind := requestinfo.KindOf(r)
 	fields, size := measure(r)
@@ -479,13 +488,9 @@ func (b *Budget) Reserve(ctx context.Context, n int64) (release func(), err erro
 	if b == nil {
 		return func() {}, nil
 	}
-	a, counted := ctx.Value(accountKey{}).(*account)
-	if !counted {
-		conn := tailnet.AnyConnFrom(ctx)
-		if conn == nil {
-			return func() {}, nil // and is refused
-		}
-		a = &account{caller: conn.Remote.Addr(), conn: conn}
+	a := accountOf(ctx)
+	if a == nil {
+		return func() {}, nil // and is refused
 	}
 	if !b.take(a, n) {
 		denied.With(ofRequest).Inc()

@@ -309,7 +309,10 @@ func (a *asker) sum(killed time.Time) error {
 			}
 		}
 	}
-	fmt.Printf("\nkubectl ran %d times, %d were lost, and the longest wait was %.1f s.\n", len(a.asks), lost, longest.Seconds())
+	fmt.Printf("\nkubectl runs: %d; lost: %d; longest wait: %.1f s.\n", len(a.asks), lost, longest.Seconds())
+	if lost > later {
+		fmt.Println("A request that its replica is answering when that is killed is lost. kubectl notices after 45 s.")
+	}
 	if later > 0 {
 		return fmt.Errorf("%d requests that began without the replica were lost", later)
 	}
